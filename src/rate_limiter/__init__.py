@@ -1,0 +1,10 @@
+"""Token buckets that throttle background jobs. The core, which depends on nothing.
+
+`rate_limiter.celery` and `rate_limiter.kombu` enforce them in workers and consumers.
+"""
+
+from .bucket import Bucket
+from .exceptions import RateLimitExceeded
+from .token_bucket import TokenBucket
+
+__all__ = ["Bucket", "RateLimitExceeded", "TokenBucket"]

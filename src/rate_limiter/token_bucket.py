@@ -1,0 +1,446 @@
+"""The token bucket: how many jobs may go now, and when the next one may.
+
+Design
+------
+*State.* Two floats: the moment the bucket was last full, and the tokens used since. The shortage
+``used - elapsed * rate`` is then one fresh subtraction, so nothing accumulates: a burst of exactly
+``capacity`` is granted whatever the numbers, and a rate holds for months. (Keeping one "theoretical
+arrival time" instead loses a token of the burst for every third choice of capacity and rate.)
+
+*Locking.* The clock is read before the lock is taken, and nothing is called while it is held: no
+``min``, no helper, no allocation that could run a finalizer. CPython switches threads and runs signal
+handlers only at calls and loops, so a thread that holds the lock is never switched away from, and a
+signal handler may itself call ``allow()``. The lock makes it correct without the GIL too.
+
+*Refusals.* A bucket only fills by itself, so a refusal stays right for a while. It is remembered as
+``(until, from how many tokens on)``, and the next one is a comparison without the lock.
+
+*Waiting.* Waiters stand in a queue. Its head alone sleeps towards a moment; it takes its tokens when
+it wakes, and hands the turn on. So light waiters never starve a heavy one, tokens are never granted
+ahead of time, and a waiter that is interrupted leaves nothing behind.
+"""
+
+import contextlib
+import math
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from numbers import Real
+from typing import Final
+
+from .exceptions import RateLimitExceeded
+
+__all__ = ["TokenBucket"]
+
+#: No refusal is remembered.
+_NOTHING_REFUSED: Final = (-math.inf, math.inf)
+
+#: Reading two attributes without the lock is only known to be safe under the GIL.
+_GIL: Final[bool] = getattr(sys, "_is_gil_enabled", lambda: True)()
+
+#: Once this many capacities were used without the bucket ever being full, the state is written anew,
+#: while a float still resolves a 1e-9th of the capacity.
+_REBASE_AFTER: Final = 2.0**20
+
+#: What `take_or_delay` answers while the tokens are there but a waiter is just about to take them.
+_BEHIND_A_WAITER: Final = 0.001
+
+
+class TokenBucket:
+    """A thread-safe token bucket for all threads of one process.
+
+    It holds up to ``capacity`` tokens, starts full, and gains ``tokens_per_second`` until it is full
+    again. In any span of ``t`` seconds it grants at most ``capacity + tokens_per_second * t`` tokens.
+    (Not to be mistaken for ``kombu.utils.limits.TokenBucket``, which takes its arguments the other
+    way round and is not thread-safe.)
+
+    Args:
+        capacity: The most tokens it can hold, which is the largest burst. Above 0.
+        tokens_per_second: The rate at which tokens come back. Above 0.
+        clock: Returns the time in seconds. A clock that is set back mints nothing: the bucket stands
+            still until the clock has caught up. Tests pass `rate_limiter.testing.ManualClock`.
+
+    Raises:
+        ValueError: An argument is not above 0, or is not finite.
+        TypeError: An argument is not a number, or ``clock`` cannot be called.
+
+    A forked child starts with the parent's level and without its waiters, and counts on its own from
+    there. Costs below a 1e-15th of the capacity vanish in the rounding of floats.
+
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_ahead",
+        "_capacity",
+        "_clock",
+        "_full_at",
+        "_head",
+        "_lock",
+        "_open",
+        "_rate",
+        "_refused",
+        "_tail",
+        "_used",
+    )
+
+    def __init__(
+        self,
+        capacity: float,
+        tokens_per_second: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._capacity = positive("capacity", capacity)
+        self._rate = positive("tokens_per_second", tokens_per_second)
+        if not callable(clock):
+            raise TypeError(f"clock must be a callable that returns seconds, not {clock!r}")
+        self._clock = clock
+        #: When the bucket was last full (or the state was last written anew), and the tokens used since.
+        self._full_at = clock()
+        self._used = 0.0
+        #: Until when, and from how many tokens on, a refusal is certain.
+        self._refused = _NOTHING_REFUSED
+        self._forget_waiters()
+        _buckets.add(self)
+
+    def _forget_waiters(self) -> None:
+        self._lock = threading.Lock()
+        self._head: _Waiter | None = None
+        self._tail: _Waiter | None = None
+        #: The tokens that the waiters want.
+        self._ahead = 0.0
+        #: The capacity that `allow` may use: none while somebody waits.
+        self._open = self._capacity
+
+    @property
+    def capacity(self) -> float:
+        """The most tokens the bucket can hold."""
+        return self._capacity
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The rate at which tokens come back."""
+        return self._rate
+
+    @property
+    def tokens(self) -> float:
+        """The tokens that are there now."""
+        now = self._clock()
+        with self._lock:
+            full_at, used = self._full_at, self._used
+        return self._capacity - max(0.0, used - max(0.0, now - full_at) * self._rate)
+
+    def allow(self, tokens: float = 1.0) -> bool:
+        """Take tokens now, all or nothing, without blocking.
+
+        Args:
+            tokens: How many to take. Above 0; ``True`` counts as 1.
+
+        Returns:
+            Whether they were taken. ``False`` too for more than ``capacity``, and while anybody is in
+            `wait`: waiters come first.
+
+        Raises:
+            ValueError: ``tokens`` is not above 0, or is not finite.
+            TypeError: ``tokens`` is not a number.
+
+        """
+        now = self._clock()
+        try:
+            refused = self._refused
+            if now < refused[0] and refused[1] <= tokens <= self._capacity:
+                return False
+            with self._lock:  # the arithmetic of `_take`, once more, for want of a call
+                short = self._used - (now - self._full_at) * self._rate
+                if short <= 0.0:
+                    if 0.0 < tokens <= self._open:
+                        self._used = tokens + 0.0
+                        self._full_at = now
+                        return True
+                elif 0.0 < tokens <= self._open - short:
+                    self._used += tokens
+                    return True
+        except TypeError:
+            positive("tokens", tokens)
+            raise
+        return self._allow_after_all(positive("tokens", tokens))
+
+    try_consume = allow
+
+    def wait(self, tokens: float = 1, *, timeout: float | None = None) -> None:
+        """Block until the tokens are there, then take them. First come, first served.
+
+        The tokens are taken at the moment it returns. An exception that is raised inside (a soft time
+        limit, Ctrl-C, a killed greenlet) takes nothing, and lets the next waiter move up.
+
+        Args:
+            tokens: How many to wait for. Above 0, at most ``capacity``.
+            timeout: The most seconds to wait; ``None``: as long as it takes. 0 asks once.
+
+        Raises:
+            RateLimitExceeded: It would take longer than ``timeout``. Raised at once where that can be
+                foreseen, else when the time is up. Nothing is taken. ``retry_after`` is the forecast.
+            ValueError: ``tokens`` is not above 0, is not finite, or is more than ``capacity`` (which
+                no wait could ever get); ``timeout`` is below 0 or NaN.
+            TypeError: An argument is not a number.
+
+        """
+        waiter = _Waiter(self._affordable(tokens))
+        deadline = math.inf if timeout is None else self._clock() + _not_negative(timeout)
+        try:
+            delay = self._take(waiter.tokens, waiter)
+            if not delay:
+                return
+            if self._clock() + delay > deadline:
+                raise _timed_out(tokens, timeout, delay)
+            self._queue(waiter)
+            sleep = getattr(self._clock, "wait_for", _wait_for)
+            while delay := self._take(waiter.tokens, waiter):
+                left = deadline - self._clock()
+                if left <= 0.0:
+                    raise _timed_out(tokens, timeout, delay)
+                # Only the head has a moment to wake at. The others wait for the turn.
+                sleep(waiter.turn, min(left, delay) if self._head is waiter else left)
+            self._wake_head()
+        except BaseException:
+            # No call in here before the lock is released, at which a second interrupt could strike.
+            try:
+                with self._lock:
+                    if waiter.taken:
+                        self._used -= waiter.tokens
+                        if self._used < 0.0:
+                            self._used = 0.0
+                        self._refused = _NOTHING_REFUSED
+                    elif waiter.queued:
+                        before, after = waiter.before, waiter.after
+                        if before is None:
+                            self._head = after
+                        else:
+                            before.after = after
+                        if after is None:
+                            self._tail = before
+                        else:
+                            after.before = before
+                        self._ahead -= waiter.tokens
+                        if self._head is None:
+                            self._ahead = 0.0
+                            self._open = self._capacity
+            finally:
+                self._wake_head()
+            raise
+
+    def take_or_delay(self, tokens: float = 1) -> float:
+        """Take tokens now, or say how long that will not work.
+
+        For callers that hold a job themselves: ``if delay := bucket.take_or_delay(n): hold(delay)``.
+
+        Args:
+            tokens: How many to take. Above 0, at most ``capacity``.
+
+        Returns:
+            Exactly ``0.0`` when they were taken. Otherwise nothing is taken or reserved, and it is the
+            seconds, finite and above 0, until asking again makes sense, with those already in `wait`
+            counted. Rounded up: asking then succeeds if nobody else took.
+
+        Raises:
+            ValueError: ``tokens`` is not above 0, is not finite, or is more than ``capacity``.
+            TypeError: ``tokens`` is not a number.
+
+        """
+        return self._take(self._affordable(tokens))
+
+    def __repr__(self) -> str:
+        return (
+            f"<TokenBucket {self.tokens:g} of {self._capacity:g} tokens, "
+            f"{self._rate:g} tokens_per_second>"
+        )
+
+    # -- private ----------------------------------------------------------------------------------
+
+    def _affordable(self, tokens: float) -> float:
+        amount = positive("tokens", tokens)
+        if amount > self._capacity:
+            raise ValueError(f"tokens must be at most the capacity {self._capacity:g}, not {tokens!r}")
+        return amount
+
+    def _take(self, tokens: float, waiter: "_Waiter | None" = None) -> float:
+        """Take the tokens and return 0.0, or take nothing and return the delay.
+
+        A waiter is taken out of the queue with its tokens, and marked in the same step, so that
+        `wait` knows at every moment what an interrupt has to undo.
+        """
+        now = self._clock()
+        with self._lock:
+            full_at = self._full_at
+            if now < full_at:
+                now = full_at
+            short = self._used - (now - full_at) * self._rate
+            if short < 0.0:
+                short = 0.0
+            head = self._head
+            if head is None or head is waiter:
+                ahead, limit = 0.0, self._capacity
+            else:
+                ahead, limit = self._ahead, 0.0
+                if waiter is not None and waiter.queued:
+                    ahead -= tokens
+            if tokens <= limit - short:
+                if short == 0.0:
+                    self._used = tokens
+                    self._full_at = now
+                else:
+                    self._used += tokens
+                if waiter is not None:
+                    waiter.taken = True
+                    if waiter.queued:  # as its head
+                        self._head = waiter.after
+                        if self._head is None:
+                            self._tail = None
+                            self._ahead = 0.0
+                            self._open = self._capacity
+                        else:
+                            self._head.before = None
+                            self._ahead -= tokens
+                return 0.0
+            used = self._used
+            if used > _REBASE_AFTER * self._capacity:
+                # The rounding error of all that was used goes against the caller, once.
+                full_at = self._full_at = now
+                used = self._used = short + used * 2.0**-50
+        return self._delay(now, full_at, used, ahead, tokens)
+
+    def _delay(self, now: float, full_at: float, used: float, ahead: float, tokens: float) -> float:
+        """Seconds from ``now`` until the arithmetic of `_take` grants the tokens."""
+        missing = used + ahead + tokens - self._capacity
+        delay = missing / self._rate - (now - full_at)
+        if not delay < sys.float_info.max:
+            return sys.float_info.max
+        if delay <= 0.0:
+            return _BEHIND_A_WAITER if ahead else self._next_moment(now, full_at, used, tokens, 0.0)
+        return delay if ahead else self._next_moment(now, full_at, used, tokens, delay)
+
+    def _next_moment(
+        self, now: float, full_at: float, used: float, tokens: float, delay: float
+    ) -> float:
+        """Round ``delay`` up until the tokens are granted then."""
+        step = math.ulp(now + delay)
+        while True:
+            short = max(0.0, used - (now + delay - full_at) * self._rate)
+            if delay > 0.0 and tokens <= self._capacity - short:
+                return delay
+            delay += step
+            step *= 2.0
+
+    def _allow_after_all(self, tokens: float) -> bool:
+        """Decide what `allow` in its haste did not grant, and remember a refusal."""
+        if tokens > self._capacity:
+            return False
+        if not self._take(tokens):
+            return True  # the clock had gone back, or another thread had read it later
+        now = self._clock()
+        with self._lock:
+            full_at, used, waiting = self._full_at, self._used, self._head
+        if waiting is None and _GIL:
+            wait = (used + tokens - self._capacity) / self._rate - max(0.0, now - full_at)
+            # Half the way, so that no rounding makes it outlast the shortage.
+            refused = (now + wait / 2.0, tokens)
+            with self._lock:
+                # Unless tokens came back meanwhile; that others took some makes it only more certain.
+                if self._full_at == full_at and self._used >= used:
+                    self._refused = refused
+        return False
+
+    def _queue(self, waiter: "_Waiter") -> None:
+        turn = threading.Lock()
+        turn.acquire()
+        waiter.turn = turn
+        with self._lock:
+            waiter.before = self._tail
+            if self._tail is None:
+                self._head = waiter
+            else:
+                self._tail.after = waiter
+            self._tail = waiter
+            self._ahead += waiter.tokens
+            self._open = 0.0
+            waiter.queued = True
+
+    def _wake_head(self) -> None:
+        head = self._head
+        if head is not None:
+            with contextlib.suppress(RuntimeError):  # it has been woken already
+                head.turn.release()
+
+
+class _Waiter:
+    """One call of `wait`: a link of the queue."""
+
+    __slots__ = ("after", "before", "queued", "taken", "tokens", "turn")
+
+    turn: threading.Lock
+
+    def __init__(self, tokens: float) -> None:
+        self.tokens = tokens
+        self.taken = False
+        self.queued = False
+        self.before: _Waiter | None = None
+        self.after: _Waiter | None = None
+
+
+def _wait_for(turn: threading.Lock, seconds: float) -> None:
+    turn.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
+
+
+def _timed_out(tokens: float, timeout: float | None, delay: float) -> RateLimitExceeded:
+    return RateLimitExceeded(
+        f"rate limit exceeded: {tokens:g} tokens in {delay:.3g} s, timeout {timeout:g} s", delay
+    )
+
+
+def positive(name: str, value: float) -> float:
+    """Return ``value`` as a float, or raise what is wrong with it.
+
+    Raises:
+        ValueError: It is not above 0 (then with the documented text), or is not finite.
+        TypeError: It is not a number.
+
+    """
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number (int or float), not {value!r}")
+    if value <= 0:
+        raise ValueError(f"{name} must be positive")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, not {value!r}")
+    if not number:
+        raise ValueError(f"{name} must be positive")
+    return number
+
+
+def _not_negative(timeout: float) -> float:
+    if not isinstance(timeout, Real):
+        raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
+    if not timeout >= 0:
+        raise ValueError(f"timeout must be 0 or more seconds, or None, not {timeout!r}")
+    return float(timeout)
+
+
+#: Every bucket of this process, for the fork hook.
+_buckets: "weakref.WeakSet[TokenBucket]" = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    """Of all threads only the forking one lives on: a lock another held would never be released."""
+    for bucket in list(_buckets):
+        bucket._forget_waiters()  # noqa: SLF001
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
