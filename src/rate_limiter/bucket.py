@@ -1,8 +1,9 @@
 """What every bucket can do, whatever it is one rate for."""
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-__all__ = ["Bucket"]
+__all__ = ["Bucket", "take_all_or_delay"]
 
 
 @runtime_checkable
@@ -37,3 +38,37 @@ class Bucket(Protocol):
 
     def take_or_delay(self, tokens: float = 1) -> float:
         """Exactly ``0.0``: taken. Otherwise nothing is, and it is the seconds until asking again."""
+
+    def refund(self, tokens: float) -> None:
+        """Give back what was taken and not used; never above ``capacity``."""
+
+
+def take_all_or_delay(prices: Sequence[tuple[Bucket, float]]) -> tuple[float, Bucket]:
+    """Take from all buckets or from none.
+
+    Args:
+        prices: The buckets, and how many tokens to take from each. At least one.
+
+    Returns:
+        The delay, and the bucket that it stems from. ``0.0``: all was taken. Otherwise nothing was,
+        and it is the seconds until that bucket is worth asking again.
+
+    Raises:
+        ValueError: As `Bucket.take_or_delay`.
+
+    """
+    for position, (bucket, tokens) in enumerate(prices):
+        try:
+            delay = bucket.take_or_delay(tokens)
+        except BaseException:
+            _refund(prices[:position])
+            raise
+        if delay:
+            _refund(prices[:position])
+            return delay, bucket
+    return 0.0, prices[0][0]
+
+
+def _refund(prices: Sequence[tuple[Bucket, float]]) -> None:
+    for bucket, tokens in prices:
+        bucket.refund(tokens)

@@ -16,9 +16,7 @@ class RateLimitExceeded(Exception):  # noqa: N818 - the documented name
 
     """
 
-    def __init__(
-        self, message: str = "rate limit exceeded", retry_after: float | None = None
-    ) -> None:
+    def __init__(self, message: str = "rate limit exceeded", retry_after: float | None = None) -> None:
         super().__init__(message, retry_after)
         self.message = message
         self.retry_after = retry_after

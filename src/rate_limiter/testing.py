@@ -1,11 +1,11 @@
 """For tests: a clock that stands still until it is told to move.
 
-    clock = ManualClock()
-    bucket = TokenBucket(1, 2, clock=clock)
-    assert bucket.allow()
-    assert not bucket.allow()
-    clock.advance(0.5)
-    assert bucket.allow()
+clock = ManualClock()
+bucket = TokenBucket(1, 2, clock=clock)
+assert bucket.allow()
+assert not bucket.allow()
+clock.advance(0.5)
+assert bucket.allow()
 """
 
 import contextlib

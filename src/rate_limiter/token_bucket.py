@@ -99,7 +99,7 @@ class TokenBucket:
         if not callable(clock):
             raise TypeError(f"clock must be a callable that returns seconds, not {clock!r}")
         self._clock = clock
-        #: When the bucket was last full (or the state was last written anew), and the tokens used since.
+        #: When the bucket was last full (or the state was written anew), and the tokens used since.
         self._full_at = clock()
         self._used = 0.0
         #: Until when, and from how many tokens on, a refusal is certain.
@@ -252,6 +252,25 @@ class TokenBucket:
 
         """
         return self._take(self._affordable(tokens))
+
+    def refund(self, tokens: float) -> None:
+        """Give back tokens that were taken and not used.
+
+        Args:
+            tokens: How many. Above 0. What would lift the bucket above ``capacity`` is lost.
+
+        Raises:
+            ValueError: ``tokens`` is not above 0, or is not finite.
+            TypeError: ``tokens`` is not a number.
+
+        """
+        amount = positive("tokens", tokens)
+        with self._lock:
+            self._used -= amount
+            if self._used < 0.0:
+                self._used = 0.0
+            self._refused = _NOTHING_REFUSED
+        self._wake_head()
 
     def __repr__(self) -> str:
         return (
@@ -439,7 +458,7 @@ _buckets: "weakref.WeakSet[TokenBucket]" = weakref.WeakSet()
 def _after_fork_in_child() -> None:
     """Of all threads only the forking one lives on: a lock another held would never be released."""
     for bucket in list(_buckets):
-        bucket._forget_waiters()  # noqa: SLF001
+        bucket._forget_waiters()
 
 
 if hasattr(os, "register_at_fork"):
