@@ -16,6 +16,7 @@ from typing import Any, Final
 from billiard.einfo import ExceptionInfo
 from celery import Celery, Task, bootsteps
 from celery.exceptions import ImproperlyConfigured
+from celery.local import Proxy
 from celery.worker import state
 
 from ..bucket import Bucket
@@ -65,6 +66,8 @@ class Gate:
     def __init__(self, app: Celery, *, max_held: int | None = None) -> None:
         if not isinstance(app, Celery):
             raise TypeError(f"app must be a Celery app, not {app!r}")
+        if isinstance(app, Proxy):  # celery.current_app
+            app = app._get_current_object()
         if max_held is None:
             max_held = _MAX_HELD
         if not isinstance(max_held, int) or isinstance(max_held, bool):
@@ -172,7 +175,7 @@ class _GateStep(bootsteps.StartStopStep):
         self.open = False
         self.wake_up: Any = None
         self.wake_up_at = 0.0
-        self.announced = False
+        self._announce()
         consumer.on_task_request = self.on_task_request
         gate._consumer_started = True
         receipt.open_office()
@@ -188,9 +191,6 @@ class _GateStep(bootsteps.StartStopStep):
         self.open = True
         if consumer.hub is None:
             self._work_between_messages(consumer)
-        if not self.announced:
-            self.announced = True
-            self._announce()
 
     def stop(self, consumer: Any) -> None:
         """Forget what is held. It was never acknowledged, so the broker gives it out again."""
@@ -265,7 +265,7 @@ class _GateStep(bootsteps.StartStopStep):
         return [limit.price(request.type, request.args, request.kwargs) for limit in limits]
 
     def _let_go(self, request: Any) -> None:
-        if limits_of(request.task):
+        if any(map(held_at_gate, limits_of(request.task))):
             receipt.issue(request.request_dict)
         self.forward(request)
 
@@ -352,13 +352,22 @@ class _LimitsByTask(dict[Task, tuple[Limit, ...]]):
 
 def _revoked(request: Any) -> bool:
     """Whether a held job was revoked or has expired; then it is announced and acknowledged here."""
-    return bool(request.revoked())
+    try:
+        return bool(request.revoked())
+    except Exception:
+        # The result backend is down. The job stays unacknowledged, so the broker has it still.
+        logger.exception("Could not announce that %s[%s] was revoked", request.name, request.id)
+        return True
 
 
 def _fail(request: Any, error: Exception) -> None:
     """End a job with an error as its result, as the worker ends one whose process was lost."""
     try:
         raise error
-    except Exception:  # noqa: BLE001 - for its traceback
-        request.on_failure(ExceptionInfo(internal=True))
-    request.acknowledge()
+    except Exception:  # noqa: BLE001 - caught at once, for its traceback
+        einfo = ExceptionInfo(internal=True)
+    try:
+        request.on_failure(einfo)
+        request.acknowledge()
+    except Exception:
+        logger.exception("Could not store that %s[%s] failed: %r", request.name, request.id, error)

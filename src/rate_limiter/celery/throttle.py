@@ -147,8 +147,9 @@ def _run(
     refused = None
     if passes is None:
         request.__dict__[_PASSES] = passes = set()
-        if not receipt.consume(request):
-            refused = _pay(limits_of(task), task.name, sent, kwargs)
+        paid = receipt.consume(request)
+        due = [limit for limit in limits_of(task) if not (paid and held_at_gate(limit))]
+        refused = _pay(due, task.name, sent, kwargs)
         passes.update(limits_of(task))
         job = None if request.called_directly else task
     elif limit not in passes:

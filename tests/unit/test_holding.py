@@ -1,0 +1,156 @@
+"""The engine of the gates, on a manual clock."""
+
+import pytest
+
+from rate_limiter import TokenBucket
+from rate_limiter.holding import Holding
+from rate_limiter.testing import ManualClock
+
+
+def raise_error(job, error):
+    raise AssertionError(f"{job} failed: {error}")
+
+
+@pytest.fixture
+def clock():
+    return ManualClock()
+
+
+@pytest.fixture
+def holding():
+    return Holding(fail=raise_error)
+
+
+def released(holding, clock, until):
+    """Walk from due moment to due moment, and return (moment, jobs) for each release."""
+    steps = []
+    while holding.next_due is not None and holding.next_due <= until:
+        clock.now = holding.next_due
+        steps.append((clock.now, holding.release(clock.now)))
+    return steps
+
+
+def test_goes_at_once_while_there_are_tokens(holding, clock):
+    """A job whose tokens are there is not held."""
+    bucket = TokenBucket(2, 1, clock=clock)
+    assert [holding.offer(job, [(bucket, 1)], clock()) for job in "abc"] == [True, True, False]
+    assert len(holding) == 1
+
+
+def test_releases_each_job_at_its_moment_in_order(holding, clock):
+    """Held jobs go one by one at the bucket's rate, first come, first served."""
+    bucket = TokenBucket(1, 2, clock=clock)
+    for job in "abcd":
+        holding.offer(job, [(bucket, 1)], clock())
+    assert released(holding, clock, 9) == [(0.5, ["b"]), (1.0, ["c"]), (1.5, ["d"])]
+    assert holding.next_due is None
+    assert len(holding) == 0
+
+
+def test_releases_all_that_is_due_in_one_go(holding, clock):
+    """A late release lets everything go whose tokens have come meanwhile."""
+    bucket = TokenBucket(3, 1, clock=clock)
+    for job in range(9):
+        holding.offer(job, [(bucket, 1)], clock())
+    clock.advance(2.5)
+    assert holding.release(clock()) == [3, 4]
+    assert holding.next_due == pytest.approx(3.0)
+
+
+def test_heavy_job_is_not_overtaken(holding, clock):
+    """A light job behind a heavy one of the same bucket waits, though its own tokens are there."""
+    bucket = TokenBucket(10, 1, clock=clock)
+    bucket.allow(10)
+    holding.offer("heavy", [(bucket, 10)], clock())
+    clock.advance(5)
+    assert not holding.offer("light", [(bucket, 1)], clock())
+    assert released(holding, clock, 99) == [(10.0, ["heavy"]), (11.0, ["light"])]
+
+
+def test_buckets_do_not_wait_for_each_other(holding, clock):
+    """The queue of one bucket stands in nobody's way at another."""
+    slow, fast = TokenBucket(1, 0.1, clock=clock), TokenBucket(1, 10, clock=clock)
+    for job in range(3):
+        holding.offer(("slow", job), [(slow, 1)], clock())
+        holding.offer(("fast", job), [(fast, 1)], clock())
+    jobs = [job for _, jobs in released(holding, clock, 99) for job in jobs]
+    assert jobs == [("fast", 1), ("fast", 2), ("slow", 1), ("slow", 2)]
+
+
+def test_two_buckets_are_taken_from_together_or_not_at_all(holding, clock):
+    """A job that one bucket refuses takes nothing from the other, and goes when both grant it."""
+    per_second, per_day = TokenBucket(1, 1, clock=clock), TokenBucket(2, 0.01, clock=clock)
+    for job in "abc":
+        holding.offer(job, [(per_second, 1), (per_day, 1)], clock())
+    assert released(holding, clock, 50) == [(1.0, ["b"]), (2.0, [])]  # then the day has no more
+    assert per_second.tokens == 1
+    assert released(holding, clock, 200) == [(100.0, ["c"])]
+
+
+def test_job_that_waits_elsewhere_does_not_block_this_bucket(holding, clock):
+    """Who waits for another bucket lets later jobs of this one pass, and keeps its place by arrival."""
+    shared, tenant = TokenBucket(1, 1, clock=clock), TokenBucket(1, 0.1, clock=clock)
+    tenant.allow()
+    holding.offer("tenant's", [(shared, 1), (tenant, 1)], clock())
+    assert holding.offer("other's", [(shared, 1)], clock())
+
+
+def test_revoked_job_is_skipped_free_of_charge(clock):
+    """A job that is gone when its turn comes costs nothing, and the next one takes its moment."""
+    holding = Holding(skip=lambda job: job == "revoked", fail=raise_error)
+    bucket = TokenBucket(1, 1, clock=clock)
+    for job in ["first", "revoked", "next"]:
+        holding.offer(job, [(bucket, 1)], clock())
+    assert released(holding, clock, 9) == [(1.0, ["next"])]
+
+
+def test_error_of_a_bucket_ends_that_job_alone(clock):
+    """A bucket that raises for one held job fails that job; the others go on."""
+
+    class Poisoned(TokenBucket):
+        __slots__ = ()
+
+        def take_or_delay(self, tokens=1):
+            if tokens == 2 and clock() > 0:
+                raise ValueError("no")
+            return super().take_or_delay(tokens)
+
+    failed = []
+    holding = Holding(fail=lambda job, error: failed.append((job, str(error))))
+    bucket = Poisoned(2, 1, clock=clock)
+    bucket.allow(2)
+    holding.offer("bad", [(bucket, 2)], clock())
+    holding.offer("good", [(bucket, 1)], clock())
+    assert released(holding, clock, 9) == [(2.0, ["good"])]
+    assert failed == [("bad", "no")]
+
+
+def test_clear_forgets_everything(holding, clock):
+    """After clear() nothing is held or due, and new jobs are served as if nothing had been."""
+    bucket = TokenBucket(1, 1, clock=clock)
+    for job in "abc":
+        holding.offer(job, [(bucket, 1)], clock())
+    assert sorted(holding.clear()) == ["b", "c"]
+    assert (len(holding), holding.next_due) == (0, None)
+    clock.advance(1)
+    assert holding.offer("d", [(bucket, 1)], clock())
+
+
+def test_many_held_jobs_cost_one_look_each(clock):
+    """The work grows with the number of jobs, not with its square: a refusal is asked for once a job."""
+    asked = 0
+
+    class Counting(TokenBucket):
+        __slots__ = ()
+
+        def take_or_delay(self, tokens=1):
+            nonlocal asked
+            asked += 1
+            return super().take_or_delay(tokens)
+
+    holding = Holding(fail=raise_error)
+    bucket = Counting(1, 100, clock=clock)
+    for job in range(1000):
+        holding.offer(job, [(bucket, 1)], clock())
+    assert sum(len(jobs) for _, jobs in released(holding, clock, 99)) == 999
+    assert asked <= 2 * 1000

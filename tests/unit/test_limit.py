@@ -1,0 +1,65 @@
+"""A limit checks its declaration where it is written, and prices each job."""
+
+import math
+
+import pytest
+
+from rate_limiter import TokenBucket
+from rate_limiter.limit import Limit
+
+bucket = TokenBucket(10, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"bucket": "100/m"}, TypeError, "bucket must be a bucket .* not '100/m'"),
+        ({"bucket": 5}, TypeError, "bucket must be a bucket"),
+        ({"bucket": TokenBucket}, TypeError, "bucket must be a bucket"),
+        ({"tokens": 0}, ValueError, "^tokens must be positive$"),
+        ({"tokens": math.nan}, ValueError, "tokens must be a finite number, not nan"),
+        ({"tokens": "2"}, TypeError, "tokens must be a number .* not '2'"),
+        ({"tokens": 11}, ValueError, "tokens must be at most the bucket's capacity 10, not 11"),
+        ({"when_limited": "hold"}, ValueError, "when_limited must be one of 'wait'.* not 'hold'"),
+        ({"timeout": -1}, ValueError, "timeout must be positive"),
+        ({"timeout": 1, "when_limited": "drop"}, ValueError, "timeout goes with when_limited='wait'"),
+    ],
+)
+def test_bad_declaration_says_what_is_wrong(arguments, error, message):
+    """An impossible declaration raises at once, and names the argument, the value and what was expected."""
+    with pytest.raises(error, match=message):
+        Limit(**{"bucket": bucket, **arguments})
+
+
+def test_price_is_what_the_callables_say():
+    """Bucket and tokens may be callables; both are given exactly the arguments that were sent."""
+    small, large = TokenBucket(1, 1), TokenBucket(100, 1)
+    limit = Limit(
+        lambda name, size: large if size > 1 else small, tokens=lambda name, size: size, name="uploads"
+    )
+    assert limit.price("upload", ("a.mp4",), {"size": 1}) == (small, 1)
+    assert limit.price("upload", ("a.mp4", 50), {}) == (large, 50)
+
+
+@pytest.mark.parametrize("value", [0, -3, math.nan, math.inf, "2", None, 11])
+def test_impossible_cost_names_task_limit_and_value(value):
+    """A cost that can never be paid is an error that names the task, the limit and the value."""
+    limit = Limit(bucket, tokens=lambda: value, name="uploads")
+    with pytest.raises(ValueError, match=r"task jobs\.upload, limit uploads: tokens is") as raised:
+        limit.price("jobs.upload", (), {})
+    assert repr(value) in str(raised.value)
+
+
+def test_error_of_a_callable_is_named_and_kept():
+    """What a callable raises becomes a ValueError that names the task and says what it was."""
+    limit = Limit(bucket, tokens=lambda size: size["MB"])
+    with pytest.raises(ValueError, match="task upload, limit upload: tokens=… raised KeyError") as raised:
+        limit.price("upload", ({},), {})
+    assert isinstance(raised.value.__cause__, KeyError)
+
+
+def test_callable_that_returns_no_bucket_is_named():
+    """A bucket callable that returns something else fails the job with that value."""
+    limit = Limit(lambda: "gold")
+    with pytest.raises(ValueError, match="bucket is 'gold', expected a bucket"):
+        limit.price("upload", (), {})
