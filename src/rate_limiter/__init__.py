@@ -3,8 +3,8 @@
 `rate_limiter.celery` and `rate_limiter.kombu` enforce them in workers and consumers.
 """
 
-from .bucket import Bucket
+from .bucket import AllOf, Bucket
 from .exceptions import RateLimitExceeded
 from .token_bucket import TokenBucket
 
-__all__ = ["Bucket", "RateLimitExceeded", "TokenBucket"]
+__all__ = ["AllOf", "Bucket", "RateLimitExceeded", "TokenBucket"]

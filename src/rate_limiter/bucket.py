@@ -1,9 +1,11 @@
-"""What every bucket can do, whatever it is one rate for."""
+"""What every bucket can do, whatever it is one rate for; and several buckets taken as one."""
 
+import math
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from time import monotonic
+from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["Bucket", "take_all_or_delay"]
+__all__ = ["AllOf", "Bucket", "take_all_or_delay"]
 
 
 @runtime_checkable
@@ -42,33 +44,129 @@ class Bucket(Protocol):
     def refund(self, tokens: float) -> None:
         """Give back what was taken and not used; never above ``capacity``."""
 
+    def charge(self, tokens: float) -> None:
+        """Take without asking, into debt if need be."""
 
-def take_all_or_delay(prices: Sequence[tuple[Bucket, float]]) -> tuple[float, Bucket]:
-    """Take from all buckets or from none.
+
+class AllOf:
+    """Several buckets as one: takes the tokens from all of them, or from none.
+
+    Ten a second and at most a thousand a day: ``AllOf(TokenBucket(10, 10), TokenBucket(1000, 1000 /
+    86400))``. What one refuses costs the others nothing. It is itself a `Bucket`.
 
     Args:
-        prices: The buckets, and how many tokens to take from each. At least one.
-
-    Returns:
-        The delay, and the bucket that it stems from. ``0.0``: all was taken. Otherwise nothing was,
-        and it is the seconds until that bucket is worth asking again.
+        buckets: At least one.
 
     Raises:
-        ValueError: As `Bucket.take_or_delay`.
+        TypeError: One of them is no bucket.
+        ValueError: There is none, or the same one twice.
 
     """
-    for position, (bucket, tokens) in enumerate(prices):
+
+    def __init__(self, *buckets: Bucket) -> None:
+        for bucket in buckets:
+            if isinstance(bucket, type) or not isinstance(bucket, Bucket):
+                raise TypeError(f"AllOf takes buckets, not {bucket!r}")
+        if not buckets:
+            raise ValueError("AllOf needs at least one bucket")
+        if len(set(map(id, buckets))) < len(buckets):
+            raise ValueError("AllOf was given the same bucket twice; it would pay twice")
+        self.buckets = buckets
+
+    def __repr__(self) -> str:
+        return f"AllOf({', '.join(map(repr, self.buckets))})"
+
+    @property
+    def capacity(self) -> float:
+        """The smallest capacity."""
+        return min(bucket.capacity for bucket in self.buckets)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The lowest rate."""
+        return min(bucket.tokens_per_second for bucket in self.buckets)
+
+    @property
+    def tokens(self) -> float:
+        """The tokens that are there in all of them."""
+        return min(bucket.tokens for bucket in self.buckets)
+
+    def allow(self, tokens: float = 1) -> bool:
+        """Take from all buckets now, or from none. See `TokenBucket.allow`."""
+        taken: list[Bucket] = []
         try:
-            delay = bucket.take_or_delay(tokens)
-        except BaseException:
-            _refund(prices[:position])
-            raise
+            for bucket in self.buckets:
+                if not bucket.allow(tokens):
+                    return False
+                taken.append(bucket)
+        finally:
+            if len(taken) < len(self.buckets):
+                for bucket in taken:
+                    bucket.refund(tokens)
+        return True
+
+    try_consume = allow
+
+    def wait(self, tokens: float = 1, *, timeout: float | None = None) -> None:
+        """Block until all buckets grant the tokens. See `TokenBucket.wait`.
+
+        It stands in the queue of the bucket that refuses, and asks all of them when its turn comes.
+        ``timeout`` counts by the real clock, also where a bucket has another one.
+        """
+        deadline = math.inf if timeout is None else monotonic() + timeout
+        while True:
+            delay, refused = take_all_or_delay([(bucket, tokens) for bucket in self.buckets])
+            if not delay:
+                return
+            left = None if timeout is None else max(0.0, deadline - monotonic())
+            self.buckets[refused].wait(tokens, timeout=left)
+            self.buckets[refused].refund(tokens)
+
+    def take_or_delay(self, tokens: float = 1) -> float:
+        """Take from all buckets, or return the delay of the slowest. See `TokenBucket.take_or_delay`."""
+        delay, refused = take_all_or_delay([(bucket, tokens) for bucket in self.buckets])
         if delay:
-            _refund(prices[:position])
-            return delay, bucket
-    return 0.0, prices[0][0]
+            for bucket in self.buckets[refused + 1 :]:
+                if other := bucket.take_or_delay(tokens):
+                    delay = max(delay, other)
+                else:
+                    bucket.refund(tokens)
+        return delay
+
+    def refund(self, tokens: float) -> None:
+        """Give back to all of them."""
+        for bucket in self.buckets:
+            bucket.refund(tokens)
+
+    def charge(self, tokens: float) -> None:
+        """Take from all of them without asking."""
+        for bucket in self.buckets:
+            bucket.charge(tokens)
 
 
-def _refund(prices: Sequence[tuple[Bucket, float]]) -> None:
-    for bucket, tokens in prices:
-        bucket.refund(tokens)
+def take_all_or_delay(demands: Sequence[tuple[Any, ...]]) -> tuple[float, int]:
+    """Take from several buckets, from all or from none.
+
+    Args:
+        demands: Tuples that begin with a bucket and the tokens to take from it.
+
+    Returns:
+        ``0.0`` when all was taken. Otherwise nothing was, and it is the seconds until it makes sense
+        to ask again the bucket at the position that is returned with it.
+
+    Raises:
+        ValueError: As `TokenBucket.take_or_delay`.
+
+    """
+    taken = 0
+    try:
+        for demand in demands:
+            delay = demand[0].take_or_delay(demand[1])
+            if delay:
+                return delay, taken
+            taken += 1
+    finally:
+        if taken < len(demands):
+            for demand in demands[:taken]:
+                demand[0].refund(demand[1])
+    return 0.0, 0

@@ -9,6 +9,7 @@ assert bucket.allow()
 """
 
 import contextlib
+import math
 import threading
 
 __all__ = ["ManualClock"]
@@ -50,7 +51,7 @@ class ManualClock:
 
     def wait_for(self, turn: threading.Lock, seconds: float) -> None:
         """Sleep until the moment has come or ``turn`` is released. Buckets call this."""
-        if self.auto_advance:
+        if self.auto_advance and seconds < math.inf:
             if not turn.acquire(blocking=False):
                 self.advance(seconds)
             return

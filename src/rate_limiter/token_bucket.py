@@ -41,9 +41,9 @@ _NOTHING_REFUSED: Final = (-math.inf, math.inf)
 #: Reading two attributes without the lock is only known to be safe under the GIL.
 _GIL: Final[bool] = getattr(sys, "_is_gil_enabled", lambda: True)()
 
-#: Once this many capacities were used without the bucket ever being full, the state is written anew,
-#: while a float still resolves a 1e-9th of the capacity.
-_REBASE_AFTER: Final = 2.0**20
+#: Once this many capacities were used without the bucket ever being full, the state is written anew
+#: at the next refusal, before the rounding of the sum comes to anything.
+_REBASE_AFTER: Final = 2.0**8
 
 #: What `take_or_delay` answers while the tokens are there but a waiter is just about to take them.
 _BEHIND_A_WAITER: Final = 0.001
@@ -152,19 +152,20 @@ class TokenBucket:
         now = self._clock()
         try:
             refused = self._refused
-            if now < refused[0] and refused[1] <= tokens <= self._capacity:
+            if now < refused[0] and refused[1] <= tokens + 0.0 <= self._capacity:
                 return False
             with self._lock:  # the arithmetic of `_take`, once more, for want of a call
                 short = self._used - (now - self._full_at) * self._rate
                 if short <= 0.0:
-                    if 0.0 < tokens <= self._open:
+                    if tokens > 0.0 and tokens <= self._open:  # faster than a chained comparison
                         self._used = tokens + 0.0
                         self._full_at = now
+                        self._refused = _NOTHING_REFUSED
                         return True
-                elif 0.0 < tokens <= self._open - short:
+                elif tokens > 0.0 and tokens <= self._open - short:
                     self._used += tokens
                     return True
-        except TypeError:
+        except (TypeError, ArithmeticError):  # a str, a Decimal
             positive("tokens", tokens)
             raise
         return self._allow_after_all(positive("tokens", tokens))
@@ -196,18 +197,18 @@ class TokenBucket:
             if not delay:
                 return
             if self._clock() + delay > deadline:
-                raise _timed_out(tokens, timeout, delay)
+                raise _timed_out(waiter.tokens, delay)
             self._queue(waiter)
             sleep = getattr(self._clock, "wait_for", _wait_for)
             while delay := self._take(waiter.tokens, waiter):
                 left = deadline - self._clock()
                 if left <= 0.0:
-                    raise _timed_out(tokens, timeout, delay)
+                    raise _timed_out(waiter.tokens, delay)
                 # Only the head has a moment to wake at. The others wait for the turn.
                 sleep(waiter.turn, min(left, delay) if self._head is waiter else left)
             self._wake_head()
         except BaseException:
-            # No call in here before the lock is released, at which a second interrupt could strike.
+            # Before the next one is woken there is no call in here at which an interrupt could strike.
             try:
                 with self._lock:
                     if waiter.taken:
@@ -230,7 +231,12 @@ class TokenBucket:
                             self._ahead = 0.0
                             self._open = self._capacity
             finally:
-                self._wake_head()
+                head = self._head
+                if head is not None:
+                    try:  # noqa: SIM105 - contextlib.suppress is a call
+                        head.turn.release()
+                    except RuntimeError:  # it has been woken already
+                        pass
             raise
 
     def take_or_delay(self, tokens: float = 1) -> float:
@@ -272,6 +278,27 @@ class TokenBucket:
             self._refused = _NOTHING_REFUSED
         self._wake_head()
 
+    def charge(self, tokens: float) -> None:
+        """Take tokens without asking, into debt if need be: what was used turned out to be more.
+
+        Args:
+            tokens: How many. Above 0; may be more than ``capacity``. While in debt `tokens` is below 0,
+                and nothing is granted until the debt is paid off at the bucket's rate.
+
+        Raises:
+            ValueError: ``tokens`` is not above 0, or is not finite.
+            TypeError: ``tokens`` is not a number.
+
+        """
+        amount = positive("tokens", tokens)
+        now = self._clock()
+        with self._lock:
+            if self._used - (now - self._full_at) * self._rate <= 0.0:
+                self._full_at = now
+                self._used = amount
+            else:
+                self._used += amount
+
     def __repr__(self) -> str:
         return (
             f"<TokenBucket {self.tokens:g} of {self._capacity:g} tokens, "
@@ -295,9 +322,9 @@ class TokenBucket:
         now = self._clock()
         with self._lock:
             full_at = self._full_at
-            if now < full_at:
-                now = full_at
-            short = self._used - (now - full_at) * self._rate
+            short = self._used
+            if now > full_at:  # else the clock was set back, or another thread has read it later
+                short -= (now - full_at) * self._rate
             if short < 0.0:
                 short = 0.0
             head = self._head
@@ -310,7 +337,9 @@ class TokenBucket:
             if tokens <= limit - short:
                 if short == 0.0:
                     self._used = tokens
-                    self._full_at = now
+                    if now > full_at:
+                        self._full_at = now
+                    self._refused = _NOTHING_REFUSED
                 else:
                     self._used += tokens
                 if waiter is not None:
@@ -326,10 +355,13 @@ class TokenBucket:
                             self._ahead -= tokens
                 return 0.0
             used = self._used
-            if used > _REBASE_AFTER * self._capacity:
-                # The rounding error of all that was used goes against the caller, once.
+            if used > _REBASE_AFTER * self._capacity and now > full_at:
                 full_at = self._full_at = now
-                used = self._used = short + used * 2.0**-50
+                # Sums of whole numbers, or of 1024ths, are exact. Else the rounding goes against the
+                # caller: 7e-12 of the rate.
+                if used * 1024.0 % 1.0:
+                    short += used * 2.0**-37
+                used = self._used = short
         return self._delay(now, full_at, used, ahead, tokens)
 
     def _delay(self, now: float, full_at: float, used: float, ahead: float, tokens: float) -> float:
@@ -414,10 +446,8 @@ def _wait_for(turn: threading.Lock, seconds: float) -> None:
     turn.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
 
 
-def _timed_out(tokens: float, timeout: float | None, delay: float) -> RateLimitExceeded:
-    return RateLimitExceeded(
-        f"rate limit exceeded: {tokens:g} tokens in {delay:.3g} s, timeout {timeout:g} s", delay
-    )
+def _timed_out(tokens: float, delay: float) -> RateLimitExceeded:
+    return RateLimitExceeded(f"rate limit exceeded: {tokens:g} tokens only in {delay:.3g} s", delay)
 
 
 def positive(name: str, value: float) -> float:
@@ -448,7 +478,7 @@ def _not_negative(timeout: float) -> float:
         raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
     if not timeout >= 0:
         raise ValueError(f"timeout must be 0 or more seconds, or None, not {timeout!r}")
-    return float(timeout)
+    return float(min(timeout, threading.TIMEOUT_MAX))
 
 
 #: Every bucket of this process, for the fork hook.

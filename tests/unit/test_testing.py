@@ -1,0 +1,87 @@
+"""`ManualClock`, with which users test their own code."""
+
+import math
+import threading
+
+import pytest
+from waiters import Job, eventually, line_up
+
+from rate_limiter import TokenBucket
+from rate_limiter.testing import ManualClock
+
+
+@pytest.fixture
+def clock():
+    """Return a clock that stands still until the test moves it on."""
+    return ManualClock(auto_advance=False)
+
+
+def test_it_stands_still():
+    """It shows what it was given until it is moved, forwards or back."""
+    clock = ManualClock(5.0)
+    assert (clock(), clock()) == (5.0, 5.0)
+    for seconds, shown in (2.5, 7.5), (0, 7.5), (-4.0, 3.5):
+        clock.advance(seconds)
+        assert clock() == clock.now == shown
+    assert repr(clock) == "ManualClock(3.5)"
+    assert ManualClock()() == 0.0
+
+
+def test_the_example():
+    """The example at the head of the module is right."""
+    clock = ManualClock()
+    bucket = TokenBucket(1, 2, clock=clock)
+    assert bucket.allow()
+    assert not bucket.allow()
+    clock.advance(0.5)
+    assert bucket.allow()
+
+
+def test_wait_moves_it_on():
+    """A test with one thread gets through its waits at once, and sees how long they would have been."""
+    clock = ManualClock(100.0)
+    bucket = TokenBucket(2, 4, clock=clock)
+    for _ in range(10):
+        bucket.wait()
+    assert clock() == 102.0
+
+
+def test_turn_that_is_free_costs_no_time():
+    """Who is woken by another does not move the clock."""
+    clock = ManualClock()
+    clock.wait_for(threading.Lock(), 3.0)
+    assert clock() == 0.0
+
+
+def test_advance_wakes_whose_moment_has_come(clock):
+    """Without ``auto_advance`` a wait blocks until the clock has been moved far enough."""
+    buckets = [TokenBucket(5, 1, clock=clock) for _ in range(2)]
+    assert clock.sleepers == 0
+    for bucket in buckets:
+        bucket.allow(5)
+    (short,), (long,) = line_up(buckets[0], 2), line_up(buckets[1], 3)
+    assert clock.sleepers == 2
+    clock.advance(1.5)
+    assert clock.sleepers == 2
+    clock.advance(0.5)
+    short.result()
+    eventually(lambda: clock.sleepers == 1)
+    clock.advance(-1)
+    assert long.is_alive()
+    clock.advance(2)
+    long.result()
+    assert clock.sleepers == 0
+    assert clock() == 3.0
+
+
+def test_waiting_for_a_turn_takes_no_time_to_infinity():
+    """With ``auto_advance``, a wait that has no moment yet does not move the clock to infinity."""
+    clock = ManualClock()
+    turn = threading.Lock()
+    turn.acquire()
+    job = Job(clock.wait_for, turn, math.inf)
+    eventually(lambda: clock.sleepers or not job.is_alive())
+    if turn.locked():
+        turn.release()
+    job.result()
+    assert clock() == 0.0

@@ -1,0 +1,331 @@
+"""What a bucket grants, what it refuses, and what it calls wrong."""
+
+import math
+import time
+from decimal import Decimal
+from fractions import Fraction
+
+import pytest
+from waiters import Job
+
+from rate_limiter import Bucket, TokenBucket
+from rate_limiter.testing import ManualClock
+
+# -- what is granted ------------------------------------------------------------------------------
+
+#: (capacity, tokens_per_second), then rows of (time, tokens before, asked, granted)
+STEPS = {
+    "one after the other": (
+        (1, 2),
+        [
+            (0.0, 1, 1, True),
+            (0.0, 0, 1, False),
+            (0.25, 0.5, 1, False),
+            (0.5, 1, 1, True),
+            (0.5, 0, 1, False),
+        ],
+    ),
+    "the burst, then the rate": (
+        (3, 1),
+        [
+            (0, 3, 1, True),
+            (0, 2, 1, True),
+            (0, 1, 1, True),
+            (0, 0, 1, False),
+            (1, 1, 1, True),
+            (1, 0, 1, False),
+            (3, 2, 2, True),
+        ],
+    ),
+    "all or nothing": (
+        (10, 4),
+        [
+            (0, 10, 8, True),
+            (0, 2, 3, False),
+            (0, 2, 2, True),
+            (0.5, 2, 2.5, False),
+            (0.625, 2.5, 2.5, True),
+        ],
+    ),
+    "never more than the capacity": (
+        (5, 10),
+        [
+            (0, 5, 5, True),
+            (0.5, 5, 2, True),
+            (0.5, 3, 1, True),
+            (1000, 5, 5, True),
+            (1000, 0, 0.001, False),
+        ],
+    ),
+    "fractions": (
+        (1.5, 0.5),
+        [(0, 1.5, 0.25, True), (0, 1.25, 1.25, True), (1, 0.5, 0.75, False), (1.5, 0.75, 0.75, True)],
+    ),
+    "a refusal that holds for one cost holds for no smaller one": (
+        (8, 1),
+        [
+            (0, 8, 8, True),
+            (2, 2, 6, False),
+            (2, 2, 6, False),
+            (2, 2, 2, True),
+            (3, 1, 6, False),
+            (8, 6, 6, True),
+        ],
+    ),
+    "a refusal is not remembered longer than it is right": (
+        (4, 1),
+        [
+            (0, 4, 4, True),
+            (0, 0, 2, False),
+            (1, 1, 2, False),
+            (1.9375, 1.9375, 2, False),
+            (2, 2, 2, True),
+        ],
+    ),
+    "a clock that is set back mints nothing and loses nothing": (
+        (4, 1),
+        [(100, 4, 3, True), (50, 1, 2, False), (50, 1, 1, True), (100, 0, 1, False), (101, 1, 1, True)],
+    ),
+}
+
+
+@pytest.mark.parametrize(("bucket_of", "steps"), STEPS.values(), ids=STEPS)
+def test_steps(new_bucket, ask, bucket_of, steps):
+    """Whichever way it is asked, a bucket has and grants what the table says."""
+    clock = ManualClock()
+    bucket = new_bucket(*bucket_of, clock=clock)
+    for step in steps:
+        clock.now, before, asked, granted = step
+        assert (bucket.tokens, ask(bucket, asked)) == (before, granted), step
+
+
+@pytest.mark.parametrize(
+    ("level", "asked", "delay"),
+    [(0, 1, 0.5), (0, 10, 5.0), (4, 5, 0.5), (4, 4, 0.0), (10, 10, 0.0), (9.5, 10, 0.25)],
+)
+def test_delay(new_bucket, level, asked, delay):
+    """`take_or_delay` says how long the missing tokens take to come back."""
+    bucket = new_bucket(10, 2, clock=ManualClock())
+    if level < 10:
+        assert bucket.allow(10 - level)
+    assert bucket.take_or_delay(asked) == delay
+    assert bucket.tokens == (level if delay else level - asked)
+
+
+def test_more_than_the_capacity(new_bucket):
+    """What can never be granted is refused by `allow`, and is an error for those who would wait for it."""
+    bucket = new_bucket(10, 1, clock=ManualClock())
+    assert bucket.allow(10.001) is bucket.try_consume(11) is False
+    for ask in bucket.wait, bucket.take_or_delay:
+        with pytest.raises(ValueError, match=r"^tokens must be at most the capacity 10, not 10\.001$"):
+            ask(10.001)
+    with pytest.raises(ValueError, match="capacity"):
+        bucket.wait(11, timeout=0)
+    assert bucket.tokens == 10
+
+
+@pytest.mark.parametrize(
+    ("level", "refund", "after"),
+    [(0, 3, 3), (4, 0.5, 4.5), (4, 6, 10), (4, 7, 10), (10, 1, 10), (0, 1e9, 10)],
+)
+def test_refund(new_bucket, level, refund, after):
+    """A refund gives back at once, but never lifts a bucket above its capacity."""
+    bucket = new_bucket(10, 1, clock=ManualClock())
+    if level < 10:
+        assert bucket.allow(10 - level)
+    bucket.refund(refund)
+    assert bucket.tokens == after
+    assert bucket.allow(after)
+    assert not bucket.allow(0.001)
+
+
+def test_charge_goes_into_debt(new_bucket):
+    """A charge takes what is not there too; nothing is granted until the debt is paid off."""
+    clock = ManualClock()
+    bucket = new_bucket(4, 2, clock=clock)
+    bucket.charge(7)
+    assert bucket.tokens == -3
+    assert bucket.take_or_delay() == 2.0
+    clock.advance(1.5)
+    assert not bucket.allow()
+    clock.advance(0.5)
+    assert bucket.allow()
+
+
+def test_charge_after_rest_counts_from_now(new_bucket):
+    """What time brought beyond the capacity before a charge does not pay for it."""
+    clock = ManualClock()
+    bucket = new_bucket(4, 2, clock=clock)
+    clock.advance(100)
+    bucket.charge(5)
+    assert bucket.tokens == -1
+
+
+def test_delay_stays_finite(new_bucket):
+    """A delay beyond what a float can hold is the largest that it can."""
+    bucket = new_bucket(1e300, 1e-300)
+    bucket.allow(1e300)
+    assert 0 < bucket.take_or_delay(1e300) < math.inf
+
+
+def test_refund_ends_a_refusal(new_bucket):
+    """A refusal that was remembered is forgotten when tokens come back."""
+    bucket = new_bucket(10, 1, clock=ManualClock())
+    assert [bucket.allow(10), bucket.allow(2), bucket.allow(2)] == [True, False, False]
+    bucket.refund(2)
+    assert bucket.allow(2)
+
+
+@pytest.mark.parametrize("one", [1, 1.0, True, Fraction(1)], ids=repr)
+def test_kinds_of_numbers(new_bucket, ask, one):
+    """Every real number is a cost; ``True`` counts as 1."""
+    bucket = new_bucket(2 * one, one, clock=ManualClock())
+    assert [ask(bucket, one) for _ in range(3)] == [True, True, False]
+    bucket.refund(one)
+    assert bucket.tokens == 1
+
+
+def test_default_cost(new_bucket):
+    """Without an argument, every method takes 1."""
+    bucket = new_bucket(4, 1, clock=ManualClock())
+    assert bucket.allow() is bucket.try_consume() is True
+    assert bucket.take_or_delay() == 0.0
+    assert bucket.wait() is None
+    assert bucket.tokens == 0
+
+
+def test_contract(new_bucket):
+    """A bucket is a `Bucket`, and says how it was made."""
+    bucket = new_bucket(10, 2.5, clock=ManualClock())
+    assert isinstance(bucket, Bucket)
+    assert (bucket.capacity, bucket.tokens_per_second) == (10, 2.5)
+    with pytest.raises(AttributeError):
+        bucket.capacity = 11
+    assert bucket.allow(7.5)
+    for fact in "2.5 of 10 tokens", "2.5 tokens_per_second":
+        assert fact in repr(bucket)
+
+
+def test_it_is_time_that_passes():
+    """Without a clock of one's own a bucket runs on real time, and a wait really lasts."""
+    bucket = TokenBucket(1, 500)
+    began = time.monotonic()
+    for _ in range(11):
+        bucket.wait()
+    assert time.monotonic() - began >= 10 / 500
+
+
+# -- many threads ---------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("restless_threads")
+@pytest.mark.parametrize("costs", [(1, 1), (2, 1), (0.5, 0.25)], ids=str)
+def test_threads_share_one_burst(new_bucket, costs):
+    """Eight threads that snatch at a bucket get exactly what is in it."""
+    bucket = new_bucket(3000, 1, clock=ManualClock())
+
+    def snatch():
+        return sum(cost for cost in costs * 1500 for _ in range(2) if bucket.allow(cost))
+
+    assert sum(job.result() for job in [Job(snatch) for _ in range(8)]) == 3000
+    assert bucket.tokens == 0
+
+
+@pytest.mark.usefixtures("restless_threads")
+def test_threads_that_wait_and_threads_that_ask(new_bucket):
+    """Waiting and asking threads together get no more than the burst and what time brought."""
+    began = time.monotonic()
+    bucket = new_bucket(5, 4000)
+
+    def wait():
+        for _ in range(100):
+            bucket.wait(2)
+        return 200
+
+    def snatch():
+        return sum(bucket.allow() + (bucket.take_or_delay() == 0) for _ in range(2000))
+
+    granted = sum(job.result() for job in [Job(function) for function in [wait] * 4 + [snatch] * 4])
+    assert 800 <= granted <= 5 + 4000 * (time.monotonic() - began)
+
+
+# -- what is wrong --------------------------------------------------------------------------------
+
+NOT_POSITIVE = [0, -1, 0.0, -0.0, -0.5, -math.inf, False, Fraction(-1, 3)]
+NOT_FINITE = [math.nan, math.inf, 10**400]
+NOT_A_NUMBER = ["1", None, [1], Decimal(1), Decimal("nan"), 1j]
+
+METHODS = ["allow", "try_consume", "wait", "take_or_delay", "refund", "charge"]
+
+
+def complaint(call, value):
+    """Return the kind and the text of what is raised."""
+    with pytest.raises((ValueError, TypeError)) as error:
+        call(value)
+    return error.type, str(error.value)
+
+
+def expect_complaints(name, call):
+    """Assert what is raised about every wrong value of an argument."""
+    for value in NOT_POSITIVE:
+        assert complaint(call, value) == (ValueError, f"{name} must be positive")
+    for value in NOT_FINITE:
+        kind, text = complaint(call, value)
+        assert kind is ValueError
+        assert text == f"{name} must be a finite number, not {value!r}"
+    for value in NOT_A_NUMBER:
+        kind, text = complaint(call, value)
+        assert kind is TypeError
+        assert text == f"{name} must be a number (int or float), not {value!r}"
+
+
+@pytest.mark.parametrize("name", ["capacity", "tokens_per_second"])
+def test_wrong_arguments_of_the_constructor(new_bucket, name):
+    """What is not a positive, finite number is refused by name, with the documented words."""
+    good = {"capacity": 1, "tokens_per_second": 1}
+    expect_complaints(name, lambda value: new_bucket(**good | {name: value}))
+
+
+@pytest.mark.parametrize("clock", [None, 0.0, "time"])
+def test_a_clock_that_cannot_be_called(clock):
+    """A clock is a callable."""
+    with pytest.raises(TypeError, match="^clock must be a callable"):
+        TokenBucket(1, 1, clock=clock)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("level", [10, 4, 0])
+@pytest.mark.parametrize("refused_before", [False, True], ids=["", "refused_before"])
+def test_wrong_costs(new_bucket, method, level, refused_before):
+    """A wrong cost is refused with the documented words, in every state, and changes no state."""
+    clock = ManualClock()
+    bucket = new_bucket(10, 1, clock=clock)
+    if level < 10:
+        assert bucket.allow(10 - level)
+    if refused_before:
+        assert not bucket.allow(level + 1)
+    expect_complaints("tokens", getattr(bucket, method))
+    assert bucket.tokens == level
+    clock.advance(1)
+    assert bucket.allow(min(10, level + 1))
+    assert bucket.tokens == 0
+
+
+@pytest.mark.parametrize("timeout", [-1, -0.001, math.nan, -math.inf])
+def test_a_timeout_that_is_no_span(new_bucket, timeout):
+    """A timeout below 0 is an error, and nothing is taken."""
+    bucket = new_bucket(1, 1, clock=ManualClock())
+    with pytest.raises(
+        ValueError, match=rf"^timeout must be 0 or more seconds, or None, not {timeout}$"
+    ):
+        bucket.wait(timeout=timeout)
+    assert bucket.tokens == 1
+
+
+@pytest.mark.parametrize("timeout", ["1", [1], Decimal(1)])
+def test_a_timeout_that_is_no_number(new_bucket, timeout):
+    """A timeout is a number, or None."""
+    bucket = new_bucket(1, 1, clock=ManualClock())
+    with pytest.raises(TypeError, match=r"^timeout must be a number of seconds or None, not "):
+        bucket.wait(timeout=timeout)
+    assert bucket.tokens == 1
