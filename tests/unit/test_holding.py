@@ -4,10 +4,15 @@ import pytest
 
 from rate_limiter import TokenBucket
 from rate_limiter.holding import Holding
+from rate_limiter.limit import Limit
 from rate_limiter.testing import ManualClock
 
 
-def raise_error(job, error):
+def demand(bucket, tokens, when_limited="wait"):
+    return bucket, tokens, Limit(bucket, tokens=tokens, when_limited=when_limited)
+
+
+def raise_error(job, *error):
     raise AssertionError(f"{job} failed: {error}")
 
 
@@ -18,7 +23,7 @@ def clock():
 
 @pytest.fixture
 def holding():
-    return Holding(fail=raise_error)
+    return Holding(fail=raise_error, refuse=raise_error)
 
 
 def released(holding, clock, until):
@@ -33,7 +38,7 @@ def released(holding, clock, until):
 def test_goes_at_once_while_there_are_tokens(holding, clock):
     """A job whose tokens are there is not held."""
     bucket = TokenBucket(2, 1, clock=clock)
-    assert [holding.offer(job, [(bucket, 1)], clock()) for job in "abc"] == [True, True, False]
+    assert [holding.offer(job, [demand(bucket, 1)], clock()) for job in "abc"] == [True, True, False]
     assert len(holding) == 1
 
 
@@ -41,7 +46,7 @@ def test_releases_each_job_at_its_moment_in_order(holding, clock):
     """Held jobs go one by one at the bucket's rate, first come, first served."""
     bucket = TokenBucket(1, 2, clock=clock)
     for job in "abcd":
-        holding.offer(job, [(bucket, 1)], clock())
+        holding.offer(job, [demand(bucket, 1)], clock())
     assert released(holding, clock, 9) == [(0.5, ["b"]), (1.0, ["c"]), (1.5, ["d"])]
     assert holding.next_due is None
     assert len(holding) == 0
@@ -51,7 +56,7 @@ def test_releases_all_that_is_due_in_one_go(holding, clock):
     """A late release lets everything go whose tokens have come meanwhile."""
     bucket = TokenBucket(3, 1, clock=clock)
     for job in range(9):
-        holding.offer(job, [(bucket, 1)], clock())
+        holding.offer(job, [demand(bucket, 1)], clock())
     clock.advance(2.5)
     assert holding.release(clock()) == [3, 4]
     assert holding.next_due == pytest.approx(3.0)
@@ -61,9 +66,9 @@ def test_heavy_job_is_not_overtaken(holding, clock):
     """A light job behind a heavy one of the same bucket waits, though its own tokens are there."""
     bucket = TokenBucket(10, 1, clock=clock)
     bucket.allow(10)
-    holding.offer("heavy", [(bucket, 10)], clock())
+    holding.offer("heavy", [demand(bucket, 10)], clock())
     clock.advance(5)
-    assert not holding.offer("light", [(bucket, 1)], clock())
+    assert not holding.offer("light", [demand(bucket, 1)], clock())
     assert released(holding, clock, 99) == [(10.0, ["heavy"]), (11.0, ["light"])]
 
 
@@ -71,8 +76,8 @@ def test_buckets_do_not_wait_for_each_other(holding, clock):
     """The queue of one bucket stands in nobody's way at another."""
     slow, fast = TokenBucket(1, 0.1, clock=clock), TokenBucket(1, 10, clock=clock)
     for job in range(3):
-        holding.offer(("slow", job), [(slow, 1)], clock())
-        holding.offer(("fast", job), [(fast, 1)], clock())
+        holding.offer(("slow", job), [demand(slow, 1)], clock())
+        holding.offer(("fast", job), [demand(fast, 1)], clock())
     jobs = [job for _, jobs in released(holding, clock, 99) for job in jobs]
     assert jobs == [("fast", 1), ("fast", 2), ("slow", 1), ("slow", 2)]
 
@@ -81,7 +86,7 @@ def test_two_buckets_are_taken_from_together_or_not_at_all(holding, clock):
     """A job that one bucket refuses takes nothing from the other, and goes when both grant it."""
     per_second, per_day = TokenBucket(1, 1, clock=clock), TokenBucket(2, 0.01, clock=clock)
     for job in "abc":
-        holding.offer(job, [(per_second, 1), (per_day, 1)], clock())
+        holding.offer(job, [demand(per_second, 1), demand(per_day, 1)], clock())
     assert released(holding, clock, 50) == [(1.0, ["b"]), (2.0, [])]  # then the day has no more
     assert per_second.tokens == 1
     assert released(holding, clock, 200) == [(100.0, ["c"])]
@@ -91,16 +96,16 @@ def test_job_that_waits_elsewhere_does_not_block_this_bucket(holding, clock):
     """Who waits for another bucket lets later jobs of this one pass, and keeps its place by arrival."""
     shared, tenant = TokenBucket(1, 1, clock=clock), TokenBucket(1, 0.1, clock=clock)
     tenant.allow()
-    holding.offer("tenant's", [(shared, 1), (tenant, 1)], clock())
-    assert holding.offer("other's", [(shared, 1)], clock())
+    holding.offer("tenant's", [demand(shared, 1), demand(tenant, 1)], clock())
+    assert holding.offer("other's", [demand(shared, 1)], clock())
 
 
 def test_revoked_job_is_skipped_free_of_charge(clock):
     """A job that is gone when its turn comes costs nothing, and the next one takes its moment."""
-    holding = Holding(skip=lambda job: job == "revoked", fail=raise_error)
+    holding = Holding(skip=lambda job: job == "revoked", fail=raise_error, refuse=raise_error)
     bucket = TokenBucket(1, 1, clock=clock)
     for job in ["first", "revoked", "next"]:
-        holding.offer(job, [(bucket, 1)], clock())
+        holding.offer(job, [demand(bucket, 1)], clock())
     assert released(holding, clock, 9) == [(1.0, ["next"])]
 
 
@@ -116,24 +121,51 @@ def test_error_of_a_bucket_ends_that_job_alone(clock):
             return super().take_or_delay(tokens)
 
     failed = []
-    holding = Holding(fail=lambda job, error: failed.append((job, str(error))))
+    holding = Holding(fail=lambda job, error: failed.append((job, str(error))), refuse=raise_error)
     bucket = Poisoned(2, 1, clock=clock)
     bucket.allow(2)
-    holding.offer("bad", [(bucket, 2)], clock())
-    holding.offer("good", [(bucket, 1)], clock())
+    holding.offer("bad", [demand(bucket, 2)], clock())
+    holding.offer("good", [demand(bucket, 1)], clock())
     assert released(holding, clock, 9) == [(2.0, ["good"])]
     assert failed == [("bad", "no")]
+
+
+def test_limit_that_does_not_wait_refuses(clock):
+    """A job refused by a limit that is not "wait" is handed back with the delay, and not held."""
+    refused = []
+    holding = Holding(
+        fail=raise_error, refuse=lambda job, asked, delay: not refused.append((job, delay))
+    )
+    bucket = TokenBucket(1, 2, clock=clock)
+    dropped = demand(bucket, 1, "drop")
+    assert holding.offer("a", [dropped], clock())
+    assert not holding.offer("b", [dropped], clock())
+    assert (refused, len(holding)) == ([("b", 0.5)], 0)
+    assert not holding.offer("waits", [demand(bucket, 1)], clock())
+    assert not holding.offer("c", [dropped], clock())  # behind those who came before
+    assert refused[1:] == [("c", 0.5)]
+
+
+def test_counts_what_each_limit_holds(holding, clock):
+    """held_by says how many jobs each limit makes wait, and forgets limits that hold none."""
+    bucket, other = TokenBucket(1, 1, clock=clock), TokenBucket(1, 1, clock=clock)
+    first, second = demand(bucket, 1), demand(other, 1)
+    for job in range(3):
+        holding.offer(job, [first, second], clock())
+    assert holding.held_by == {first[2]: 2}
+    released(holding, clock, 9)
+    assert holding.held_by == {}
 
 
 def test_clear_forgets_everything(holding, clock):
     """After clear() nothing is held or due, and new jobs are served as if nothing had been."""
     bucket = TokenBucket(1, 1, clock=clock)
     for job in "abc":
-        holding.offer(job, [(bucket, 1)], clock())
+        holding.offer(job, [demand(bucket, 1)], clock())
     assert sorted(holding.clear()) == ["b", "c"]
     assert (len(holding), holding.next_due) == (0, None)
     clock.advance(1)
-    assert holding.offer("d", [(bucket, 1)], clock())
+    assert holding.offer("d", [demand(bucket, 1)], clock())
 
 
 def test_many_held_jobs_cost_one_look_each(clock):
@@ -148,9 +180,9 @@ def test_many_held_jobs_cost_one_look_each(clock):
             asked += 1
             return super().take_or_delay(tokens)
 
-    holding = Holding(fail=raise_error)
+    holding = Holding(fail=raise_error, refuse=raise_error)
     bucket = Counting(1, 100, clock=clock)
     for job in range(1000):
-        holding.offer(job, [(bucket, 1)], clock())
+        holding.offer(job, [demand(bucket, 1)], clock())
     assert sum(len(jobs) for _, jobs in released(holding, clock, 99)) == 999
     assert asked <= 2 * 1000

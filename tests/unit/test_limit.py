@@ -31,14 +31,14 @@ def test_bad_declaration_says_what_is_wrong(arguments, error, message):
         Limit(**{"bucket": bucket, **arguments})
 
 
-def test_price_is_what_the_callables_say():
+def test_demand_is_what_the_callables_say():
     """Bucket and tokens may be callables; both are given exactly the arguments that were sent."""
     small, large = TokenBucket(1, 1), TokenBucket(100, 1)
     limit = Limit(
         lambda name, size: large if size > 1 else small, tokens=lambda name, size: size, name="uploads"
     )
-    assert limit.price("upload", ("a.mp4",), {"size": 1}) == (small, 1)
-    assert limit.price("upload", ("a.mp4", 50), {}) == (large, 50)
+    assert limit.demand("upload", ("a.mp4",), {"size": 1}) == (small, 1, limit)
+    assert limit.demand("upload", ("a.mp4", 50), {}) == (large, 50, limit)
 
 
 @pytest.mark.parametrize("value", [0, -3, math.nan, math.inf, "2", None, 11])
@@ -46,20 +46,37 @@ def test_impossible_cost_names_task_limit_and_value(value):
     """A cost that can never be paid is an error that names the task, the limit and the value."""
     limit = Limit(bucket, tokens=lambda: value, name="uploads")
     with pytest.raises(ValueError, match=r"task jobs\.upload, limit uploads: tokens is") as raised:
-        limit.price("jobs.upload", (), {})
+        limit.demand("jobs.upload", (), {})
     assert repr(value) in str(raised.value)
 
 
 def test_error_of_a_callable_is_named_and_kept():
     """What a callable raises becomes a ValueError that names the task and says what it was."""
     limit = Limit(bucket, tokens=lambda size: size["MB"])
-    with pytest.raises(ValueError, match="task upload, limit upload: tokens=… raised KeyError") as raised:
-        limit.price("upload", ({},), {})
+    with pytest.raises(
+        ValueError, match="task upload, limit upload: tokens=… raised KeyError"
+    ) as raised:
+        limit.demand("upload", ({},), {})
     assert isinstance(raised.value.__cause__, KeyError)
+
+
+def test_callable_that_asks_for_headers_gets_them():
+    """A keyword-only parameter `headers` gives a callable what the producer sent beside the arguments."""
+    limit = Limit(bucket, tokens=lambda size, *, headers: size * headers.get("factor", 1))
+    assert limit.asks_headers
+    assert limit.demand("upload", (2,), {}, {"factor": 3})[1] == 6
+    assert limit.demand("upload", (2,), {})[1] == 2
+
+
+def test_turns_follow_each_other(monkeypatch):
+    """Those sent away get a moment each, at the bucket's rate, and do not come back all at once."""
+    monkeypatch.setattr("rate_limiter.limit.monotonic", lambda: 100.0)
+    limit = Limit(TokenBucket(1, 2), when_limited="retry")
+    assert [limit.turn(limit.bucket, 1, 0.5) for _ in range(3)] == [0.5, 1.0, 1.5]
 
 
 def test_callable_that_returns_no_bucket_is_named():
     """A bucket callable that returns something else fails the job with that value."""
     limit = Limit(lambda: "gold")
     with pytest.raises(ValueError, match="bucket is 'gold', expected a bucket"):
-        limit.price("upload", (), {})
+        limit.demand("upload", (), {})

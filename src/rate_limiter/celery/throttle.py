@@ -7,35 +7,38 @@ consumer instead, before it takes a pool slot. The decorator then only collects 
 import contextlib
 import functools
 import inspect
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Final, ParamSpec, TypeVar, cast
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from celery import Celery, Task, bootsteps, signals
 from celery._state import get_current_task
 from celery.concurrency.prefork import TaskPool as PreforkPool
-from celery.exceptions import Ignore, ImproperlyConfigured, TaskRevokedError
+from celery.exceptions import ImproperlyConfigured
 from celery.local import Proxy
 
 from ..bucket import Bucket
 from ..exceptions import RateLimitExceeded
-from ..limit import Limit
+from ..limit import Demand, Limit
 from ..token_bucket import TokenBucket
 from . import receipt
+from .outcome import refuse_in_task
+from .settings import enabled
 
 __all__ = ["limits_of", "throttle"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-logger = logging.getLogger("rate_limiter")
-
 #: The attribute of a decorated function that holds its limits.
 _LIMITS: Final = "__rate_limits__"
 
-#: Where a running job's request keeps the limits that it has paid for and not yet passed.
-_PASSES: Final = "_rate_limiter_passes"
+#: How many seconds a job that was sent back may wait for the rest, when it comes again.
+_TURN_WAIT: Final = 0.5
+
+#: Which limits the execution with this request has paid for and not yet passed. Not kept in the
+#: request: an inline call copies that, and retry() sends on what it finds there.
+_passes: WeakKeyDictionary[Any, set[Limit]] = WeakKeyDictionary()
 
 #: The apps that have a gate.
 gated_apps: WeakSet[Celery] = WeakSet()
@@ -65,6 +68,8 @@ def throttle(
 
             - ``"wait"``: the job waits. In the decorator it occupies its pool slot meanwhile, and its
               time limits count the wait; at the gate neither.
+            - ``"retry"``: it goes back to the broker and comes again when its turn is due, which does
+              not count as a retry. Called inline or eagerly it gets `RateLimitExceeded` instead.
             - ``"raise"``: `RateLimitExceeded` with ``retry_after`` (seconds) is the task's result.
             - ``"drop"``: it ends as a revoked job does; ``.get()`` raises ``TaskRevokedError``.
             - a callable: called with the job's arguments instead of the task.
@@ -132,79 +137,66 @@ def _run(
     """Pay, then call the function, or do what the policy wants instead."""
     sent = args[1:] if args and isinstance(args[0], Task) else args
     task: Task | None = get_current_task()
-    if task is None or limit not in limits_of(task):
-        task = None  # called by something else than its own task
-    elif not task.app.conf.get("rate_limiter_enabled", True):
+    due: list[Limit] = [limit]
+    name, request, job = function.__qualname__, None, None
+    if task is not None and limit in limits_of(task):  # else something other than its task calls it
+        if not enabled(task.app):
+            return function(*args, **kwargs)
+        # A job pays for all limits of its task as it enters the first, and passes each of them once:
+        # a nested task.run(), which finds the request of the job that calls it, pays for itself.
+        request = task.request
+        name = task.name
+        passes = _passes.get(request)
+        if passes is None:
+            _passes[request] = passes = set(limits_of(task))
+            paid = receipt.consume(request)
+            due = [each for each in limits_of(task) if not (paid and held_at_gate(each))]
+            inline = request.called_directly or len(task.request_stack) > 1
+            job = None if inline else task
+        elif limit in passes:
+            due = []
+        passes.discard(limit)
+    refused = _pay(due, name, sent, kwargs, request)
+    if refused is None:
         return function(*args, **kwargs)
-    if task is None:
-        refused = _pay((limit,), function.__qualname__, sent, kwargs)
-        return _refuse(*refused, None, sent, kwargs) if refused else function(*args, **kwargs)
-
-    # A job pays for all limits of its task as it enters the first, and passes each of them once: a
-    # nested task.run(), which finds the request of the job that calls it, pays for itself.
-    request = task.request
-    passes: set[Limit] | None = request.__dict__.get(_PASSES)
-    refused = None
-    if passes is None:
-        request.__dict__[_PASSES] = passes = set()
-        paid = receipt.consume(request)
-        due = [limit for limit in limits_of(task) if not (paid and held_at_gate(limit))]
-        refused = _pay(due, task.name, sent, kwargs)
-        passes.update(limits_of(task))
-        job = None if request.called_directly else task
-    elif limit not in passes:
-        refused = _pay((limit,), task.name, sent, kwargs)
-        job = None
-    if refused:
-        return _refuse(*refused, job, sent, kwargs)
-    passes.discard(limit)
-    return function(*args, **kwargs)
+    demand, delay = refused
+    if callable(demand[2].when_limited):
+        return demand[2].when_limited(*sent, **kwargs)
+    return refuse_in_task(demand, delay, demand[2].name or name, job)
 
 
 def _pay(
-    limits: Iterable[Limit], name: str, sent: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Limit, str, float] | None:
-    """Take the tokens of all limits, or of none and return the limit that refused, and the delay."""
+    limits: Iterable[Limit],
+    name: str,
+    sent: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    request: Any,
+) -> tuple[Demand, float] | None:
+    """Take the tokens of all limits; or of none, and return what was refused, and the delay."""
+    headers, eta = (request.headers, request.eta) if request is not None else (None, None)
     with contextlib.ExitStack() as paid:
         for limit in limits:
-            bucket, tokens = limit.price(name, sent, kwargs)
+            bucket, tokens, _ = demand = limit.demand(name, sent, kwargs, headers)
             if limit.when_limited == "wait":
                 bucket.wait(tokens, timeout=limit.timeout)
-            elif delay := bucket.take_or_delay(tokens):
-                return limit, limit.name or name, delay
+            elif delay := _take_or_delay(demand, eta):
+                return demand, delay
             paid.callback(bucket.refund, tokens)
         paid.pop_all()
     return None
 
 
-def _refuse(
-    limit: Limit,
-    name: str,
-    delay: float,
-    job: Task | None,
-    sent: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """Do what the policy wants. ``job``: the task, where the job as a whole is refused."""
-    if callable(limit.when_limited):
-        return limit.when_limited(*sent, **kwargs)
-    reason = f"rate limit exceeded: {name}"
-    if limit.when_limited == "raise":
-        raise RateLimitExceeded(reason, delay)
-    if job is None or job.request.is_eager:
-        raise TaskRevokedError(reason)
-    request = job.request
-    logger.info("Dropped %s[%s]: %s", job.name, request.id, reason)
-    # What celery.worker.request.Request._announce_revoked does in the main process. Ignore alone
-    # would store no result: get() and a chord would wait for ever.
-    job.backend.mark_as_revoked(
-        request.id,
-        reason,
-        request=request,
-        store_result=not request.ignore_result or job.store_errors_even_if_ignored,
-    )
-    signals.task_revoked.send(sender=job, request=request, terminated=False, signum=None, expired=False)
-    raise Ignore
+def _take_or_delay(demand: Demand, eta: Any) -> float:
+    bucket, tokens, limit = demand
+    delay = bucket.take_or_delay(tokens)
+    if delay and eta and limit.when_limited == "retry":
+        # It comes when its turn is due: what little is missing it waits for.
+        try:
+            bucket.wait(tokens, timeout=_TURN_WAIT)
+        except RateLimitExceeded:
+            return delay
+        return 0.0
+    return delay
 
 
 # -- the check at worker start --------------------------------------------------------------------
@@ -222,11 +214,7 @@ class _OneBucketPerChild(bootsteps.Step):
         """Look at every throttled task, before the pool forks."""
         app = worker.app
         children = max(worker.concurrency, worker.max_concurrency or 0)
-        if (
-            children == 1
-            or not issubclass(worker.pool_cls, PreforkPool)
-            or not app.conf.get("rate_limiter_enabled", True)
-        ):
+        if children == 1 or not issubclass(worker.pool_cls, PreforkPool) or not enabled(app):
             return
         for task in app.tasks.values():
             for limit in limits_of(task):
@@ -249,4 +237,4 @@ class _OneBucketPerChild(bootsteps.Step):
 
 def held_at_gate(limit: Limit) -> bool:
     """Whether a gate enforces the limit, rather than the decorator."""
-    return limit.when_limited == "wait" and limit.timeout is None
+    return not callable(limit.when_limited) and limit.timeout is None

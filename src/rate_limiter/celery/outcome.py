@@ -1,0 +1,114 @@
+"""What becomes of a job that a limit refuses: at the gate, and in the task itself.
+
+At the gate there is a ``celery.worker.request.Request`` in the worker's main process, and Celery's own
+code for it ends the job. In the task there is a ``celery.Task`` in the pool, where a job that is not to
+run ends with ``Ignore``. That alone stores no result, and ``get()`` and a chord would wait for ever.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from billiard.einfo import ExceptionInfo
+from celery import Task, signals
+from celery.exceptions import Ignore, TaskRevokedError
+from celery.worker import state
+
+from ..exceptions import RateLimitExceeded
+from ..limit import Demand
+
+__all__ = ["fail", "refuse_at_gate", "refuse_in_task"]
+
+logger = logging.getLogger("rate_limiter")
+
+
+def refuse_at_gate(request: Any, demand: Demand, delay: float) -> None:
+    """End a job, or send it back, as the limit's ``when_limited`` wants."""
+    bucket, tokens, limit = demand
+    reason = f"rate limit exceeded: {limit.name or request.type}"
+    if limit.when_limited == "raise":
+        logger.info("Refused %s[%s]: %s", request.name, request.id, reason)
+        fail(request, RateLimitExceeded(reason, delay))
+    elif limit.when_limited == "drop":
+        logger.info("Dropped %s[%s]: %s", request.name, request.id, reason)
+        _or_log(request, lambda: request._announce_revoked(reason, False, None, False))
+    else:
+        _or_log(request, lambda: _send_back(request, limit.turn(bucket, tokens, delay)))
+
+
+def fail(request: Any, error: Exception) -> None:
+    """End a job at the gate with an error as its result."""
+    try:
+        raise error
+    except Exception:  # noqa: BLE001 - caught at once, for its traceback
+        einfo = ExceptionInfo(internal=True)
+
+    def end() -> None:
+        request.on_failure(einfo)
+        request.acknowledge()
+
+    _or_log(request, end)
+
+
+def refuse_in_task(demand: Demand, delay: float, name: str, job: Task | None) -> NoReturn:
+    """End a job, or send it back, from within its task.
+
+    Args:
+        demand: What it was refused.
+        delay: When the bucket will have as much, in seconds.
+        name: What to call the limit.
+        job: The task; ``None`` for a nested call, which ends with an exception for its caller.
+
+    """
+    bucket, tokens, limit = demand
+    reason = f"rate limit exceeded: {name}"
+    if limit.when_limited == "raise":
+        raise RateLimitExceeded(reason, delay)
+    if limit.when_limited == "drop":
+        if job is None or job.request.is_eager:
+            raise TaskRevokedError(reason)
+        _drop(job, reason)
+    else:
+        if job is None or job.request.is_eager:
+            raise RateLimitExceeded(reason, delay)
+        _publish_again(job, job.request, limit.turn(bucket, tokens, delay))
+    raise Ignore
+
+
+def _send_back(request: Any, countdown: float) -> None:
+    """Send the same job again, for later, then acknowledge it: in between it is there twice."""
+    # Context keeps keys it does not know as headers, and sends those on; hostname is one it knows.
+    context = request._context
+    context.args, context.kwargs = request.args, request.kwargs
+    _publish_again(request.task, context, countdown)
+    state.task_ready(request)
+    request.acknowledge()
+
+
+def _publish_again(task: Task, context: Any, countdown: float) -> None:
+    # As Task.retry does, but the attempt does not count: `retries` stays what it is.
+    signature = task.signature_from_request(context, countdown=countdown, retries=context.retries)
+    signature.apply_async()
+    logger.info("Sent back %s[%s] for %.3g s", task.name, context.id, countdown)
+
+
+def _drop(job: Task, reason: str) -> None:
+    """Do what Request._announce_revoked does in the main process."""
+    request = job.request
+    logger.info("Dropped %s[%s]: %s", job.name, request.id, reason)
+    job.backend.mark_as_revoked(
+        request.id,
+        reason,
+        request=request,
+        store_result=not request.ignore_result or job.store_errors_even_if_ignored,
+    )
+    signals.task_revoked.send(sender=job, request=request, terminated=False, signum=None, expired=False)
+
+
+def _or_log(request: Any, end: Callable[[], None]) -> None:
+    # The broker or the result backend may be down. The job then stays unacknowledged, so the broker
+    # has it still; the gate goes on with the others.
+    try:
+        end()
+    except Exception:
+        logger.exception("Could not end %s[%s]", request.name, request.id)
