@@ -1,0 +1,104 @@
+"""Servers for the whole session, and a fresh place on them for each test."""
+
+import itertools
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from harness import Lab, workers
+from pytest_rabbitmq.factories import rabbitmq_proc
+from pytest_redis.factories import redis_proc
+
+DATABASES = 256
+
+_database = itertools.count()
+
+
+def _find(command):
+    # Debian's commands in the PATH are wrappers that change the user.
+    debian = Path("/usr/lib/rabbitmq/bin", command)
+    return str(debian) if debian.exists() else shutil.which(command)
+
+
+REDIS, RABBITMQ, RABBITMQCTL = map(_find, ("redis-server", "rabbitmq-server", "rabbitmqctl"))
+
+redis_server = redis_proc(executable=REDIS, port=None, db_count=DATABASES)
+rabbitmq_server = rabbitmq_proc(server=RABBITMQ, ctl=RABBITMQCTL, port=None, distribution_port=None)
+
+
+def _server(request, name, *commands):
+    if not all(commands):
+        reason = f"{name} is not installed"
+        if os.environ.get("REQUIRE_SERVICES") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return request.getfixturevalue(name)
+
+
+@pytest.fixture(scope="session")
+def redis_url(request):
+    """Return what makes the URL of a database that nobody has used."""
+    server = _server(request, "redis_server", REDIS)
+    return lambda: f"redis://{server.host}:{server.port}/{next(_database) % DATABASES}"
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(request):
+    """Return the RabbitMQ server."""
+    return _server(request, "rabbitmq_server", RABBITMQ, RABBITMQCTL)
+
+
+@pytest.fixture
+def redis_lab(redis_url, tmp_path):
+    """Yield a lab on Redis, with results."""
+    url = redis_url()
+    lab = Lab(tmp_path, url, url)
+    yield lab
+    lab.close()
+
+
+@pytest.fixture
+def rabbitmq_lab(rabbitmq, tmp_path):
+    """Yield a lab on RabbitMQ, without results."""
+    lab = Lab(tmp_path, f"amqp://guest:guest@{rabbitmq.host}:{rabbitmq.port}//")
+    yield lab
+    lab.close()
+
+
+@pytest.fixture(params=["redis", "rabbitmq"])
+def lab(request):
+    """Return a lab on each broker."""
+    return request.getfixturevalue(f"{request.param}_lab")
+
+
+@pytest.fixture
+def filesystem_lab(tmp_path):
+    """Yield a lab without servers. Its workers have no event loop."""
+    for name in ("jobs", "control"):
+        (tmp_path / name).mkdir()
+    options = {
+        "data_folder_in": str(tmp_path / "jobs"),
+        "data_folder_out": str(tmp_path / "jobs"),
+        "control_folder": str(tmp_path / "control"),
+        "polling_interval": 0.02,
+    }
+    lab = Lab(tmp_path, "filesystem://", broker_transport_options=options)
+    yield lab
+    lab.close()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Forget the workers of the tests before."""
+    workers[:] = [worker for worker in workers if worker.running]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Show what the workers printed, where a test fails."""
+    report = yield
+    if report.failed:
+        for worker in workers:
+            report.sections.append((f"output of {worker.node}", worker.output[-6000:]))
+    return report

@@ -1,0 +1,116 @@
+"""How the tests of the gate's features start a worker, and what they ask of it."""
+
+import json
+from collections import Counter
+from typing import Any
+
+import redis
+from harness import Lab, Worker, wait_for
+from kombu import Exchange, Queue
+
+#: A name, an exchange, its type, the routing key that binds it, and whether it is a quorum queue.
+QueueSpec = tuple[str, str, str, str, bool]
+
+#: Held jobs that were not renewed, or those of a killed worker, come back soon.
+SHORT_LEASE = {"visibility_timeout": 3, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
+
+
+def start(
+    lab: Lab,
+    *arguments: str,
+    pool: str = "threads",
+    concurrency: int = 2,
+    gate: bool = True,
+    limits: tuple[dict[str, Any], ...] = (),
+    queues: tuple[QueueSpec, ...] = (),
+    environment: dict[str, str] | None = None,
+    **settings: Any,
+) -> Worker:
+    """Start ``limits_app``; enter it to wait until it is ready.
+
+    Each of ``limits`` has what ``Gate.limit`` takes; ``bucket`` is name, capacity and rate.
+    """
+    config = {
+        "settings": lab.settings | settings,
+        "log": str(lab.run_log),
+        "gate": gate,
+        "pool": pool,
+        "limits": limits,
+        "queues": queues,
+    }
+    return Worker(
+        "tests.integration.limits_app",
+        ("-P", pool, "-c", str(concurrency), *arguments),
+        lab.folder,
+        LAB=json.dumps(config),
+        **(environment or {}),
+    )
+
+
+def limit(name: str = "job", capacity: float = 1, rate: float = 20, **options: Any) -> dict[str, Any]:
+    """Return a limit for `start`, of the task or the queue that it is named for."""
+    selector = {} if "queue" in options else {"tasks": [name]}
+    return {**selector, "bucket": [name, capacity, rate], **options}
+
+
+def declare(lab: Lab, *queues: QueueSpec) -> None:
+    """Make queues before there is a worker."""
+    with lab.app.connection_for_write() as connection:
+        for name, exchange, kind, key, quorum in queues:
+            arguments = {"x-queue-type": "quorum"} if quorum else {}
+            entity = Queue(name, Exchange(exchange, kind), routing_key=key, queue_arguments=arguments)
+            entity(connection.default_channel).declare()
+
+
+def waiting(lab: Lab, queue: str | None = None) -> int:
+    """Return how many jobs of a queue the broker has not given out."""
+    queue = queue or lab.settings["task_default_queue"]
+    if (url := lab.settings["broker_url"]).startswith("redis"):
+        with redis.Redis.from_url(url) as client:
+            return client.llen(queue)
+    with lab.app.connection_for_read() as connection:
+        return connection.default_channel.queue_declare(queue, passive=True).message_count
+
+
+def unacknowledged(lab: Lab) -> int:
+    """Return how many jobs Redis would give out again."""
+    with redis.Redis.from_url(lab.settings["broker_url"]) as client:
+        return client.hlen("unacked")
+
+
+def stats(lab: Lab, worker: Worker) -> Any:
+    """Return ``celery inspect stats`` of a worker."""
+    return lab.inspect(worker).stats()[worker.node]
+
+
+def wait_until_idle(lab: Lab, worker: Worker, prefetch: int) -> None:
+    """Wait until nothing is held, and the prefetch count is what it was."""
+
+    def idle() -> bool:
+        now = stats(lab, worker)
+        return not now["rate_limiter"]["held"] and now["prefetch_count"] == prefetch
+
+    wait_for(idle)
+
+
+def repeated(values: list[Any]) -> dict[Any, int]:
+    """Return what is there more than once."""
+    return {value: count for value, count in Counter(values).items() if count > 1}
+
+
+def break_connections(lab: Lab, request: Any) -> None:
+    """Close all connections to the broker, as a network would."""
+    if (url := lab.settings["broker_url"]).startswith("redis"):
+        with redis.Redis.from_url(url) as client:
+            for kind in "pubsub", "normal":
+                client.client_kill_filter(_type=kind, skipme=True)
+    else:
+        rabbitmq = request.getfixturevalue("rabbitmq")
+        rabbitmq.rabbitctl_output("close_all_connections", "a test")
+
+
+def fail_at_start(worker: Worker) -> str:
+    """Wait until a worker has ended with an error; return what it printed."""
+    wait_for(lambda: not worker.running)
+    assert worker.process.returncode != 0
+    return worker.output

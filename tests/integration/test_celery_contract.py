@@ -1,0 +1,338 @@
+"""What the gate relies on inside Celery and kombu, checked against a worker in this process.
+
+Where one of these fails with a new Celery, the gate needs a change.
+"""
+
+import functools
+import inspect
+import threading
+import time
+from uuid import uuid4
+
+import celery
+import pytest
+from billiard.einfo import ExceptionInfo
+from celery import Celery, bootsteps
+from celery._state import _set_task_join_will_block
+from celery.app.task import Context
+from celery.contrib.testing.app import setup_default_app
+from celery.contrib.testing.worker import start_worker
+from celery.exceptions import ImproperlyConfigured
+from celery.worker import state
+from celery.worker.consumer import Consumer
+from celery.worker.consumer.tasks import Tasks
+from harness import wait_for
+from kombu.asynchronous import set_event_loop
+from kombu.common import QoS
+
+from rate_limiter import TokenBucket
+from rate_limiter.celery import Gate
+
+
+class Probe:
+    """What a step that stands where the gate's does has seen; it can hold jobs."""
+
+    def __init__(self):
+        self.hold, self.seen, self.held, self.life, self.drained = False, [], [], [], 0
+
+    def on_task_request(self, request):  # noqa: D102
+        self.seen.append(request)
+        if self.hold:
+            self.held.append(request)
+        else:
+            self.forward(request)
+
+    def held_job(self, task, *args, **options):
+        """Send a job, and return its result and its request, which waits here."""
+        self.hold = True
+        result = task.apply_async(args, **options)
+        wait_for(lambda: self.held)
+        return result, self.held.pop()
+
+    def call(self, function, *args):
+        """Call something on the consumer's thread, and return what it returns."""
+        done = []
+        self.consumer.call_soon(lambda: done.append((function(*args), threading.get_ident())))
+        (value, thread) = wait_for(lambda: done)[0]
+        assert thread == self.thread
+        return value
+
+
+@pytest.fixture(autouse=True)
+def _forget_the_worker():
+    yield
+    # What a worker that ran in this process leaves behind: the next one would take over its event loop,
+    # with a timer of its own that nobody else adds to.
+    _set_task_join_will_block(False)
+    set_event_loop(None)
+
+
+def make_app(broker):
+    app = Celery(uuid4().hex, broker=broker, backend="cache+memory://")
+    app.conf.update(
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+        task_default_queue=uuid4().hex,
+        broker_transport_options={"polling_interval": 0.02} if broker.startswith("memory") else {},
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+    )
+    return app
+
+
+@pytest.fixture(params=["memory-solo", "memory-threads", "redis-threads"])
+def probe(request):
+    """Yield the probe in a worker that runs."""
+    broker, pool = request.param.split("-")
+    url = request.getfixturevalue("redis_url")() if broker == "redis" else "memory://"
+    app, probe = make_app(url), Probe()
+
+    class Step(bootsteps.StartStopStep):
+        requires = ("celery.worker.consumer.tasks:Tasks",)
+
+        def __init__(self, consumer, **kwargs):
+            super().__init__(consumer, **kwargs)
+            probe.life.append("init")
+            probe.consumer = consumer
+            probe.forward = consumer.on_task_request
+            consumer.on_task_request = probe.on_task_request
+
+        def start(self, consumer):
+            probe.life.append("start")
+            probe.thread = threading.get_ident()
+            for queue in consumer.task_consumer.queues:
+                queue.consume = functools.partial(mark_each, queue.consume, queue.name)
+            if consumer.hub is None:
+                drain = consumer.connection.drain_events
+
+                def drain_events(timeout=None):
+                    probe.drained += 1
+                    return drain(timeout=min(timeout or 0.1, 0.1))
+
+                consumer.connection.drain_events = drain_events
+
+        def stop(self, consumer):
+            probe.life.append("stop")
+
+        def shutdown(self, consumer):
+            probe.life.append("shutdown")
+
+        def info(self, consumer):
+            return {"probe": "told"}
+
+    app.steps["consumer"].add(Step)
+
+    @app.task(name="echo", bind=True, shared=False)
+    def echo(self, *args, **kwargs):
+        return [list(args), kwargs, self.request.__dict__.get("rate_limiter_receipt")]
+
+    @app.task(name="native", rate_limit="100/s", shared=False)
+    def native(): ...
+
+    probe.app, probe.echo, probe.native = app, echo, native
+    with (
+        setup_default_app(app, use_trap=False),
+        start_worker(app, pool=pool, concurrency=2, perform_ping_check=False) as probe.worker,
+    ):
+        yield probe
+    app.close()
+    assert probe.life == ["init", "start", "stop", "shutdown"]
+
+
+def mark_each(consume, queue, consumer_tag="", callback=None, *args, **kwargs):
+    def marked(message):
+        message.delivery_info["mark"] = queue
+        return callback(message)
+
+    return consume(consumer_tag, marked, *args, **kwargs)
+
+
+def test_every_way_to_the_pool_is_on_task_request(probe):
+    """A message, an ETA that has come and Celery's own limit all end in consumer.on_task_request."""
+    results = [probe.echo.apply_async(countdown=0.3), probe.echo.delay(), probe.native.delay()]
+    wait_for(lambda: all(result.ready() for result in results))
+    assert {request.id for request in probe.seen} == {result.id for result in results}
+    if probe.consumer.hub is None:
+        assert probe.drained  # the loop looks drain_events up on the connection
+    assert probe.worker.stats()["probe"] == "told"
+
+
+def test_a_job_with_an_eta_is_known_while_it_waits(probe):
+    """state.scheduled_requests has it until its ETA; where Celery has no such thing, the gate looks often."""
+    if not hasattr(state, "scheduled_requests"):
+        assert celery.VERSION < (5, 6)
+        return
+    result = probe.echo.apply_async(countdown=0.5)
+    wait_for(lambda: [request for request in state.scheduled_requests if request.id == result.id])
+    wait_for(result.ready)
+    assert not state.scheduled_requests
+
+
+def test_what_a_request_holds(probe):
+    """Decoded arguments, headers, delivery; it counts as reserved; what is put into it gets to the task."""
+    result, request = probe.held_job(
+        probe.echo, 1, kwargs={"key": "value"}, headers={"weight": 3}, countdown=0
+    )
+    assert (list(request.args), request.kwargs) == ([1], {"key": "value"})
+    assert (request.id, request.name) == (result.id, "echo")
+    assert request.type == "echo" or request.type.name == "echo"
+    assert request.task is probe.app.tasks["echo"]
+    assert request.message.delivery_tag
+    assert request.message.delivery_info["mark"] == probe.app.conf.task_default_queue
+    assert not request.message.acknowledged
+    assert request in state.reserved_requests
+    assert state.requests[request.id] is request
+    assert Context(request.request_dict).headers["weight"] == 3
+    assert request._context.retries == 0
+    assert request.revoked() is False
+    request.request_dict["rate_limiter_receipt"] = "secret"
+    probe.consumer.call_soon(probe.forward, request)
+    assert result.get(timeout=20) == [[1], {"key": "value"}, "secret"]
+
+
+def fail(request):
+    try:
+        raise ValueError("at the gate")
+    except ValueError:
+        request.on_failure(ExceptionInfo(internal=True))
+    request.acknowledge()
+
+
+def announce(request):
+    request._announce_revoked("a reason", False, None, False)
+
+
+def revoke(request):
+    state.revoked.add(request.id)
+    assert request.revoked()
+
+
+def put_aside(request):
+    state.task_ready(request)
+    request.acknowledge()
+
+
+@pytest.mark.parametrize(
+    ("end", "becomes"),
+    [(fail, "FAILURE"), (announce, "REVOKED"), (revoke, "REVOKED"), (put_aside, "PENDING")],
+)
+def test_a_request_can_be_ended(probe, end, becomes):
+    """Celery stores the result, acknowledges the message, and forgets the request."""
+    result, request = probe.held_job(probe.echo)
+    probe.call(end, request)
+    assert result.state == becomes
+    wait_for(lambda: request.message.acknowledged)  # the event loop does it next
+    assert request not in state.reserved_requests
+    assert request.id not in state.requests
+
+
+def test_the_prefetch_count(probe):
+    """It starts at initial_prefetch_count; increments are clamped, decrements reach the broker."""
+    consumer = probe.consumer
+    count = consumer.initial_prefetch_count
+    assert count == 2 * 4
+    assert consumer.qos.value == consumer.qos.prev == count
+    assert consumer._maximum_prefetch_restored is True
+    (tasks,) = [step for step in consumer.steps if isinstance(step, Tasks)]
+    assert tasks.qos_global(consumer) in (True, False)
+    assert probe.call(consumer.qos.increment_eventually, 3) == count + 3
+    probe.call(consumer.qos.update)
+    assert consumer.qos.prev == consumer.qos.value == count + 3
+    assert probe.call(consumer.qos.decrement_eventually, 3) == count
+    if "max_prefetch" in inspect.signature(QoS).parameters:  # from kombu 5.6 on
+        limited = QoS(lambda **_: None, 8, max_prefetch=10)
+        limited.increment_eventually(9)
+        assert limited.value == 10
+
+
+def test_timers_and_calls(probe):
+    """timer.call_at counts by the monotonic clock; call_soon runs on the consumer's thread."""
+    consumer, fired, repeats = probe.consumer, [], []
+    due = time.monotonic() + 0.3
+    probe.call(
+        consumer.timer.call_at, due, lambda: fired.append((time.monotonic(), threading.get_ident()))
+    )
+    repeated = probe.call(consumer.timer.call_repeatedly, 0.05, lambda: repeats.append(1))
+    cancelled = probe.call(
+        consumer.timer.call_at, time.monotonic() + 0.3, lambda: fired.append("cancelled")
+    )
+    probe.call(consumer.timer.cancel, cancelled)
+    wait_for(lambda: fired)
+    wait_for(lambda: len(repeats) > 2)
+    probe.call(consumer.timer.cancel, repeated)
+    time.sleep(0.3)
+    ((at, thread),) = fired
+    assert at >= due - 0.01
+    assert (thread == probe.thread) is (consumer.hub is not None)
+    assert consumer.blueprint.state == bootsteps.RUN
+    assert consumer.pool.is_green in (True, False)
+    assert callable(consumer.perform_pending_operations)
+    state.maybe_shutdown()
+
+
+def test_a_queue_can_be_cancelled_and_added(probe):
+    """task_consumer stops consuming a queue, and takes it up again."""
+    name, tasks = probe.app.conf.task_default_queue, probe.consumer.task_consumer
+    assert name in probe.app.amqp.queues.consume_from
+    (queue,) = [queue for queue in tasks.queues if queue.name == name]
+    assert tasks._active_tags[name]
+    assert tasks.consuming_from(name)
+    probe.call(tasks.cancel_by_queue, name)
+    assert not tasks.consuming_from(name)
+    result = probe.echo.delay()
+    probe.call(tasks.add_queue, queue)
+    probe.call(tasks.consume)
+    assert result.get(timeout=20)
+    assert tasks.consuming_from(name)
+
+
+def test_what_is_a_redis_channel(probe):
+    """Redis: the channel keeps the time of each delivery in a sorted set, by its tag."""
+    channel = probe.consumer.task_consumer.channel
+    driver = probe.consumer.connection.transport.driver_type
+    assert driver == probe.consumer.conninfo.transport.driver_type
+    assert hasattr(channel, "unacked_index_key") is (driver == "redis")
+    if driver != "redis":
+        return
+    before = time.time()
+    _, request = probe.held_job(probe.echo)
+    assert channel.visibility_timeout == 3600
+    lease = channel.unacked_index_key, request.message.delivery_tag
+    with channel.conn_or_acquire() as client:
+        assert before - 1 <= client.zscore(*lease) <= time.time()
+        client.zadd(lease[0], {lease[1]: 1, "no such tag": 1}, xx=True)
+        assert client.zscore(*lease) == 1
+        assert client.zscore(lease[0], "no such tag") is None
+        probe.call(request.acknowledge)
+        wait_for(lambda: client.zscore(*lease) is None)
+
+
+class WithoutHook(Consumer):
+    """A consumer of some Celery to come."""
+
+    on_task_request = property(lambda _: None, lambda *_: None)
+
+
+def test_without_the_hook_the_worker_does_not_start():
+    """No consumer.on_task_request: the gate cannot attach, and no worker runs without its limits."""
+    app = make_app("memory://")
+    app.conf.worker_consumer = f"{__name__}:WithoutHook"
+    Gate(app).limit("echo", bucket=TokenBucket(1, 1))
+    with pytest.raises(ImproperlyConfigured, match="no consumer.on_task_request"):
+        app.WorkController(pool="solo")
+    app.close()
+
+
+@pytest.mark.parametrize(("autoscale", "most"), [(None, None), ("3,1", 3)])
+def test_what_a_worker_tells_of_its_pool(autoscale, most):
+    """The check of buckets per child reads these before the pool forks."""
+    told = []
+
+    class Step(bootsteps.Step):
+        def create(self, worker):
+            told.append((worker.concurrency, worker.max_concurrency, worker.pool_cls.__name__))
+
+    app = make_app("memory://")
+    app.steps["worker"].add(Step)
+    app.WorkController(pool="prefork", concurrency=2, autoscale=autoscale)
+    assert told[0][1:] == (most, "TaskPool") or (most is None and told[0] == (2, 0, "TaskPool"))
+    app.close()

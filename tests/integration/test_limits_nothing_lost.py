@@ -1,0 +1,81 @@
+"""Whatever happens to a worker, each of its jobs runs; where nothing was cut off, it runs once."""
+
+import signal
+import time
+
+import pytest
+from harness import DEADLINE, wait_for
+from kombu.transport.redis import Channel
+from limits import SHORT_LEASE, break_connections, limit, start
+
+#: Slow enough for a test to do something while no job runs, and nothing of one is under way.
+RATE = 8
+
+JOBS = set(range(24))
+
+
+def after_a_run(lab, more: int = 1) -> None:
+    """Wait for some more jobs to run, and a little longer."""
+    lab.wait_for_runs("job", len(lab.log("job")) + more)
+    time.sleep(0.03)
+
+
+def end(worker, number: int) -> None:
+    worker.process.send_signal(number)
+    worker.process.wait(DEADLINE)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+def test_no_job_is_lost_by_a_worker_that_ends(lab, late):
+    """Warm shutdown, cold shutdown (soft first where late), kill -9: the next worker runs what was held."""
+    redis = lab.settings["broker_url"].startswith("redis")
+    options = {
+        "pool": "prefork",
+        "limits": (limit(rate=RATE),),
+        "task_acks_late": late,
+        "broker_transport_options": SHORT_LEASE if redis else {},
+    }
+    soft = {"worker_soft_shutdown_timeout": 0.5, "worker_enable_soft_shutdown_on_idle": True}
+    for number in JOBS:
+        lab.send("job", number)
+    with start(lab, **options) as warm:
+        after_a_run(lab, 2)
+        end(warm, signal.SIGTERM)
+        assert warm.process.returncode == 0
+    with start(lab, **options, **(soft if late else {})) as cold:
+        after_a_run(lab, 2)
+        end(cold, signal.SIGQUIT)
+    assert ("Initiating Soft Shutdown" in cold.output) is late
+    assert len(lab.runs("job")) == len(set(lab.runs("job"))) < 20
+    if not redis or hasattr(Channel, "unacked_restore_interval"):  # kombu 5.5 restores every 100 s
+        with start(lab, **options) as killed:
+            after_a_run(lab, 2)
+            killed.kill()
+    before = lab.runs("job")
+    with start(lab, **options):
+        wait_for(lambda: set(lab.runs("job")) == JOBS)
+    assert set(before) < JOBS
+    assert len(lab.runs("job")) <= len(JOBS) + 2  # what the kill cut off
+    for worker in warm, cold:
+        assert "held jobs back to the broker" in worker.output
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+def test_no_job_is_lost_with_the_connection(lab, late, request):
+    """The connection breaks while jobs are held and their queue is paused: each job runs once."""
+    queue = lab.settings["task_default_queue"]
+    bound = limit("job", 1, 10, queue=queue, max_held=12, overflow="pause")
+    with start(lab, pool="prefork", limits=(bound,), task_acks_late=late) as worker:
+        for number in range(40):
+            lab.send("job", number)
+        wait_for(lambda: f"Paused queue {queue}" in worker.output)
+        after_a_run(lab)
+        break_connections(lab, request)
+        wait_for(lambda: "held jobs back to the broker" in worker.output)
+        wait_for(lambda: set(lab.runs("job")) == set(range(40)))
+        assert f"Resumed queue {queue}" in worker.output
+        time.sleep(0.3)  # for a second run of one
+    # rabbitmqctl takes seconds: the acknowledgement of a job may be under way as it strikes.
+    slack = 0 if lab.settings["broker_url"].startswith("redis") else 1
+    assert len(lab.runs("job")) <= 40 + slack
+    lab.assert_bound("job", capacity=1, rate=10)

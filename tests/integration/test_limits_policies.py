@@ -1,0 +1,145 @@
+"""What becomes of jobs that are not to wait; what a job costs; jobs that cannot be ended."""
+
+import contextlib
+
+import pytest
+from celery import chord
+from celery.exceptions import ChordError, TaskRevokedError
+from harness import DEADLINE, Lab, wait_for
+from limits import limit, start, unacknowledged
+
+from rate_limiter import RateLimitExceeded
+
+
+@pytest.fixture(scope="module")
+def shared(redis_url, tmp_path_factory):
+    """Yield a lab and a prefork worker that runs through the whole module."""
+    url = redis_url()
+    lab = Lab(tmp_path_factory.mktemp("shared"), url, url)
+    with start(lab, pool="prefork") as worker:
+        yield lab, worker
+    lab.close()
+
+
+def members(lab, task, count):
+    """Return signatures of a task."""
+    return [lab.app.signature(task, args=(number,)) for number in range(count)]
+
+
+def send_chord(lab, task, count):
+    """Send a chord whose body returns what its members have returned."""
+    return chord(members(lab, task, count), app=lab.app)(lab.app.signature("total"))
+
+
+def pool_runs(lab, result):
+    """Return how often a job got into the pool."""
+    return sum(job == result.id for _, job in lab.runs("in pool"))
+
+
+@pytest.fixture(params=["gate", "decorator"])
+def retrying(request):
+    """Return a lab whose worker sends jobs back from the gate, or from the task itself."""
+    if request.param == "gate":
+        return request.getfixturevalue("shared")
+    lab = request.getfixturevalue("redis_lab")
+    worker = request.getfixturevalue("stack").enter_context(start(lab, gate=False))
+    return lab, worker
+
+
+@pytest.fixture
+def stack():
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+def test_a_job_that_is_sent_back_comes_in_its_turn(retrying):
+    """when_limited="retry": each job runs once, in order; that is no retry, and a chord completes."""
+    lab, worker = retrying
+    body = send_chord(lab, "sent back", 4)
+    assert body.get(DEADLINE) == [[number, 0] for number in range(4)]
+    assert lab.runs("sent back") == list(range(4))
+    assert lab.taken("sent back") == [1] * 4
+    lab.assert_bound("sent back", capacity=1, rate=1)
+    assert worker.output.count("Sent back sent back[") >= 3
+    wait_for(lambda: not unacknowledged(lab))
+
+
+def test_a_job_that_is_dropped_is_revoked(shared):
+    """when_limited="drop": TaskRevokedError is its result, and its chord fails rather than hangs."""
+    lab, worker = shared
+    results = [lab.send("dropped", number) for number in range(4)]
+    for result in results[:2]:
+        assert result.get(DEADLINE) is None
+    for result in results[2:]:
+        with pytest.raises(TaskRevokedError, match="rate limit exceeded: dropped"):
+            result.get(DEADLINE)
+        assert f"Dropped dropped[{result.id}]" in worker.output
+    with pytest.raises(ChordError, match="rate limit exceeded: dropped"):
+        lab.app.AsyncResult(send_chord(lab, "dropped", 2).id).get(DEADLINE)
+    assert sorted(lab.runs("dropped")) == [0, 1]
+    wait_for(lambda: not unacknowledged(lab))
+
+
+def test_a_job_that_is_refused_fails_before_the_pool(shared):
+    """when_limited="raise": RateLimitExceeded with retry_after, from the worker's main process."""
+    lab, _ = shared
+    results = [lab.send("refused", number) for number in range(4)]
+    for result in results[:2]:
+        assert result.get(DEADLINE) is None
+        assert pool_runs(lab, result) == 1
+    for result in results[2:]:
+        with pytest.raises(RateLimitExceeded, match="rate limit exceeded: refused") as error:
+            result.get(DEADLINE)
+        assert 0 < error.value.retry_after <= 100
+        assert pool_runs(lab, result) == 0
+    wait_for(lambda: len(lab.runs("failed")) == 2)  # told after the result is there
+    assert lab.runs("failed") == [["refused", "RateLimitExceeded", "MainProcess"]] * 2
+    wait_for(lambda: not unacknowledged(lab))
+
+
+def test_bucket_and_cost_come_from_the_job(shared):
+    """A callable picks the bucket, another the cost, from a header that the producer sent."""
+    lab, _ = shared
+    for number, weight in enumerate([3, 2, 1, 3]):
+        lab.send("tiered", "free", number, headers={"weight": weight})
+    for number, weight in enumerate([5, 7, 10, 1]):
+        lab.send("tiered", "premium", number, headers={"weight": weight})
+    lab.send("tiered", "premium", 4)
+    runs = lab.wait_for_runs("tiered", 9)
+    assert lab.taken("free tier") == [3, 2, 1, 3]
+    assert lab.taken("premium") == [5, 7, 10, 1, 1]
+    assert runs[-1] == ["free", 3]  # nobody's way but its own tier's
+
+
+def test_a_slow_callable_is_told_of_once(shared):
+    """A callable that takes over 50 ms is logged, once per limit."""
+    lab, worker = shared
+    for number in range(3):
+        lab.send("sluggish", number)
+    lab.wait_for_runs("sluggish", 3)
+    (line,) = [line for line in worker.output.splitlines() if "its callable took" in line]
+    assert "WARNING" in line
+    assert "Limit sluggish" in line
+
+
+def test_a_job_that_cannot_be_ended_stops_nobody(redis_lab):
+    """With the result backend down a job cannot fail or be dropped; others go on, and it is not lost."""
+    lab, down = redis_lab, redis_lab.folder / "runs.down"
+    for number in range(2):
+        lab.send("dropped", number, ignore_result=True)
+        lab.send("refused", number, ignore_result=True)
+    with start(lab, limits=(limit("job"),)) as worker:
+        lab.wait_for_runs("dropped", 2)
+        lab.wait_for_runs("refused", 2)
+        down.touch()
+        jobs = [lab.send("priced", "raises"), lab.send("dropped", 2), lab.send("refused", 2)]
+        for number in range(5):
+            lab.send("job", number)
+        assert sorted(lab.wait_for_runs("job", 5)) == list(range(5))
+        for name, job in zip(("priced", "dropped", "refused"), jobs, strict=True):
+            wait_for(lambda line=f"Could not end {name}[{job.id}]": line in worker.output)
+        worker.stop()
+    down.unlink()
+    with start(lab):  # with full buckets
+        wait_for(lambda: all(job.ready() for job in jobs))
+    assert [job.state for job in jobs] == ["FAILURE", "SUCCESS", "SUCCESS"]
