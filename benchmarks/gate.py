@@ -1,0 +1,683 @@
+"""What the Celery gate holds, lets through and costs: real workers on real brokers.
+
+uv run benchmarks/gate.py                       # everything, about half an hour
+uv run benchmarks/gate.py --short               # everything, roughly
+uv run benchmarks/gate.py rates --broker redis  # one part, one broker
+
+It starts a redis-server and a RabbitMQ node of its own. Each line is one measurement, with its target
+and whether it is met. The exit status is 1 if a limit ever let more through than it may, or a job was
+lost that should not be, or a part could not be measured; a missed target is only printed.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final
+
+import psutil
+from celery import Celery
+from celery.worker.consumer.tasks import Tasks
+from gate_lab import BROKERS, LabError, Run, Server
+
+from rate_limiter import TokenBucket
+from rate_limiter.celery import Gate, throttle
+from rate_limiter.celery.bootstep import GateStep
+from rate_limiter.testing import ManualClock
+
+#: What a time taken inside a task may be late by (design.md, "Tests and numbers").
+LATE: Final = 0.05
+
+#: Jobs that run ahead of what is measured, so that the pool's children are warm.
+WARM_UP: Final = 20
+
+
+class Bench:
+    """What is to be measured, on what, and what came out.
+
+    Args:
+        directory: For the servers.
+        options: The command line.
+
+    """
+
+    def __init__(self, directory: Path, options: argparse.Namespace) -> None:
+        self.directory = directory
+        self.short: bool = options.short
+        self.svg: Path | None = options.svg
+        self.brokers = [name for name in BROKERS if options.broker in (name, "both")]
+        self.results: list[dict[str, Any]] = []
+        self.failed = False
+        self.stack = contextlib.ExitStack()
+        self._servers: dict[str, Server] = {}
+
+    def servers(self) -> list[Server]:
+        """Return the brokers, started."""
+        return [self.server(name) for name in self.brokers]
+
+    def server(self, name: str) -> Server:
+        """Return one broker, started."""
+        if name not in self._servers:
+            self._servers[name] = self.stack.enter_context(BROKERS[name](self.directory))
+        return self._servers[name]
+
+    def report(
+        self, what: str, measured: str, target: str = "", ok: bool | None = None, **values: Any
+    ) -> None:
+        """Print one measurement, and keep it with its plain ``values``."""
+        verdict = {None: "", True: "ok", False: "MISS"}[ok]
+        print(f"{what:<46} {measured:<44} {target:<22} {verdict}".rstrip(), flush=True)
+        self.results.append({"what": what, "measured": measured, "target": target, "ok": ok} | values)
+
+    def must(self, what: str, measured: str, target: str, ok: bool, **values: Any) -> None:
+        """Report what may not be missed."""
+        self.report(what, measured, target, ok, **values)
+        self.failed = self.failed or not ok
+
+
+# -- rates ----------------------------------------------------------------------------------------
+
+
+def rate_of(moments: Sequence[float]) -> float:
+    """Return the rate between the first moment and the last."""
+    return (len(moments) - 1) / (moments[-1] - moments[0]) if len(moments) > 1 else 0.0
+
+
+def excess(moments: Iterable[float], rate: float) -> float:
+    """Return the least ``c`` for which no window has more than ``c + rate * t`` jobs."""
+    lowest, worst = math.inf, 0.0
+    for number, moment in enumerate(moments):
+        level = number - rate * moment
+        lowest = min(lowest, level)
+        worst = max(worst, level - lowest + 1)
+    return worst
+
+
+def ungated_rate(bench: Bench, server: Server) -> float:
+    """Measure what the machine runs without a limit."""
+    jobs = 1_000 if bench.short else 5_000
+    with Run(server, gate=False) as run:
+        run.send("free", jobs)
+        run.start()
+        run.wait("free", jobs, 120, "ungated jobs did not all run")
+        rate = rate_of(run.moments("free"))
+    bench.report(f"rates {server.name} without a limit", f"{rate:.0f}/s", jobs_per_second=rate)
+    return rate
+
+
+def backlog(run: Run, jobs: int, seconds: float) -> list[float]:
+    """Run limited jobs for some seconds, all of them sent before the worker starts.
+
+    Returns:
+        When each ran, in seconds since the worker was ready.
+
+    """
+    run.send("free", WARM_UP)
+    run.send("limited", jobs)
+    run.start()
+    ready = run.ready()
+    run.wait("limited", jobs, seconds - (time.monotonic() - ready))
+    return [moment - ready for moment in run.moments("limited")]
+
+
+def gated_rate(bench: Bench, server: Server, rate: float, seconds: float, judged: bool) -> list[float]:
+    """Check a limit against its own rate: what it grants, and when the jobs run."""
+    jobs = max(1_000, math.ceil(rate * seconds))
+    what = f"rates {server.name} limit {rate:g}/s, {seconds:g} s"
+    with Run(server, rate=rate, grants=True) as run:
+        ran = backlog(run, jobs, seconds)
+        granted = run.moments("grant")
+        capacity = run.capacity
+    measured = rate_of(ran[int(capacity) :])
+    ok = -0.02 <= measured / rate - 1 <= 0.01
+    bench.report(
+        what,
+        f"{measured:.3f}/s ({measured / rate - 1:+.2%})",
+        "-2 % .. +1 %" if judged else "(machine too slow)",
+        ok if judged else None,
+        jobs_per_second=measured,
+        relative=measured / rate,
+    )
+    worst = excess((moment - granted[0] for moment in granted), rate)
+    bench.must(
+        f"  most granted in any window beyond {rate:g}/s * t",
+        f"{worst:.9f} jobs",
+        f"capacity {capacity:g}",
+        worst <= capacity * (1 + 1e-9) + 1e-6,  # moments are noted in whole nanoseconds
+        jobs=worst,
+    )
+    worst = excess(ran, rate)
+    bench.must(
+        f"  most run in any window beyond {rate:g}/s * t",
+        f"{worst:.2f} jobs",
+        f"capacity {capacity:g} + {rate * LATE:g}",
+        worst <= capacity + rate * LATE,
+        jobs=worst,
+    )
+    return ran
+
+
+def native_rate(bench: Bench, server: Server, rate: float, seconds: float) -> list[float]:
+    """Let Celery's own ``rate_limit`` do the same."""
+    with Run(server, native=f"{rate:g}/s") as run:
+        ran = backlog(run, max(1_000, math.ceil(rate * seconds)), seconds)
+    measured = rate_of(ran[1:])
+    bench.report(
+        f"rates {server.name} native rate_limit {rate:g}/s",
+        f"{measured:.3f}/s ({measured / rate - 1:+.2%})",
+        jobs_per_second=measured,
+        relative=measured / rate,
+    )
+    return ran
+
+
+def rates(bench: Bench) -> None:
+    """Measure limits with a backlog that is there from the start."""
+    plan = [(20, 5), (100, 5)] if bench.short else [(2, 60), (20, 30), (100, 30), (400, 30)]
+    natively = [(100, 5)] if bench.short else [(20, 30), (100, 30)]
+    svg = bench.svg or (None if bench.short else Path(__file__).with_name("gate.svg"))
+    for server in bench.servers():
+        free = ungated_rate(bench, server)
+        ours = {
+            rate: gated_rate(bench, server, rate, seconds, rate < 400 or free >= rate)
+            for rate, seconds in plan
+        }
+        native = {rate: native_rate(bench, server, rate, seconds) for rate, seconds in natively}
+        if svg is not None:
+            svg.write_text(picture(ours[100], native[100], dict(plan)[100], server.name))
+            print(f"  drawn to {svg}")
+            svg = None  # one broker is enough
+
+
+# -- the picture ----------------------------------------------------------------------------------
+
+
+def picture(ours: list[float], native: list[float], seconds: int, broker: str) -> str:
+    """Draw jobs per second over time, in colours that are legible on dark and on light."""
+    left, right, top, bottom, width, height = 56, 150, 44, 46, 760, 320
+    grey, blue, orange = "#7d8590", "#2f81f7", "#db6d28"
+    across, up = (width - left - right) / seconds, (height - top - bottom) / 125
+
+    def x(second: float) -> str:
+        return f"{left + second * across:.1f}"
+
+    def y(jobs: float) -> str:
+        return f"{height - bottom - min(jobs, 125) * up:.1f}"
+
+    def text(at: tuple[str, str], words: str, anchor: str = "middle", colour: str = grey) -> str:
+        return f'<text x="{at[0]}" y="{at[1]}" text-anchor="{anchor}" fill="{colour}">{words}</text>'
+
+    def line(a: tuple[str, str], b: tuple[str, str], style: str) -> str:
+        return f'<line x1="{a[0]}" y1="{a[1]}" x2="{b[0]}" y2="{b[1]}" stroke="{grey}" {style}/>'
+
+    def curve(moments: list[float], colour: str, name: str) -> list[str]:
+        per_second = Counter(int(moment) for moment in moments)
+        bins = [per_second[second] for second in range(seconds)]
+        points = " ".join(f"{x(i + 0.5)},{y(jobs)}" for i, jobs in enumerate(bins))
+        label = (f"{width - right + 8}", f"{float(y(bins[-1])) + 4:.1f}")
+        return [
+            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5"/>',
+            text(label, name, "start", colour),
+        ]
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
+        '<g font-family="system-ui, sans-serif" font-size="13">',
+        "<title>Jobs per second under a limit of 100/s: rate-limiter's gate and rate_limit</title>",
+        text((f"{left}", "20"), f"Limit 100/s, {broker}, a backlog from the start", "start"),
+    ]
+    for jobs in (0, 25, 50, 75, 100, 125):
+        style = 'stroke-opacity="0.3"' if jobs != 100 else 'stroke-dasharray="5 4"'
+        parts.append(line((x(0), y(jobs)), (x(seconds), y(jobs)), style))
+        parts.append(text((f"{left - 8}", f"{float(y(jobs)) + 4:.1f}"), f"{jobs}", "end"))
+    ticks = range(0, seconds + 1, 5 if seconds > 10 else 1)
+    parts += [text((x(second), f"{height - bottom + 18}"), f"{second}") for second in ticks]
+    middle = f"{(top + height - bottom) / 2:.0f}"
+    parts += [
+        text((x(seconds / 2), f"{height - 8}"), "seconds since the worker was ready"),
+        f'<g transform="rotate(-90 14 {middle})">{text(("14", middle), "jobs per second")}</g>',
+        *curve(native, orange, "Celery's rate_limit"),
+        *curve(ours, blue, "the gate"),
+        "</g></svg>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+# -- jobs behind limited ones ---------------------------------------------------------------------
+
+
+def seconds_behind(server: Server, limited: int, cut_off: float, **options: Any) -> tuple[int, float]:
+    """Return how many of 50 unlimited jobs ran behind limited ones, and when the last did."""
+    with Run(server, rate=2, **options) as run:
+        run.send("limited", limited)
+        run.send("free", 50)
+        run.start()
+        ready = run.ready()
+        run.wait("free", 50, cut_off)
+        ran = run.moments("free")
+    return len(ran), (ran[-1] - ready if ran else math.inf)
+
+
+def behind(bench: Bench) -> None:
+    """Measure how long unlimited jobs wait behind limited ones in the same queue."""
+    for server in bench.servers():
+        for pool in ("prefork", "threads", "gevent"):
+            target = 7.0 if (server.name, pool) == ("RabbitMQ", "gevent") else 1.0
+            ran, seconds = seconds_behind(server, 200, 15, pool=pool, max_held=1000)
+            bench.report(
+                f"behind {server.name} {pool}: 50 behind 200 at 2/s",
+                f"{ran}/50 in {seconds:.2f} s",
+                f"50 in {target:g} s",
+                ran == 50 and seconds <= target,
+                jobs=ran,
+                seconds=seconds,
+            )
+    if not bench.short:
+        server = bench.servers()[0]
+        ran, seconds = seconds_behind(server, 200, 30, native="2/s")
+        bench.report(f"behind {server.name} prefork, native", f"{ran}/50 in 30 s", jobs=ran)
+
+
+# -- several workers ------------------------------------------------------------------------------
+
+
+def workers(bench: Bench) -> None:
+    """Measure whether two workers share a backlog, each at its own rate."""
+    jobs, counted = (120, 80) if bench.short else (400, 300)
+    for server in bench.servers():
+        with Run(server, rate=5) as run:
+            run.send("limited", jobs)
+            run.start("one")
+            run.start("two")
+            run.ready(2)
+            run.wait("limited", counted, 2 * counted / 10)
+            ran = run.ran("limited")[:counted]
+        firsts = {each.worker: each.moment for each in reversed(ran)}
+        both = max(firsts.values())
+        rate = rate_of([each.moment for each in ran if each.moment > both])
+        shares = Counter(each.worker for each in ran)
+        bench.report(
+            f"workers {server.name}: two at 5/s, {counted} jobs",
+            f"{rate:.3f}/s, {shares['one']} and {shares['two']} jobs",
+            "9.5 .. 10.1/s",
+            len(ran) == counted and len(firsts) == 2 and 9.5 <= rate <= 10.1,
+            jobs_per_second=rate,
+        )
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+def memory_with(server: Server, jobs: int, seconds: float) -> tuple[float, int]:
+    """Return the main process's memory in MB and its prefetch count, with a backlog."""
+    with Run(server, rate=2) as run:
+        run.send("limited", jobs)
+        run.start()
+        run.ready()
+        time.sleep(seconds)
+        memory = psutil.Process(run.workers["w"].pid).memory_info().rss / 1e6
+        inspect = run.app.control.inspect(destination=[run.node()], timeout=10)
+        stats = inspect.stats() or {}
+        if run.node() not in stats:
+            raise LabError("the worker did not answer `inspect stats`")
+        return memory, stats[run.node()]["prefetch_count"]
+
+
+def memory(bench: Bench) -> None:
+    """Measure what a long backlog costs the worker."""
+    jobs, seconds = (5_000, 4) if bench.short else (100_000, 20)
+    for server in bench.servers():
+        few, _ = memory_with(server, 100, seconds)
+        many, prefetch = memory_with(server, jobs, seconds)
+        bench.report(
+            f"memory {server.name}: {jobs} jobs waiting, not 100",
+            f"{many:.1f} MB, {many - few:+.1f} MB; prefetch {prefetch}",
+            "within +20 MB",
+            many - few <= 20,
+            megabytes=many - few,
+            prefetch=prefetch,
+        )
+
+
+# -- kills ----------------------------------------------------------------------------------------
+
+#: For the jobs of a killed worker to come back soon. (They are lost for longer than it takes to run
+#: them otherwise: the default is an hour.)
+SOON: Final = {"visibility_timeout": 5, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
+
+
+def kill_round(server: Server, gate: bool, victim: str, jobs: int) -> tuple[Counter[int], int]:
+    """Kill the worker or the broker in the middle.
+
+    Returns:
+        How often each job ran, and how often the worker ended by itself and was started again.
+
+    The jobs are acknowledged after they ran, so that none may get lost with the child that runs it.
+    Without a gate, they sleep so long that they come at about the same rate.
+
+    """
+    redis = server.name == "Redis"
+    conf = {"task_acks_late": True, "broker_transport_options": SOON if redis else {}}
+    with Run(server, rate=50, gate=gate, sleep=0 if gate else 2 / 50, conf=conf) as run:
+        run.send("limited", jobs)
+        run.start()
+        run.ready()
+        run.wait("limited", jobs // 2, 60, "the first half did not run")
+        if victim == "worker":
+            run.kill()
+            run.start()
+            run.ready(2)
+        else:
+            server.kill()
+            server.start()
+        ended = until_quiet(run, jobs, 8 if redis else 4)
+        return Counter(each.number for each in run.ran("limited")), ended
+
+
+def until_quiet(run: Run, jobs: int, seconds: float) -> int:
+    """Wait until nothing has run for a while; three times as long if jobs are missing.
+
+    Starts a worker again that ends by itself, as a supervisor would, and returns how often it did.
+    """
+    quiet_since, seen, ended = time.monotonic(), -1, 0
+    while True:
+        for name in run.ended():
+            run.kill(name)
+            run.start(name)
+            quiet_since, ended = time.monotonic(), ended + 1
+        count = run.count("limited")
+        if count != seen:
+            quiet_since, seen = time.monotonic(), count
+        patience = seconds if len({each.number for each in run.ran("limited")}) == jobs else 3 * seconds
+        if time.monotonic() - quiet_since > patience:
+            return ended
+        time.sleep(0.25)
+
+
+def kill_rounds(bench: Bench, name: str, gate: bool, victim: str) -> dict[str, int]:
+    """Return how many jobs were lost and doubled, and how many workers ended, in how many rounds."""
+    rounds, jobs = (1, 200) if bench.short else (10, 500)
+    with BROKERS[name](bench.directory, durable=True) as server:
+        results = [kill_round(server, gate, victim, jobs) for _ in range(rounds)]
+    return {
+        "lost": sum(jobs - len(ran) for ran, _ in results),
+        "doubled": sum(times > 1 for ran, _ in results for times in ran.values()),
+        "ended": sum(ended for _, ended in results),
+        "jobs": rounds * jobs,
+        "rounds": rounds,
+    }
+
+
+def kills(bench: Bench) -> None:
+    """Count what is lost and doubled. Brokers, and with and without a gate, at the same time."""
+    setups = [(name, gate) for name in bench.brokers for gate in (True, False)]
+    for victim in ("worker", "broker"):
+        with ThreadPoolExecutor() as pool:
+            rounds = [pool.submit(kill_rounds, bench, *setup, victim) for setup in setups]
+        results = [each.result() for each in rounds]
+        for (name, gate), values in zip(setups, results, strict=True):
+            what = f"kills {BROKERS[name].name} {victim} killed, {'gate' if gate else 'no gate'}"
+            lost, ended = values["lost"], values["ended"]
+            measured = f"{lost} lost, {values['doubled']} doubled, of {values['jobs']}"
+            measured += f"; {ended} workers ended" if ended else ""
+            if not gate:
+                bench.report(what, measured, **values)
+            elif name == "rabbitmq":
+                bench.must(what, measured, "0 lost", lost == 0, **values)
+            else:  # kombu takes a job off the list before it books it
+                without = results[setups.index((name, False))]["lost"]
+                bench.report(what, measured, f"no gate: {without} lost", lost <= without, **values)
+
+
+# -- leases ---------------------------------------------------------------------------------------
+
+
+def leases(bench: Bench) -> None:
+    """Hold jobs for longer than Redis's visibility timeout."""
+    if "redis" not in bench.brokers:
+        return
+    jobs = 10 if bench.short else 30
+    conf = {"broker_transport_options": SOON | {"visibility_timeout": 4}}
+    with Run(bench.server("redis"), rate=1, max_held=1000, conf=conf) as run:
+        run.send("limited", jobs)
+        run.start()
+        run.ready()
+        run.wait("limited", jobs, jobs + 10)
+        time.sleep(2 if bench.short else 6)
+        runs = Counter(each.number for each in run.ran("limited"))
+    bench.must(
+        f"leases Redis: {jobs} jobs at 1/s, timeout 4 s",
+        f"{len(runs)} ran, {sum(runs.values()) - len(runs)} runs too many",
+        "none lost or doubled",
+        len(runs) == jobs and max(runs.values()) == 1,
+        ran=len(runs),
+        runs=sum(runs.values()),
+    )
+
+
+# -- overhead -------------------------------------------------------------------------------------
+
+
+class FakeTasks(Tasks):
+    """The consumer's step as far as the gate asks it."""
+
+    def __init__(self) -> None:
+        """Leave everything undone."""
+
+    def qos_global(self, consumer: Any) -> bool:
+        """Say that the prefetch count can be changed."""
+        return True
+
+
+class FakeQoS:
+    """A prefetch count that nobody is told."""
+
+    value = 8
+
+    def increment_eventually(self, n: int) -> None:
+        """Add."""
+        self.value += n
+
+    def decrement_eventually(self, n: int) -> None:
+        """Take away."""
+        self.value -= n
+
+
+class FakeConsumer(SimpleNamespace):
+    """A consumer without connection or pool."""
+
+    __hash__ = object.__hash__
+
+
+def nothing(*_: Any) -> None:
+    """Stand for what is not measured."""
+
+
+def fake_consumer(app: Celery) -> Any:
+    """Return what `GateStep` needs of a consumer."""
+    amqp = SimpleNamespace(driver_type="amqp")
+    return FakeConsumer(
+        app=app,
+        hub=SimpleNamespace(call_soon=nothing),
+        timer=SimpleNamespace(call_at=nothing, cancel=nothing),
+        pool=SimpleNamespace(is_green=False),
+        qos=FakeQoS(),
+        steps=[FakeTasks()],
+        initial_prefetch_count=8,
+        connection=SimpleNamespace(transport=amqp),
+        conninfo=SimpleNamespace(transport=amqp),
+        task_consumer=SimpleNamespace(channel=None, queues=[]),
+        on_task_request=nothing,
+        _maximum_prefetch_restored=True,
+    )
+
+
+def best(rounds: int, calls: int, action: Callable[[], None]) -> float:
+    """Return the microseconds of a call of ``action`` that makes many, in the best round."""
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        action()
+        times.append((time.perf_counter() - began) / calls * 1e6)
+    return min(times)
+
+
+def gate_alone(bench: Bench) -> None:
+    """Measure the code of the gate by itself, beyond the call that it stands in for."""
+    rounds, calls = (5, 5_000) if bench.short else (25, 20_000)
+    clock = ManualClock()
+    app = Celery("bench-alone", set_as_current=False)
+
+    def task(name: str, bucket: TokenBucket | None) -> Any:
+        def body() -> None:
+            pass
+
+        return app.task(name=name)(throttle(bucket)(body) if bucket else body)
+
+    free = task("free", None)
+    granted = task("granted", TokenBucket(1e9, 1e9))
+    # Due a real 0.1 µs after it was asked, so each wake-up finds one job due, as at usual rates.
+    held = task("held", TokenBucket(1, 1e7, clock=clock))
+    app.finalize()
+    step = GateStep(consumer := fake_consumer(app), Gate(app))
+    step.start(consumer)
+    handle = consumer.on_task_request
+
+    def requests(task: Any) -> list[Any]:
+        return [
+            SimpleNamespace(task=task, id=str(i), request_dict={}, eta=None, revoked=lambda: False)
+            for i in range(calls)
+        ]
+
+    def give(to: Callable[[Any], None], jobs: list[Any]) -> Callable[[], None]:
+        def action() -> None:
+            for job in jobs:
+                to(job)
+
+        return action
+
+    jobs = requests(held)
+
+    def hold_and_release() -> None:
+        for job in jobs:
+            handle(job)
+        while step.held.next_due is not None:
+            clock.now += 1.5e-7  # never two at once: the capacity is 1
+            step._on_wake_up()
+
+    floor = best(rounds, calls, give(nothing, requests(free)))
+    for what, target, action in (
+        ("an ungated job", 1, give(handle, requests(free))),
+        ("a job that goes at once", 5, give(handle, requests(granted))),
+        ("a job held, then let go by itself", 5, hold_and_release),
+    ):
+        micro = best(rounds, calls, action) - floor
+        bench.report(
+            f"overhead of the gate: {what}",
+            f"{micro:.2f} us",
+            f"{target} us",
+            micro <= target,
+            microseconds=micro,
+        )
+
+
+def cpu_of(run: Run) -> float:
+    """Return the CPU seconds that a worker and its children have used."""
+    main = psutil.Process(run.workers["w"].pid)
+    times = [process.cpu_times() for process in (main, *main.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
+
+
+def cost(server: Server, jobs: int, task: str, gate: bool) -> tuple[float, float]:
+    """Return the worker's CPU seconds per job, and the jobs per second."""
+    with Run(server, gate=gate, rate=1e6, capacity=1e6) as run:
+        run.send("free", WARM_UP)
+        run.send(task, jobs)
+        # It starts beside the queue, so that its own start does not count.
+        run.start(queue=f"{run.queue}-none")
+        run.ready()
+        before = cpu_of(run)
+        run.app.control.add_consumer(run.queue, destination=[run.node()])
+        total = jobs + (WARM_UP if task == "free" else 0)
+        run.wait(task, total, 120, "the jobs did not all run")
+        time.sleep(0.3)
+        cpu = cpu_of(run) - before
+        return cpu / jobs, rate_of(run.moments(task))
+
+
+def overhead(bench: Bench) -> None:
+    """Measure what the gate costs, alone and as a part of a worker."""
+    gate_alone(bench)
+    if "redis" not in bench.brokers:
+        return
+    server = bench.server("redis")
+    jobs, rounds = (1_000, 1) if bench.short else (5_000, 3)
+    setups = {"no gate": ("free", False), "ungated": ("free", True), "gated": ("limited", True)}
+    costs = [
+        {name: cost(server, jobs, *setup) for name, setup in setups.items()} for _ in range(rounds)
+    ]
+    for name in setups:
+        micro = statistics.median(each[name][0] for each in costs) * 1e6
+        rate = statistics.median(each[name][1] for each in costs)
+        ratio = statistics.median(each[name][0] / each["no gate"][0] for each in costs)
+        bench.report(
+            f"overhead in a worker, Redis: {name}",
+            f"{micro:.0f} us CPU a job (x {ratio:.3f}), {rate:.0f}/s",
+            "" if name == "no gate" else "x 1.03",
+            None if name == "no gate" else ratio <= 1.03,
+            microseconds=micro,
+            ratio=ratio,
+            jobs_per_second=rate,
+        )
+
+
+# -------------------------------------------------------------------------------------------------
+
+PARTS: Final[dict[str, Callable[[Bench], None]]] = {
+    part.__name__: part for part in (rates, behind, workers, memory, kills, leases, overhead)
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--short", action="store_true", help="quick and rough")
+    parser.add_argument("--broker", choices=[*BROKERS, "both"], default="both")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the picture of `rates` there")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; expected {', '.join(PARTS)}")
+    return options
+
+
+def main() -> int:
+    options = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave by way of the clean-up
+    with tempfile.TemporaryDirectory(prefix="gate-bench-", ignore_cleanup_errors=True) as directory:
+        bench = Bench(Path(directory), options)
+        try:
+            with bench.stack:
+                for name in options.parts or PARTS:
+                    try:
+                        PARTS[name](bench)
+                    except LabError as error:
+                        bench.must(f"{name}: not measured", str(error), "", ok=False)
+        finally:
+            if options.json:
+                options.json.write_text(json.dumps(bench.results, indent=1) + "\n")
+    return int(bench.failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The app of the workers that gate.py measures; what it declares comes in $GATE_BENCH, as JSON.
+
+Each run of a job is one line of fixed length in a file per task, so that counting them is cheap.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from celery import Celery, signals
+
+from rate_limiter import TokenBucket
+from rate_limiter.celery import Gate, throttle
+
+OPTIONS = json.loads(os.environ["GATE_BENCH"])
+
+app = Celery("bench", broker=OPTIONS["broker"])
+app.conf.update(OPTIONS["conf"])
+
+_files: dict[str, int] = {}
+
+
+def note(kind: str, number: int, moment: float) -> None:
+    """Append a line: which worker, which job, when."""
+    if kind not in _files:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        _files[kind] = os.open(f"{OPTIONS['log']}.{kind}", flags, 0o600)
+    os.write(_files[kind], b"%-8s %08d %020.9f\n" % (OPTIONS["worker"].encode(), number, moment))
+
+
+class NotedBucket(TokenBucket):
+    """Notes each grant, with the reading of the clock by which it was decided."""
+
+    def __init__(self, capacity: float, tokens_per_second: float) -> None:
+        self.read_at = 0.0
+        super().__init__(capacity, tokens_per_second, clock=self._read)
+
+    def _read(self) -> float:
+        self.read_at = time.monotonic()
+        return self.read_at
+
+    def take_or_delay(self, tokens: float = 1) -> float:
+        """Take, and note it."""
+        delay = super().take_or_delay(tokens)
+        if not delay:
+            note("grant", 0, self.read_at)
+        return delay
+
+
+@signals.worker_ready.connect
+def ready(**_: Any) -> None:
+    note("ready", os.getpid(), time.monotonic())
+
+
+def limit() -> Callable[[Any], Any]:
+    """Return what the limited task is decorated with."""
+    if not OPTIONS["gate"]:
+        return lambda function: function
+    Gate(app, max_held=OPTIONS["max_held"])
+    bucket = NotedBucket if OPTIONS["grants"] else TokenBucket
+    return throttle(bucket(OPTIONS["capacity"], OPTIONS["rate"]))
+
+
+@app.task(name="limited", rate_limit=OPTIONS["native"])
+@limit()
+def limited(number: int) -> None:
+    note("limited", number, time.monotonic())
+    if OPTIONS["sleep"]:
+        time.sleep(OPTIONS["sleep"])
+
+
+@app.task(name="free")
+def free(number: int) -> None:
+    note("free", number, time.monotonic())

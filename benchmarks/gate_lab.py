@@ -1,0 +1,370 @@
+"""Brokers and workers for gate.py, all of its own and in a temporary directory."""
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import kombu
+from celery import Celery, uuid
+
+__all__ = ["BROKERS", "LabError", "RabbitMQ", "Ran", "Redis", "Run"]
+
+#: The length of a line that gate_app writes.
+LINE = 8 + 1 + 8 + 1 + 20 + 1
+
+_HERE = Path(__file__).parent
+_count = itertools.count(1)
+
+
+class LabError(Exception):
+    """A server or a worker did not do what the measurement needs."""
+
+
+class Ran(NamedTuple):
+    """One line of gate_app: a job that ran, or a worker that was ready."""
+
+    worker: str
+    number: int
+    moment: float
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], Any], seconds: float, pause: float = 0.05) -> bool:
+    """Return whether the condition came true in that time."""
+    end = time.monotonic() + seconds
+    while not (true := bool(condition())) and time.monotonic() < end:
+        time.sleep(pause)
+    return true
+
+
+class Server:
+    """A broker in a directory of its own, which survives `kill` and a further `start`.
+
+    Args:
+        directory: Where all the servers have their directories.
+        durable: Whether what it has confirmed survives `kill`. RabbitMQ always does.
+
+    """
+
+    name: str
+    url: str
+    command: list[str]
+
+    def __init__(self, directory: Path, *, durable: bool = False) -> None:
+        self.port = free_port()
+        self.directory = directory / f"{self.name.lower()}-{self.port}"
+        self.directory.mkdir()
+        self.environment = dict(os.environ)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        with (self.directory / "output").open("ab") as output:
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=self.directory,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        if not wait_until(lambda: self.process.poll() is not None or self._answers(), 90, 0.1):
+            self.kill()
+        if self.process.poll() is not None:
+            text = (self.directory / "output").read_text(errors="replace")
+            raise LabError(f"{self.name} did not start:\n{text[-2000:]}")
+
+    def kill(self) -> None:
+        """Kill it and its children, at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def _answers(self) -> bool:
+        try:
+            with kombu.Connection(self.url, connect_timeout=2) as connection:
+                connection.connect()
+        except Exception:  # noqa: BLE001 - not yet
+            return False
+        return True
+
+
+class Redis(Server):
+    """A Redis; if durable, one that has each change on disk before it answers."""
+
+    name = "Redis"
+
+    def __init__(self, directory: Path, *, durable: bool = False) -> None:
+        super().__init__(directory)
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        options = f"--port {self.port} --bind 127.0.0.1 --dir {self.directory}"
+        if durable:
+            options += " --appendonly yes --appendfsync always"
+        self.command = ["redis-server", *options.split(), "--save", ""]
+        if shutil.which("redis-server") is None:
+            raise LabError("redis-server is not on PATH")
+
+
+class RabbitMQ(Server):
+    """A RabbitMQ node, and an epmd of its own where there is one to start."""
+
+    name = "RabbitMQ"
+
+    def __init__(self, directory: Path, *, durable: bool = True) -> None:
+        super().__init__(directory)
+        self.url = f"amqp://guest:guest@127.0.0.1:{self.port}//"
+        # Debian's wrapper on PATH becomes another user, who may not write here.
+        packaged = "/usr/lib/rabbitmq/bin/rabbitmq-server"
+        binary = packaged if Path(packaged).exists() else shutil.which("rabbitmq-server")
+        if binary is None:
+            raise LabError("rabbitmq-server is not on PATH")
+        self.command = [binary]
+        for variable in [name for name in self.environment if name.startswith("RABBITMQ_")]:
+            del self.environment[variable]
+        here = str(self.directory)
+        (self.directory / "plugins").write_text("[].")
+        self.environment |= {
+            "HOME": here,
+            "ERL_EPMD_PORT": str(free_port()),
+            "RABBITMQ_NODENAME": f"bench-{self.port}@localhost",
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_DIST_PORT": str(free_port()),
+            "RABBITMQ_MNESIA_BASE": f"{here}/data",
+            "RABBITMQ_LOG_BASE": f"{here}/logs",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{here}/plugins",
+            "RABBITMQ_CONFIG_FILE": f"{here}/rabbitmq",
+            "RABBITMQ_CONF_ENV_FILE": f"{here}/env.conf",
+        }
+
+    def __enter__(self) -> Self:
+        self.epmd = None
+        if epmd := shutil.which("epmd"):  # else the node starts one, which would outlive it
+            self.epmd = subprocess.Popen(
+                [epmd],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        try:
+            return super().__enter__()
+        except BaseException:
+            self._stop_epmd()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self._stop_epmd()
+
+    def _stop_epmd(self) -> None:
+        if self.epmd is not None:
+            self.epmd.kill()
+            self.epmd.wait()
+
+
+BROKERS = {"redis": Redis, "rabbitmq": RabbitMQ}
+
+
+class Run:
+    """A queue of its own on a server, workers that consume it, and what they ran.
+
+    Args:
+        server: The broker.
+        rate: Of the limited task.
+        capacity: Of its bucket; by default a tenth of a second's worth.
+        gate: ``False``: no gate at all.
+        max_held: Of the gate.
+        native: Celery's own ``rate_limit``, instead of the gate.
+        grants: Whether the bucket notes each grant.
+        sleep: How long a limited job runs.
+        pool: The worker's pool.
+        level: The level of its log.
+        conf: Further settings.
+
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        *,
+        rate: float = 1.0,
+        capacity: float | None = None,
+        gate: bool = True,
+        max_held: int | None = None,
+        native: str | None = None,
+        grants: bool = False,
+        sleep: float = 0.0,
+        pool: str = "prefork",
+        level: str = "WARNING",
+        conf: dict[str, Any] | None = None,
+    ) -> None:
+        self.server = server
+        self.queue = f"bench-{next(_count)}"
+        self.path = server.directory / self.queue
+        self.pool = pool
+        self.level = level
+        self.capacity = max(1.0, rate / 10) if capacity is None else capacity
+        self.workers: dict[str, subprocess.Popen[bytes]] = {}
+        self.conf = {
+            "task_default_queue": self.queue,
+            "task_ignore_result": True,
+            "worker_prefetch_multiplier": 4,
+            "worker_cancel_long_running_tasks_on_connection_loss": False,
+            "broker_connection_retry_on_startup": True,
+            "broker_connection_max_retries": None,
+        } | (conf or {})
+        self.options = {
+            "broker": server.url,
+            "log": str(self.path),
+            "gate": gate and not native,
+            "rate": rate,
+            "capacity": self.capacity,
+            "max_held": max_held,
+            "native": native,
+            "grants": grants,
+            "sleep": sleep,
+            "conf": self.conf,
+        }
+        self.app = Celery("bench-producer", broker=server.url, set_as_current=False)
+        self.app.conf.update(self.conf)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for name in list(self.workers):
+            self.stop(name)
+        if kind is not None and issubclass(kind, Exception):
+            print(self.logs(), file=sys.stderr)
+            return
+        with self.app.connection_for_write() as connection:
+            connection.default_channel.queue_delete(self.queue)
+
+    def send(self, task: str, count: int) -> None:
+        """Send jobs with the numbers from 0."""
+        amqp = self.app.amqp
+        with self.app.connection_for_write() as connection:
+            amqp.queues[self.queue](connection.default_channel).declare()
+            producer = amqp.Producer(connection)
+            for number in range(count):
+                message = amqp.as_task_v2(uuid(), task, (number,), {})
+                producer.publish(
+                    message.body,
+                    exchange="",
+                    routing_key=self.queue,
+                    headers=message.headers,
+                    serializer="json",
+                    delivery_mode=2,
+                    **message.properties,
+                )
+
+    def start(self, name: str = "w", queue: str | None = None) -> None:
+        """Start a worker.
+
+        Args:
+            name: What it is called.
+            queue: What it consumes, instead of the queue of this run.
+
+        """
+        environment = dict(os.environ)
+        environment["GATE_BENCH"] = json.dumps(self.options | {"worker": name})
+        paths = [str(_HERE), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        options = f"-c 2 --without-mingle --without-gossip -P {self.pool} -l {self.level}"
+        command = [sys.executable, "-m", "celery", "-A", "gate_app", "worker", *options.split()]
+        command += ["-n", self.node(name), "-Q", queue or self.queue]
+        with Path(f"{self.path}.{name}.log").open("ab") as log:
+            self.workers[name] = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def node(self, name: str = "w") -> str:
+        """Return what Celery calls a worker."""
+        return f"{self.queue}-{name}@bench"
+
+    def ready(self, times: int = 1) -> float:
+        """Wait until workers have been ready so many times, and return the last moment of it."""
+        self.wait("ready", times, 60, "the worker was not ready")
+        return max(ran.moment for ran in self.ran("ready"))
+
+    def count(self, kind: str) -> int:
+        """Return how many lines there are of a kind."""
+        path = Path(f"{self.path}.{kind}")
+        return path.stat().st_size // LINE if path.exists() else 0
+
+    def wait(self, kind: str, count: int, seconds: float, error: str = "") -> bool:
+        """Wait for so many lines of a kind; with ``error``, raise it when they do not come.
+
+        Raises:
+            LabError: They did not come, or a worker ended.
+
+        """
+        came = wait_until(lambda: self.count(kind) >= count or self.ended(), seconds)
+        if ended := self.ended():
+            raise LabError(f"worker {ended[0]} of {self.queue} ended by itself")
+        if error and not came:
+            raise LabError(f"{error} within {seconds:g} s ({self.queue}, {self.count(kind)}/{count})")
+        return came
+
+    def ran(self, kind: str) -> list[Ran]:
+        """Return all lines of a kind, by time."""
+        path = Path(f"{self.path}.{kind}")
+        lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+        ran = [Ran(worker, int(number), float(moment)) for worker, number, moment in lines]
+        return sorted(ran, key=lambda each: each.moment)
+
+    def moments(self, kind: str) -> list[float]:
+        """Return when each job of a kind ran."""
+        return [ran.moment for ran in self.ran(kind)]
+
+    def kill(self, name: str = "w") -> None:
+        """Kill a worker and its children."""
+        worker = self.workers.pop(name)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
+
+    def stop(self, name: str = "w") -> None:
+        """Ask a worker to stop, and see to it that it does."""
+        self.workers[name].terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.workers[name].wait(8)
+        self.kill(name)
+
+    def logs(self) -> str:
+        """Return the ends of the workers' logs."""
+        paths = sorted(self.path.parent.glob(f"{self.path.name}.*.log"))
+        return "\n".join(f"--- {path}\n{path.read_text(errors='replace')[-4000:]}" for path in paths)
+
+    def ended(self) -> list[str]:
+        """Return the workers that have ended by themselves."""
+        return [name for name, worker in self.workers.items() if worker.poll() is not None]
