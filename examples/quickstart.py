@@ -85,7 +85,11 @@ def print_table():
     """Compare the limits with what ran. Return whether they held."""
     held = True
     print(f"\n{'':8} {'burst':>7} {'set rate':>9} {'measured':>9} {'jobs':>5} {'longest wait':>13}")
-    for kind, bucket, unit in (("email", emails, ""), ("upload", megabytes, " MB"), ("resize", None, "")):
+    for kind, bucket, unit in (
+        ("email", emails, ""),
+        ("upload", megabytes, " MB"),
+        ("resize", None, ""),
+    ):
         jobs = [run for run in runs if run[0] == kind]
         longest = max(waited for *_, waited in jobs)
         if bucket is None:
