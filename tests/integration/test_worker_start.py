@@ -34,7 +34,12 @@ def start(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "children"), [(["-c", "4"], 4), (["-c", "1", "--autoscale", "3,1"], 3)]
+    ("arguments", "children"),
+    [
+        (["-c", "4"], 4),
+        (["-c", "1", "--autoscale", "3,1"], 3),
+        (["-c", "1", "--max-tasks-per-child", "5"], 1),  # one after the other, each with a full bucket
+    ],
 )
 def test_one_bucket_per_child_is_refused(start, arguments, children):
     """A prefork worker in which a limit would run at a multiple of its rate does not start."""

@@ -4,7 +4,7 @@ import pytest
 from celery import Celery, current_app
 from celery.exceptions import ImproperlyConfigured
 
-from rate_limiter import TokenBucket
+from rate_limiter import AllOf, TokenBucket
 from rate_limiter.celery import Gate, throttle
 
 bucket = TokenBucket(10, 1)
@@ -175,6 +175,15 @@ def test_same_bucket_twice_for_one_task(app):
     gate = Gate(app)
     gate.limit("jobs.upload", bucket=bucket)
     gate.limit("jobs.*", bucket=bucket)
+    with pytest.raises(ImproperlyConfigured, match="the same bucket limits it twice"):
+        gate.limits_for(app.tasks["jobs.upload"])
+
+
+def test_same_bucket_twice_within_all_of(app):
+    """A bucket that stands alone and in an AllOf is found too: such a job would be held for ever."""
+    gate = Gate(app)
+    gate.limit("jobs.upload", bucket=bucket)
+    gate.limit("jobs.*", bucket=AllOf(TokenBucket(1, 1), bucket))
     with pytest.raises(ImproperlyConfigured, match="the same bucket limits it twice"):
         gate.limits_for(app.tasks["jobs.upload"])
 

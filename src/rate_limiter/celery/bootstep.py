@@ -23,6 +23,7 @@ from ..limit import Demand, Limit
 from . import receipt
 from .lease import Lease
 from .outcome import fail, refuse_at_gate
+from .payment import refuse_to_pay_twice
 from .queues import Queues
 from .settings import enabled
 from .throttle import held_at_gate, limits_of
@@ -208,6 +209,7 @@ class GateStep(bootsteps.StartStopStep):
                     limit.name,
                     took * 1000,
                 )
+        refuse_to_pay_twice([demand[0] for demand in demands], request.type)
         return demands
 
     def _refuse(self, request: Any, demand: Demand, delay: float) -> bool:
@@ -231,7 +233,10 @@ class GateStep(bootsteps.StartStopStep):
                 return
             released = self.held.release(monotonic())
         for request in released:
-            self._let_go(request, self._plan(request))
+            try:
+                self._let_go(request, self._plan(request))
+            except Exception:  # it stays unacknowledged; the others are to go on
+                logger.exception("Could not hand %s[%s] to the pool", request.name, request.id)
         self._after_change()
         if self.queues.paused:
             self._pause_or_resume()

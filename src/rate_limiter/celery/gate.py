@@ -15,6 +15,7 @@ from celery.local import Proxy
 from ..bucket import Bucket
 from ..limit import Limit, whole
 from .bootstep import GateStep
+from .payment import refuse_to_pay_twice
 from .settings import limit_from, limits_in_settings
 from .throttle import gated_apps, held_at_gate, limits_of
 
@@ -186,9 +187,8 @@ class Gate:
                     f"rate_limiter_limit of {task.name}", attribute, task.name
                 )
             limits.append(self._attributes[task.name])
-        buckets = [id(limit.bucket) for limit in limits]
-        if len(set(buckets)) < len(buckets):
-            raise ImproperlyConfigured(
-                f"`{task.name}`: the same bucket limits it twice; declare it once: {limits}"
-            )
+        try:
+            refuse_to_pay_twice([limit.bucket for limit in limits], task.name)
+        except ValueError as error:
+            raise ImproperlyConfigured(str(error)) from error
         return tuple(limits)

@@ -214,7 +214,10 @@ class _OneBucketPerChild(bootsteps.Step):
         """Look at every throttled task, before the pool forks."""
         app = worker.app
         children = max(worker.concurrency, worker.max_concurrency or 0)
-        if children == 1 or not issubclass(worker.pool_cls, PreforkPool) or not enabled(app):
+        # A child that takes another's place starts with the parent's level: a full bucket.
+        replaced = bool(worker.max_tasks_per_child or worker.max_memory_per_child)
+        one = children == 1 and not replaced
+        if one or not issubclass(worker.pool_cls, PreforkPool) or not enabled(app):
             return
         for task in app.tasks.values():
             for limit in limits_of(task):
@@ -225,11 +228,10 @@ class _OneBucketPerChild(bootsteps.Step):
                     rate = f" ({children} × {limit.bucket.tokens_per_second:g}/s)"
                 elif isinstance(limit.bucket, Bucket):
                     continue  # an own class, which may well be shared
-                cure = (
-                    "use `-c 1`"
-                    if app in gated_apps
-                    else "add `Gate(app)` from rate_limiter.celery, or use `-c 1`"
-                )
+                alone = "use `-c 1`" + (" without replacing children" if replaced else "")
+                cure = alone
+                if app not in gated_apps:
+                    cure = f"add `Gate(app)` from rate_limiter.celery, or {alone}"
                 raise ImproperlyConfigured(
                     f"`{task.name}`: this bucket would be one per child{rate}; {cure}"
                 )
