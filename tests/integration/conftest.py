@@ -23,7 +23,9 @@ def _find(command):
 
 REDIS, RABBITMQ, RABBITMQCTL = map(_find, ("redis-server", "rabbitmq-server", "rabbitmqctl"))
 
-redis_server = redis_proc(executable=REDIS, port=None, db_count=DATABASES)
+# timeout: pytest-redis has the server close connections that are idle for 15 s. A real one keeps them
+# (0, which the factory takes for "not given").
+redis_server = redis_proc(executable=REDIS, port=None, db_count=DATABASES, timeout=3600)
 rabbitmq_server = rabbitmq_proc(server=RABBITMQ, ctl=RABBITMQCTL, port=None, distribution_port=None)
 
 

@@ -99,6 +99,8 @@ def probe(request):
         def start(self, consumer):
             probe.life.append("start")
             probe.thread = threading.get_ident()
+            # nothing wakes an event loop that another thread calls (kombu/asynchronous/hub.py)
+            consumer.timer.call_repeatedly(0.05, lambda: None)
             for queue in consumer.task_consumer.queues:
                 queue.consume = functools.partial(mark_each, queue.consume, queue.name)
             if consumer.hub is None:
