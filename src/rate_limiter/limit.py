@@ -5,6 +5,7 @@ from its arguments. It knows neither Celery nor kombu.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 from typing import Any, Final
@@ -17,6 +18,9 @@ __all__ = ["Demand", "Limit"]
 
 #: What a job is to take: from this bucket, so many tokens, because of this limit.
 Demand = tuple[Bucket, float, "Limit"]
+
+#: How many seconds' worth of a limit a gate holds, unless the user says otherwise.
+_HOLD_SECONDS: Final = 4.0
 
 POLICIES: Final = ("wait", "retry", "drop", "raise")
 OVERFLOWS: Final = ("hold", "pause")
@@ -140,6 +144,20 @@ class Limit:
             most = f"at most the capacity {bucket.capacity:g}"
             raise ValueError(self._complaint("tokens", task, tokens, most))
         return bucket, cost, self
+
+    def bound(self, window: int, default: int | None = None) -> int:
+        """Return how many jobs a gate holds because of it before the broker is to keep the rest.
+
+        Args:
+            window: The prefetch count that the consumer has without a gate.
+            default: What the gate says, for limits that say nothing.
+
+        """
+        bound = self.max_held or default
+        if bound is None:
+            rate = self.bucket.tokens_per_second if isinstance(self.bucket, Bucket) else 0.0
+            bound = max(window, math.ceil(_HOLD_SECONDS * rate))
+        return bound
 
     def turn(self, bucket: Bucket, tokens: float, delay: float) -> float:
         """Give a job that is sent away a turn of its own.

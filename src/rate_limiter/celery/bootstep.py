@@ -17,7 +17,6 @@ from celery.app.task import Context
 from celery.exceptions import ImproperlyConfigured
 from celery.worker import state
 
-from ..bucket import Bucket
 from ..holding import Holding
 from ..limit import Demand, Limit
 from . import receipt
@@ -35,9 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["GateStep"]
 
 logger = logging.getLogger("rate_limiter")
-
-#: How many seconds' worth of a limit a worker holds, unless the user says otherwise.
-_HOLD_SECONDS: Final = 4.0
 
 #: A callable of the user's that takes longer holds up the worker, and is told of.
 _SLOW: Final = 0.05
@@ -276,14 +272,10 @@ class GateStep(bootsteps.StartStopStep):
         self.wake_up, self.wake_up_at = None, 0.0
 
     def _bound(self, limit: Limit) -> int:
-        """Return how many jobs are held for a limit before the broker is to keep the rest."""
         bound = self.bounds.get(limit)
         if bound is None:
-            bound = limit.max_held or self.gate.max_held
-            if bound is None:
-                rate = limit.bucket.tokens_per_second if isinstance(limit.bucket, Bucket) else 0.0
-                bound = max(int(self.consumer.initial_prefetch_count), math.ceil(_HOLD_SECONDS * rate))
-            self.bounds[limit] = bound
+            window = int(self.consumer.initial_prefetch_count)
+            bound = self.bounds[limit] = limit.bound(window, self.gate.max_held)
         return bound
 
     def _pause_or_resume(self, request: Any = None) -> None:
