@@ -5,7 +5,9 @@ asks it for the jobs that may go then.
 
 Jobs wait first come, first served per bucket. A job with several limits takes from all their buckets
 or from none, and waits in the queue of the one that refused, at the place of its arrival: it stands in
-nobody's way at the others.
+nobody's way at the others, and nobody who came later overtakes it there for ever. If its turn has come
+at one bucket, and another refuses for no longer than the first needs to make up for it, it claims the
+first: that one then serves nobody else until the job has gone.
 """
 
 import heapq
@@ -13,7 +15,7 @@ import itertools
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from .bucket import Bucket, take_all_or_delay
 from .limit import Demand, Limit
@@ -23,26 +25,42 @@ __all__ = ["Holding"]
 Job = TypeVar("Job")
 
 
-class _Held(Generic[Job]):
-    __slots__ = ("arrival", "demands", "job", "limit")
+#: What is held is looked at again after so many seconds at the latest: a bucket may have been
+#: configured, refunded or emptied meanwhile, by another process too.
+_LOOK_AGAIN: Final = 0.5
 
-    def __init__(self, arrival: int, job: Job, demands: Sequence[Demand], limit: Limit) -> None:
+
+#: So much that rounding does not tell one from the other.
+_EVEN: Final = 1.000001
+
+
+class _Held(Generic[Job]):
+    __slots__ = ("arrival", "claims", "demands", "job", "limit", "queue")
+
+    queue: "_Queue[Job]"
+
+    def __init__(self, arrival: int, job: Job, demands: Sequence[Demand]) -> None:
         self.arrival = arrival
         self.job = job
         self.demands = demands
-        #: The one that makes it wait now.
-        self.limit = limit
+        #: The queues that serve nobody else until this job has gone.
+        self.claims: list[_Queue[Job]] = []
+        #: The limit that makes it wait now, and the queue of its bucket.
+        self.limit: Limit | None = None
 
 
 class _Queue(Generic[Job]):
     """The jobs that one bucket makes wait, by arrival."""
 
-    __slots__ = ("bucket", "due", "jobs")
+    __slots__ = ("bucket", "claimant", "due", "jobs", "look")
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
         self.jobs: deque[_Held[Job]] = deque()
-        self.due = 0.0
+        #: When its head may go, as far as can be foreseen, and when to look.
+        self.due = self.look = 0.0
+        #: The job, in another queue, for which this one waits.
+        self.claimant: _Held[Job] | None = None
 
     def insert(self, held: _Held[Job]) -> None:
         later = []
@@ -50,6 +68,17 @@ class _Queue(Generic[Job]):
             later.append(self.jobs.pop())
         self.jobs.append(held)
         self.jobs.extend(reversed(later))
+        held.queue = self
+
+    def serves(self, held: _Held[Job]) -> bool:
+        """Whether the job may ask the bucket: nobody has claimed it, or came before."""
+        if self.claimant is not None and self.claimant is not held:
+            return False
+        return not self.jobs or self.jobs[0].arrival >= held.arrival
+
+    def forecast(self) -> float:
+        """When the bucket serves again."""
+        return self.due if self.claimant is None else self.claimant.queue.due
 
 
 class Holding(Generic[Job]):
@@ -93,7 +122,7 @@ class Holding(Generic[Job]):
     def next_due(self) -> float | None:
         """The moment, by the caller's clock, at which `release` is to be called next."""
         due = self._due
-        while due and due[0][2].due != due[0][0]:
+        while due and due[0][2].look != due[0][0]:
             heapq.heappop(due)  # its queue was given another moment
         return due[0][0] if due else None
 
@@ -115,43 +144,40 @@ class Holding(Generic[Job]):
         for demand in demands:
             queue = self._queues.get(demand[0])
             if queue is not None:  # behind those who came before
-                self._hold_or_refuse(job, demands, demand, now, max(0.0, queue.due - now))
+                self._hold(job, demands, demand, now, max(0.0, queue.forecast() - now))
                 return False
         delay, refused = take_all_or_delay(demands)
         if not delay:
             return True
-        self._hold_or_refuse(job, demands, demands[refused], now, delay)
+        self._hold(job, demands, demands[refused], now, delay)
         return False
 
     def release(self, now: float) -> list[Job]:
         """Return the jobs that may go now, in order. They have taken their tokens."""
         released: list[Job] = []
-        while (due := self.next_due) is not None and due <= now:
+        while (look := self.next_due) is not None and look <= now:
             queue = heapq.heappop(self._due)[2]
-            while queue.jobs:
+            queue.look = math.nan  # no moment is set
+            while queue.jobs and queue.serves(queue.jobs[0]):
                 held = queue.jobs[0]
-                delay, refused = 0.0, 0
-                if not self._skip(held.job):
-                    try:
-                        delay, refused = take_all_or_delay(held.demands)
-                    except Exception as error:  # noqa: BLE001 - whatever it is, it is that job's
-                        self._fail(held.job, error)
-                    else:
-                        if not delay:
-                            released.append(held.job)
-                demand = held.demands[refused]
-                if delay and demand[0] is queue.bucket:
-                    # later than now, also where the delay vanishes in rounding
-                    self._schedule(queue, max(now + delay, math.nextafter(now, math.inf)))
+                if self._skip(held.job):
+                    self._leave(held, now)
+                    continue
+                try:
+                    delay, demand = self._take(held, now)
+                except Exception as error:  # noqa: BLE001 - whatever it is, it is that job's
+                    self._leave(held, now)
+                    self._fail(held.job, error)
+                    continue
+                if not delay:
+                    self._leave(held, now)
+                    released.append(held.job)
+                elif demand[0] is queue.bucket:
+                    self._schedule(queue, now, delay)
                     break
-                queue.jobs.popleft()
-                self._uncount(held.limit)
-                if delay:
-                    self._hold_or_refuse(
-                        held.job, held.demands, demand, now, delay, arrival=held.arrival
-                    )
-            else:
-                del self._queues[queue.bucket]
+                else:
+                    self._move(held, demand, now, delay)
+            self._drop_if_empty(queue)
         return released
 
     def clear(self) -> list[Job]:
@@ -162,31 +188,76 @@ class Holding(Generic[Job]):
         self.held_by.clear()
         return jobs
 
-    def _hold_or_refuse(
-        self,
-        job: Job,
-        demands: Sequence[Demand],
-        demand: Demand,
-        now: float,
-        delay: float,
-        arrival: int | None = None,
+    def _hold(
+        self, job: Job, demands: Sequence[Demand], demand: Demand, now: float, delay: float
     ) -> None:
-        bucket, _, limit = demand
-        if limit.when_limited != "wait" and self._refuse(job, demand, delay):
+        """Hold a job that has just come, or refuse it."""
+        if demand[2].when_limited == "wait" or not self._refuse(job, demand, delay):
+            self._enqueue(_Held(next(self._count), job, demands), demand, now, delay)
+
+    def _take(self, held: _Held[Job], now: float) -> tuple[float, Demand]:
+        """Take the tokens of a job whose turn has come; or return the delay, and who refused."""
+        for demand in held.demands:
+            queue = self._queues.get(demand[0])
+            if queue is not None and queue is not held.queue and not queue.serves(held):
+                return max(math.ulp(now), queue.forecast() - now), demand
+        delay, refused = take_all_or_delay(held.demands)
+        return delay, held.demands[refused]
+
+    def _move(self, held: _Held[Job], demand: Demand, now: float, delay: float) -> None:
+        """Let a job whose turn has come wait at another bucket, which has refused it."""
+        left = held.queue
+        if demand[2].when_limited != "wait" and self._refuse(held.job, demand, delay):
+            self._leave(held, now)
             return
-        held = _Held(next(self._count) if arrival is None else arrival, job, demands, limit)
+        self._unlink(held)
+        first = self._enqueue(held, demand, now, delay)
+        # What the bucket that it leaves would lose while it waits, against what it would have taken.
+        loses = delay * left.bucket.tokens_per_second
+        takes = sum(tokens for bucket, tokens, _ in held.demands if bucket is left.bucket)
+        if first and left.claimant is None and loses <= takes * _EVEN:
+            left.claimant = held
+            held.claims.append(left)
+
+    def _enqueue(self, held: _Held[Job], demand: Demand, now: float, delay: float) -> bool:
+        """Put a job into a bucket's queue; whether it is the next one there."""
+        bucket, _, held.limit = demand
+        self.held_by[held.limit] += 1
         queue = self._queues.get(bucket)
         if queue is None:
             queue = self._queues[bucket] = _Queue(bucket)
-            self._schedule(queue, now + delay)
         queue.insert(held)
-        self.held_by[limit] += 1
+        claimant = queue.claimant
+        if claimant is not None and claimant.arrival > held.arrival:
+            claimant.claims.remove(queue)
+            claimant = queue.claimant = None
+        first = claimant in (None, held) and queue.jobs[0] is held
+        if first:  # the moment of the one that was first before may be too late
+            self._schedule(queue, now, delay)
+        return first
 
-    def _uncount(self, limit: Limit) -> None:
-        self.held_by[limit] -= 1
-        if not self.held_by[limit]:
-            del self.held_by[limit]
+    def _leave(self, held: _Held[Job], now: float) -> None:
+        """Take a job out, and open what it has claimed."""
+        self._unlink(held)
+        for queue in held.claims:
+            queue.claimant = None
+            if queue.jobs:
+                self._schedule(queue, now, 0.0)
+            self._drop_if_empty(queue)
 
-    def _schedule(self, queue: _Queue[Job], due: float) -> None:
-        queue.due = due
-        heapq.heappush(self._due, (due, next(self._count), queue))
+    def _unlink(self, held: _Held[Job]) -> None:
+        held.queue.jobs.remove(held)
+        assert held.limit is not None  # noqa: S101 - for mypy
+        self.held_by[held.limit] -= 1
+        if not self.held_by[held.limit]:
+            del self.held_by[held.limit]
+
+    def _drop_if_empty(self, queue: _Queue[Job]) -> None:
+        if not queue.jobs and queue.claimant is None:
+            self._queues.pop(queue.bucket, None)
+
+    def _schedule(self, queue: _Queue[Job], now: float, delay: float) -> None:
+        # later than now, also where the delay vanishes in rounding
+        queue.due = max(now + delay, math.nextafter(now, math.inf)) if delay else now
+        queue.look = min(queue.due, now + _LOOK_AGAIN)
+        heapq.heappush(self._due, (queue.look, next(self._count), queue))

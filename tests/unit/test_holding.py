@@ -1,6 +1,8 @@
 """The engine of the gates, on a manual clock."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rate_limiter import TokenBucket
 from rate_limiter.holding import Holding
@@ -27,11 +29,12 @@ def holding():
 
 
 def released(holding, clock, until):
-    """Walk from due moment to due moment, and return (moment, jobs) for each release."""
+    """Walk from due moment to due moment, and return (moment, jobs) for each that lets some go."""
     steps = []
     while holding.next_due is not None and holding.next_due <= until:
         clock.now = holding.next_due
-        steps.append((clock.now, holding.release(clock.now)))
+        if jobs := holding.release(clock.now):
+            steps.append((clock.now, jobs))
     return steps
 
 
@@ -87,7 +90,7 @@ def test_two_buckets_are_taken_from_together_or_not_at_all(holding, clock):
     per_second, per_day = TokenBucket(1, 1, clock=clock), TokenBucket(2, 0.01, clock=clock)
     for job in "abc":
         holding.offer(job, [demand(per_second, 1), demand(per_day, 1)], clock())
-    assert released(holding, clock, 50) == [(1.0, ["b"]), (2.0, [])]  # then the day has no more
+    assert released(holding, clock, 50) == [(1.0, ["b"])]  # then the day has no more
     assert per_second.tokens == 1
     assert released(holding, clock, 200) == [(100.0, ["c"])]
 
@@ -98,6 +101,78 @@ def test_job_that_waits_elsewhere_does_not_block_this_bucket(holding, clock):
     tenant.allow()
     holding.offer("tenant's", [demand(shared, 1), demand(tenant, 1)], clock())
     assert holding.offer("other's", [demand(shared, 1)], clock())
+
+
+def test_job_at_two_buckets_is_not_overtaken_for_ever(holding, clock):
+    """Two buckets whose tokens never come at once: the one that has one keeps it for the oldest job."""
+    one, other = TokenBucket(1, 1, clock=clock), TokenBucket(1, 1, clock=clock)
+    one.allow()
+    clock.advance(0.5)
+    other.allow()
+    holding.offer("both", [demand(one, 1), demand(other, 1)], clock())
+    for job in range(20):
+        holding.offer(("one", job), [demand(one, 1)], clock())
+        holding.offer(("other", job), [demand(other, 1)], clock())
+    assert released(holding, clock, 1.5) == [(1.5, ["both"])]
+    assert {job for _, jobs in released(holding, clock, 2.5) for job in jobs} == {
+        ("one", 0),
+        ("other", 0),
+    }
+
+
+def test_heavy_job_elsewhere_is_not_starved_by_jobs_at_two_buckets(holding, clock):
+    """A job whose turn has come at one bucket still stands behind older ones at the other."""
+    shared, tenant = TokenBucket(10, 1, clock=clock), TokenBucket(1, 1, clock=clock)
+    shared.allow(10)
+    tenant.allow()
+    holding.offer("tenant's", [demand(tenant, 1)], clock())
+    holding.offer("heavy", [demand(shared, 10)], clock())
+    for job in range(3):
+        holding.offer(job, [demand(tenant, 1), demand(shared, 1)], clock())
+    assert released(holding, clock, 10) == [(1.0, ["tenant's"]), (10.0, ["heavy"])]
+    assert [job for _, jobs in released(holding, clock, 99) for job in jobs] == [0, 1, 2]
+
+
+def test_slow_bucket_does_not_stop_a_fast_one(holding, clock):
+    """A tenant whose own bucket is slow leaves the tokens that all share to the others."""
+    shared, tenant = TokenBucket(1, 10, clock=clock), TokenBucket(1, 1, clock=clock)
+    for job in range(10):
+        holding.offer(("slow", job), [demand(shared, 1), demand(tenant, 1)], clock())
+        for other in range(10):
+            holding.offer(("fast", job, other), [demand(shared, 1)], clock())
+    steps = released(holding, clock, 8)
+    jobs = [job for _, jobs in steps for job in jobs]
+    assert len(jobs) == pytest.approx(80, abs=2)
+    slow = [job for kind, job, *_ in jobs if kind == "slow"]
+    assert slow == list(range(1, len(slow) + 1))
+    assert len(slow) >= 7
+
+
+PRICES = st.dictionaries(st.integers(0, 2), st.sampled_from([0.5, 1, 2]), min_size=1)
+
+
+@given(st.lists(st.tuples(st.sampled_from([0, 0, 0.3, 1]), PRICES), max_size=30))
+def test_every_job_goes_and_none_overtakes_its_like(jobs):
+    """Whatever buckets jobs share: all go, those that want the same in order, and no bucket overspends."""
+    clock = ManualClock()
+    holding = Holding(fail=raise_error, refuse=raise_error)
+    buckets = [TokenBucket(2, rate, clock=clock) for rate in (1, 1, 7)]
+    ran = []
+    for number, (step, prices) in enumerate(jobs):
+        ran += [job for _, some in released(holding, clock, clock.now + step) for job in some]
+        wants = [demand(buckets[index], tokens) for index, tokens in prices.items()]
+        job = (number, tuple(sorted(prices.items())))
+        if holding.offer(job, wants, clock()):
+            ran.append(job)
+        assert all(bucket.tokens >= 0 for bucket in buckets)
+    ran += [job for _, some in released(holding, clock, 1000) for job in some]
+    assert len(ran) == len(jobs)
+    assert len(holding) == 0
+    assert not holding.held_by
+    assert not holding._queues
+    for kind in {prices for _, prices in ran}:
+        numbers = [number for number, prices in ran if prices == kind]
+        assert numbers == sorted(numbers)
 
 
 def test_revoked_job_is_skipped_free_of_charge(clock):
@@ -126,7 +201,7 @@ def test_error_of_a_bucket_ends_that_job_alone(clock):
     bucket.allow(2)
     holding.offer("bad", [demand(bucket, 2)], clock())
     holding.offer("good", [demand(bucket, 1)], clock())
-    assert released(holding, clock, 9) == [(2.0, ["good"])]
+    assert released(holding, clock, 9) == [(1.0, ["good"])]
     assert failed == [("bad", "no")]
 
 
