@@ -101,8 +101,8 @@ def probe(request):
             probe.thread = threading.get_ident()
             # nothing wakes an event loop that another thread calls (kombu/asynchronous/hub.py)
             consumer.timer.call_repeatedly(0.05, lambda: None)
-            for queue in consumer.task_consumer.queues:
-                queue.consume = functools.partial(mark_each, queue.consume, queue.name)
+            channel = consumer.task_consumer.channel
+            channel.basic_consume = functools.partial(mark_each, channel.basic_consume)
             if consumer.hub is None:
                 drain = consumer.connection.drain_events
 
@@ -140,12 +140,12 @@ def probe(request):
     assert probe.life == ["init", "start", "stop", "shutdown"]
 
 
-def mark_each(consume, queue, consumer_tag="", callback=None, *args, **kwargs):
+def mark_each(consume, queue, no_ack=False, consumer_tag="", callback=None, **kwargs):
     def marked(message):
         message.delivery_info["mark"] = queue
         return callback(message)
 
-    return consume(consumer_tag, marked, *args, **kwargs)
+    return consume(queue=queue, no_ack=no_ack, consumer_tag=consumer_tag, callback=marked, **kwargs)
 
 
 def test_every_way_to_the_pool_is_on_task_request(probe):

@@ -110,3 +110,20 @@ def test_a_paused_queue_stays_limited(lab):
     assert runs[-1] == 59
     assert lab.taken("queue") == [1] * 60
     assert f"Resumed queue {queues[0][0]}" in worker.output
+
+
+def test_a_queue_that_is_added_later_is_known(lab):
+    """`celery control add_consumer`: what comes from the new queue is limited by it, not by its key."""
+    name = lab.settings["task_default_queue"]
+    late = f"late-{name}"
+    declare(lab, (late, late, "direct", name, False))
+    with start(lab, limits=(limit("queue", 1, 10, queue=late),)) as worker:
+        lab.app.control.add_consumer(
+            late, exchange=late, routing_key=name, destination=[worker.node], reply=True
+        )
+        wait_for(lambda: f"Started consuming from {late}" in worker.output)
+        for number in range(6):
+            lab.send("job", number, exchange=late, routing_key=name)
+        assert lab.wait_for_runs("job", 6) == list(range(6))
+    assert lab.taken("queue") == [1] * 6
+    lab.assert_bound("queue", capacity=1, rate=10)

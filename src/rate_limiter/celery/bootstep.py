@@ -8,6 +8,7 @@ unacknowledged: whatever happens to the worker, the broker has it still.
 import logging
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -123,8 +124,10 @@ class GateStep(bootsteps.StartStopStep):
     def info(self, consumer: Any) -> dict[str, Any]:
         """Return what ``celery inspect stats`` shows of the gate."""
         with self.lock:
-            held = {limit.name: count for limit, count in self.held.held_by.items()}
-            return {"rate_limiter": {"held": held, "paused": sorted(self.queues.paused)}}
+            held: Counter[str] = Counter()
+            for limit, count in self.held.held_by.items():
+                held[limit.name] += count
+            return {"rate_limiter": {"held": dict(held), "paused": sorted(self.queues.paused)}}
 
     def _held_now(self) -> list[Any]:
         with self.lock:

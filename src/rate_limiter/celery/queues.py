@@ -1,8 +1,8 @@
 """Which queue a job came from, and pausing the consumption of a queue.
 
 The routing key of a message does not tell its queue: a topic exchange or an alias may lie in between.
-AMQP names the consumer with each delivery. The virtual transports (Redis) do not, so there each queue
-is given a callback that leaves its mark.
+AMQP names the consumer with each delivery. The virtual transports (Redis) do not, so there the channel
+is made to leave a mark on each message.
 """
 
 import functools
@@ -34,8 +34,9 @@ class Queues:
         self.paused: dict[str, Limit] = {}
         self._entities: dict[str, Any] = {}
         if mark:
-            for queue in consumer.task_consumer.queues:
-                queue.consume = functools.partial(_consume, queue.consume, queue.name)
+            # for the queues that `celery control add_consumer` brings, too
+            channel = consumer.task_consumer.channel
+            channel.basic_consume = functools.partial(_consume, channel.basic_consume)
 
     def of(self, request: Any) -> str | None:
         """Return the name of the queue that a job was consumed from."""
@@ -82,21 +83,23 @@ class Queues:
         if name not in self._consumer.app.amqp.queues.consume_from:
             return  # `celery control cancel_consumer` came meanwhile
         consumer.add_queue(queue)
-        # add_queue binds a copy to the channel
-        for bound in consumer.queues:
-            if bound.name == name and not isinstance(bound.__dict__.get("consume"), functools.partial):
-                bound.consume = functools.partial(_consume, bound.consume, name)
         consumer.consume()
         logger.info("Resumed queue %s", name)
 
 
 def _consume(
-    consume: Any, queue: str, consumer_tag: str = "", callback: Any = None, *args: Any, **kwargs: Any
+    consume: Any,
+    queue: str,
+    no_ack: bool = False,
+    consumer_tag: str = "",
+    callback: Any = None,
+    **kwargs: Any,
 ) -> Any:
-    """Stand in for ``Queue.consume``: mark each message with its queue."""
+    """Stand in for a channel's ``basic_consume``: mark each message with its queue."""
 
     def marked(message: Any) -> Any:
-        message.delivery_info[_MARK] = queue
+        if message.delivery_info is not None:
+            message.delivery_info[_MARK] = queue
         return callback(message)
 
-    return consume(consumer_tag, marked, *args, **kwargs)
+    return consume(queue=queue, no_ack=no_ack, consumer_tag=consumer_tag, callback=marked, **kwargs)
