@@ -4,7 +4,8 @@
 """
 
 from .bucket import AllOf, Bucket
-from .exceptions import RateLimitExceeded
+from .bucket_per_key import BucketPerKey
+from .exceptions import RateLimitExceeded, RetryAfter
 from .token_bucket import TokenBucket
 
-__all__ = ["AllOf", "Bucket", "RateLimitExceeded", "TokenBucket"]
+__all__ = ["AllOf", "Bucket", "BucketPerKey", "RateLimitExceeded", "RetryAfter", "TokenBucket"]

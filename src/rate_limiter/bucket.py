@@ -1,11 +1,13 @@
 """What every bucket can do, whatever it is one rate for; and several buckets taken as one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from time import monotonic
 from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["AllOf", "Bucket", "take_all_or_delay"]
+from .exceptions import RateLimitExceeded
+
+__all__ = ["AllOf", "Bucket", "members", "take_all_or_delay"]
 
 
 @runtime_checkable
@@ -110,28 +112,39 @@ class AllOf:
     def wait(self, tokens: float = 1, *, timeout: float | None = None) -> None:
         """Block until all buckets grant the tokens. See `TokenBucket.wait`.
 
-        It stands in the queue of the bucket that refuses, and asks all of them when its turn comes.
-        ``timeout`` counts by the real clock, also where a bucket has another one.
+        It stands in the queue of the slowest bucket, and asks all of them when its turn has come: first
+        come, first served there, but others may take from a faster one meanwhile. ``timeout`` counts
+        by the real clock, also where a bucket has another one.
         """
         deadline = math.inf if timeout is None else monotonic() + timeout
         while True:
-            delay, refused = take_all_or_delay([(bucket, tokens) for bucket in self.buckets])
+            delay, slowest = self._take(tokens)
             if not delay:
                 return
             left = None if timeout is None else max(0.0, deadline - monotonic())
-            self.buckets[refused].wait(tokens, timeout=left)
-            self.buckets[refused].refund(tokens)
+            if left is not None and delay > left:
+                raise RateLimitExceeded(
+                    f"rate limit exceeded: {tokens:g} tokens only in {delay:.3g} s", delay
+                )
+            slowest.wait(tokens, timeout=left)
+            slowest.refund(tokens)
 
     def take_or_delay(self, tokens: float = 1) -> float:
         """Take from all buckets, or return the delay of the slowest. See `TokenBucket.take_or_delay`."""
+        return self._take(tokens)[0]
+
+    def _take(self, tokens: float) -> tuple[float, Bucket]:
+        """Take from all, or return the longest delay, and whose that is."""
         delay, refused = take_all_or_delay([(bucket, tokens) for bucket in self.buckets])
+        slowest = self.buckets[refused]
         if delay:
             for bucket in self.buckets[refused + 1 :]:
-                if other := bucket.take_or_delay(tokens):
-                    delay = max(delay, other)
-                else:
+                other = bucket.take_or_delay(tokens)
+                if not other:
                     bucket.refund(tokens)
-        return delay
+                elif other > delay:
+                    delay, slowest = other, bucket
+        return delay, slowest
 
     def refund(self, tokens: float) -> None:
         """Give back to all of them."""
@@ -142,6 +155,15 @@ class AllOf:
         """Take from all of them without asking."""
         for bucket in self.buckets:
             bucket.charge(tokens)
+
+
+def members(bucket: Bucket) -> Iterator[Bucket]:
+    """Yield the buckets that a bucket is made of: itself, or what an `AllOf` stands for."""
+    if isinstance(bucket, AllOf):
+        for each in bucket.buckets:
+            yield from members(each)
+    else:
+        yield bucket
 
 
 def take_all_or_delay(demands: Sequence[tuple[Any, ...]]) -> tuple[float, int]:

@@ -31,6 +31,7 @@ from collections.abc import Callable
 from numbers import Real
 from typing import Final
 
+from .checks import positive
 from .exceptions import RateLimitExceeded
 
 __all__ = ["TokenBucket"]
@@ -448,29 +449,6 @@ def _wait_for(turn: threading.Lock, seconds: float) -> None:
 
 def _timed_out(tokens: float, delay: float) -> RateLimitExceeded:
     return RateLimitExceeded(f"rate limit exceeded: {tokens:g} tokens only in {delay:.3g} s", delay)
-
-
-def positive(name: str, value: float) -> float:
-    """Return ``value`` as a float, or raise what is wrong with it.
-
-    Raises:
-        ValueError: It is not above 0 (then with the documented text), or is not finite.
-        TypeError: It is not a number.
-
-    """
-    if not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number (int or float), not {value!r}")
-    if value <= 0:
-        raise ValueError(f"{name} must be positive")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be a finite number, not {value!r}")
-    if not number:
-        raise ValueError(f"{name} must be positive")
-    return number
 
 
 def _not_negative(timeout: float) -> float:

@@ -37,8 +37,8 @@ def test_demand_is_what_the_callables_say():
     limit = Limit(
         lambda name, size: large if size > 1 else small, tokens=lambda name, size: size, name="uploads"
     )
-    assert limit.demand("upload", ("a.mp4",), {"size": 1}) == (small, 1, limit)
-    assert limit.demand("upload", ("a.mp4", 50), {}) == (large, 50, limit)
+    assert limit.demands("upload", ("a.mp4",), {"size": 1}) == ((small, 1, limit),)
+    assert limit.demands("upload", ("a.mp4", 50), {}) == ((large, 50, limit),)
 
 
 @pytest.mark.parametrize("value", [0, -3, math.nan, math.inf, "2", None, 11])
@@ -46,7 +46,7 @@ def test_impossible_cost_names_task_limit_and_value(value):
     """A cost that can never be paid is an error that names the task, the limit and the value."""
     limit = Limit(bucket, tokens=lambda: value, name="uploads")
     with pytest.raises(ValueError, match=r"task jobs\.upload, limit uploads: tokens is") as raised:
-        limit.demand("jobs.upload", (), {})
+        limit.demands("jobs.upload", (), {})
     assert repr(value) in str(raised.value)
 
 
@@ -56,7 +56,7 @@ def test_error_of_a_callable_is_named_and_kept():
     with pytest.raises(
         ValueError, match="task upload, limit upload: tokens=… raised KeyError"
     ) as raised:
-        limit.demand("upload", ({},), {})
+        limit.demands("upload", ({},), {})
     assert isinstance(raised.value.__cause__, KeyError)
 
 
@@ -64,8 +64,8 @@ def test_callable_that_asks_for_headers_gets_them():
     """A keyword-only parameter `headers` gives a callable what the producer sent beside the arguments."""
     limit = Limit(bucket, tokens=lambda size, *, headers: size * headers.get("factor", 1))
     assert limit.asks_headers
-    assert limit.demand("upload", (2,), {}, {"factor": 3})[1] == 6
-    assert limit.demand("upload", (2,), {})[1] == 2
+    assert limit.demands("upload", (2,), {}, {"factor": 3})[0][1] == 6
+    assert limit.demands("upload", (2,), {})[0][1] == 2
 
 
 def test_turns_follow_each_other(monkeypatch):
@@ -79,4 +79,4 @@ def test_callable_that_returns_no_bucket_is_named():
     """A bucket callable that returns something else fails the job with that value."""
     limit = Limit(lambda: "gold")
     with pytest.raises(ValueError, match="bucket is 'gold', expected a bucket"):
-        limit.demand("upload", (), {})
+        limit.demands("upload", (), {})
