@@ -5,6 +5,7 @@
 
 from .bucket import AllOf, Bucket
 from .exceptions import RateLimitExceeded
+from .shared_bucket import SharedTokenBucket
 from .token_bucket import TokenBucket
 
-__all__ = ["AllOf", "Bucket", "RateLimitExceeded", "TokenBucket"]
+__all__ = ["AllOf", "Bucket", "RateLimitExceeded", "SharedTokenBucket", "TokenBucket"]
