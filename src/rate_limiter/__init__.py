@@ -6,6 +6,15 @@
 from .bucket import AllOf, Bucket
 from .bucket_per_key import BucketPerKey
 from .exceptions import RateLimitExceeded, RetryAfter
+from .shared_bucket import SharedTokenBucket
 from .token_bucket import TokenBucket
 
-__all__ = ["AllOf", "Bucket", "BucketPerKey", "RateLimitExceeded", "RetryAfter", "TokenBucket"]
+__all__ = [
+    "AllOf",
+    "Bucket",
+    "BucketPerKey",
+    "RateLimitExceeded",
+    "RetryAfter",
+    "SharedTokenBucket",
+    "TokenBucket",
+]

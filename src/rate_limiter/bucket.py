@@ -49,6 +49,14 @@ class Bucket(Protocol):
     def charge(self, tokens: float) -> None:
         """Take without asking, into debt if need be."""
 
+    def pause(self, seconds: float) -> None:
+        """Grant nothing for that long, then start from empty. Only ever extends."""
+
+    def configure(
+        self, *, capacity: float | None = None, tokens_per_second: float | None = None
+    ) -> None:
+        """Change at run time, keeping the level; it reaches whoever already waits."""
+
 
 class AllOf:
     """Several buckets as one: takes the tokens from all of them, or from none.
@@ -155,6 +163,17 @@ class AllOf:
         """Take from all of them without asking."""
         for bucket in self.buckets:
             bucket.charge(tokens)
+
+    def pause(self, seconds: float) -> None:
+        """Pause all of them."""
+        for bucket in self.buckets:
+            bucket.pause(seconds)
+
+    def configure(
+        self, *, capacity: float | None = None, tokens_per_second: float | None = None
+    ) -> None:
+        """Raise ``TypeError``: the numbers are those of its buckets, so configure these."""
+        raise TypeError("AllOf has no capacity and no rate of its own: configure one of its buckets")
 
 
 def members(bucket: Bucket) -> Iterator[Bucket]:

@@ -1,15 +1,40 @@
 """What the tests of buckets share."""
 
+import os
 import sys
 
 import pytest
 
-from rate_limiter import RateLimitExceeded, TokenBucket
+from rate_limiter import RateLimitExceeded, SharedTokenBucket, TokenBucket
+from rate_limiter.shared_bucket import share
 
 
-@pytest.fixture(scope="session", params=[TokenBucket], ids=lambda kind: kind.__name__)
+def turned_shared(*args, **options):
+    """Make a bucket that was a plain one at first."""
+    bucket = TokenBucket(*args, **options)
+    share(bucket)
+    return bucket
+
+
+#: What stands for a queue of its own: all of the contract, to the last line of `wait`.
+QUEUES = {
+    "TokenBucket": TokenBucket,
+    **({"SharedTokenBucket": SharedTokenBucket} if hasattr(os, "fork") else {}),
+}
+
+#: Every way to make a bucket. New classes join the contract's tests here.
+BUCKETS = {**QUEUES, **({"share()": turned_shared} if hasattr(os, "fork") else {})}
+
+
+@pytest.fixture(scope="session", params=BUCKETS.values(), ids=BUCKETS)
 def new_bucket(request):
     """Make a bucket: tests that use this state the contract of all buckets."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=QUEUES.values(), ids=QUEUES)
+def new_queue(request):
+    """Make a bucket that has a queue of its own: tests that use this look into it."""
     return request.param
 
 

@@ -118,7 +118,7 @@ def as_head_whose_time_is_up(bucket, clock):
 
     def script():
         jobs.extend(line_up(bucket, 2))
-        bucket._used += 3
+        bucket.charge(3)
         clock.used_by_others = 10 + 2 + 3
         clock.advance(5)
 
@@ -127,18 +127,18 @@ def as_head_whose_time_is_up(bucket, clock):
 
 
 @pytest.mark.parametrize("scene", [at_once, as_head, as_second, as_head_whose_time_is_up])
-def test_interrupt_at_every_point(scene):
+def test_interrupt_at_every_point(new_queue, scene):
     """Wherever it strikes in `wait`: taken or not, never half, and the next one moves up."""
     for point in count():
         clock = Stage()
-        bucket = TokenBucket(10, 1, clock=clock)
+        bucket = new_queue(10, 1, clock=clock)
         bucket.allow(10)
         jobs, options = scene(bucket, clock)
         outcome = None
         interrupt(point)
         try:
             bucket.wait(3, **options)
-            bucket._used -= 3
+            bucket.refund(3)
         except (Interrupted, RateLimitExceeded) as error:
             outcome = error
         finally:
@@ -147,16 +147,16 @@ def test_interrupt_at_every_point(scene):
         for job in jobs:
             job.result()
         assert_idle(bucket)
-        # The bucket was never full, so all that was ever taken is written there.
-        assert bucket._used == clock.used_by_others, f"point {point}"
+        # The bucket was never full, so all that time brought is there or was taken.
+        assert 10 + clock.now - bucket.tokens == clock.used_by_others, f"point {point}"
         if not isinstance(outcome, Interrupted):
             assert point >= 5
             return
 
 
-def test_interrupt_as_the_turn_comes(clock):
+def test_interrupt_as_the_turn_comes(new_queue, clock):
     """A waiter that is struck down as it is woken hands the turn on."""
-    bucket = TokenBucket(10, 1, clock=clock)
+    bucket = new_queue(10, 1, clock=clock)
     bucket.allow(10)
     head, struck, last = line_up(bucket, 1, 5, 2)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(
@@ -226,9 +226,9 @@ def test_signal_handler_may_ask(alarm):
 @needs_signals
 @uses_alarm
 @pytest.mark.parametrize("in_front", [0, 1], ids=["head", "middle"])
-def test_signal_while_asleep(alarm, clock, in_front):
+def test_signal_while_asleep(new_queue, alarm, clock, in_front):
     """A handler raises at any moment of a wait that does not end: nothing is taken or left behind."""
-    bucket = TokenBucket(10, 1, clock=clock)
+    bucket = new_queue(10, 1, clock=clock)
     bucket.allow(10)
     jobs = line_up(bucket, *[4] * in_front)
 
@@ -248,9 +248,9 @@ def test_signal_while_asleep(alarm, clock, in_front):
 
 @needs_signals
 @uses_alarm
-def test_signal_while_taking(alarm):
+def test_signal_while_taking(new_queue, alarm):
     """A handler raises at any moment of a wait that is served at once: it was taken, or it was not."""
-    bucket = TokenBucket(1e9, 1, clock=ManualClock())
+    bucket = new_queue(1e9, 1, clock=ManualClock())
     struck = taken = 0
 
     set_off = alarm(strike_in_wait)
@@ -268,10 +268,10 @@ def test_signal_while_taking(alarm):
 
 @needs_signals
 @uses_alarm
-def test_signal_among_waiting_threads(alarm):
+def test_signal_among_waiting_threads(new_queue, alarm):
     """The main thread is struck in a line that moves, as its head or further back: the line goes on."""
-    bucket = TokenBucket(4, 10_000)
-    start = bucket._full_at
+    bucket = new_queue(4, 10_000)
+    start = bucket._clock()
     others = [Job(lambda: [bucket.wait(2) for _ in range(1500)]) for _ in range(3)]
     struck = taken = 0
 
