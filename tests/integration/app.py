@@ -46,7 +46,7 @@ class NotedBucket(TokenBucket):
 
     def wait(self, tokens=1, *, timeout=None):
         super().wait(tokens, timeout=timeout)
-        note(f"{self.name} taken", tokens)
+        note(f"{self.name} taken", tokens, self.read)
 
     def refund(self, tokens):
         super().refund(tokens)
@@ -158,12 +158,10 @@ def again(self, how):
         raise self.retry(countdown=0)
 
 
-if CONFIG["pool"] != "prefork":  # there it would be one bucket per child
-
-    @app.task(name="strict")
-    @throttle(NotedBucket("strict", 100, 100), timeout=5)
-    def strict(number):
-        note("strict", number)
+@app.task(name="strict")
+@throttle(NotedBucket("strict", 100, 100), timeout=5)
+def strict(number):
+    note("strict", number)
 
 
 @app.task(name="fatal", acks_late=True, reject_on_worker_lost=True)
