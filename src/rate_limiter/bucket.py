@@ -118,24 +118,35 @@ class AllOf:
     try_consume = allow
 
     def wait(self, tokens: float = 1, *, timeout: float | None = None) -> None:
-        """Block until all buckets grant the tokens. See `TokenBucket.wait`.
+        """Block until all buckets have granted the tokens. See `TokenBucket.wait`.
 
-        It stands in the queue of the slowest bucket, and asks all of them when its turn has come: first
-        come, first served there, but others may take from a faster one meanwhile. ``timeout`` counts
-        by the real clock, also where a bucket has another one.
+        It stands in the queue of one bucket after the other, the slowest first, and keeps what it has:
+        first come, first served at each, and no two that wait can stop each other. ``timeout`` counts
+        by the real clock, also where a bucket has another one; after it everything is given back.
         """
         deadline = math.inf if timeout is None else monotonic() + timeout
-        while True:
-            delay, slowest = self._take(tokens)
-            if not delay:
-                return
-            left = None if timeout is None else max(0.0, deadline - monotonic())
-            if left is not None and delay > left:
-                raise RateLimitExceeded(
-                    f"rate limit exceeded: {tokens:g} tokens only in {delay:.3g} s", delay
-                )
-            slowest.wait(tokens, timeout=left)
-            slowest.refund(tokens)
+        delay, slowest = self._take(tokens)
+        if not delay:
+            return
+        if monotonic() + delay > deadline:
+            raise RateLimitExceeded(
+                f"rate limit exceeded: {tokens:g} tokens only in {delay:.3g} s", delay
+            )
+        taken: list[Bucket] = []
+        try:
+            for bucket in sorted(self.buckets, key=lambda bucket: bucket is not slowest):
+                left = None if timeout is None else max(0.0, deadline - monotonic())
+                bucket.wait(tokens, timeout=left)
+                taken.append(bucket)
+        except BaseException:
+            for bucket in taken:
+                bucket.refund(tokens)
+            raise
+        for bucket in taken[:-1]:
+            # It has been refilled since, for all that: as if the tokens were taken only now.
+            refilled = min(tokens, bucket.tokens + tokens - bucket.capacity)
+            if refilled > 0.0:
+                bucket.charge(refilled)
 
     def take_or_delay(self, tokens: float = 1) -> float:
         """Take from all buckets, or return the delay of the slowest. See `TokenBucket.take_or_delay`."""

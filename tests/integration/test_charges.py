@@ -1,5 +1,6 @@
 """One rate per worker whatever the pool, per key, settled after the run, and paused by the remote."""
 
+import celery
 import pytest
 from harness import DEADLINE, Lab, wait_for
 from limits import start
@@ -156,3 +157,21 @@ def test_a_bad_key_fails_its_job_alone(redis_lab):
         with pytest.raises(ValueError, match="key=… raised"):
             lab.send("tenant's").get(DEADLINE)
         assert lab.send("tenant's", "acme", 1).get(DEADLINE) is None
+
+
+if celery.VERSION >= (5, 7):  # from then on it can spawn pool processes
+
+    def test_spawned_processes_believe_the_gate(redis_lab):
+        """What shares no memory with the gate pays nothing again, and says that it cannot settle."""
+        lab = redis_lab
+        settings = {"worker_pool_start_method": "spawn"}
+        with start(lab, pool="prefork", module="charges_app", **settings):
+            for number in range(6):
+                lab.send("limited", number)
+            lab.wait_for_runs("limited", 6)
+            assert lab.send("estimated", 1).get(DEADLINE) is None
+            with pytest.raises(RuntimeError, match="settle\\(\\) needs a TokenBucket"):
+                lab.send("estimated", 5, 1).get(DEADLINE)
+        assert lab.taken("limited") == [1] * 6
+        lab.assert_bound("limited", capacity=2, rate=20)
+        assert lab.taken("tank") == [1, 5]
