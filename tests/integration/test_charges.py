@@ -34,7 +34,7 @@ def test_a_decorator_is_one_rate_for_a_prefork_worker(redis_lab, settings):
         for number in range(30):
             redis_lab.send("limited", number)
         redis_lab.wait_for_runs("limited", 30)
-        assert "is one rate for all pool processes" in worker.output
+        assert "Shared with all pool processes" in worker.output
     assert sorted(redis_lab.runs("limited")) == list(range(30))
     taken = sorted(redis_lab.log("limited taken"), key=lambda entry: entry.at)
     for count, entry in enumerate(taken):

@@ -93,7 +93,7 @@ def test_one_rate_for_the_worker_is_accepted(start, source, arguments):
     worker = start(source, "-l", "INFO", *arguments)
     worker.wait_until_ready()
     shared = "prefork" in arguments and "BucketPerKey(" not in source
-    assert ("is one rate for all pool processes" in worker.output) is shared
+    assert ("Shared with all pool processes" in worker.output) is shared
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def share_all(limits: Iterable[Limit]) -> None:
             for member in members(bucket):
                 if isinstance(member, TokenBucket) and not is_shared(member):
                     share(member)
-                    logger.info("Limit %s: %r is one rate for all pool processes", limit.name, member)
+                    logger.info("Shared with all pool processes: %r of limit %s", member, limit.name)
 
 
 def held_at_gate(limit: Limit) -> bool:
