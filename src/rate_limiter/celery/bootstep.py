@@ -79,7 +79,8 @@ class GateStep(bootsteps.StartStopStep):
         self.open = False
         self.wake_up: Any = None
         self.wake_up_at = 0.0
-        limits = self._check_and_announce()
+        tasks_of = self._check_and_announce()
+        limits = list(tasks_of)
         _refuse_prefetch_without_bound(consumer, limits)
         self.by_queue = any(limit.overflow == "pause" for limit in limits) or any(
             declared.queue for declared in gate.declared
@@ -89,7 +90,7 @@ class GateStep(bootsteps.StartStopStep):
         spawned = is_spawned(consumer.controller)
         receipt.open_office(spawned=spawned)
         if isinstance(consumer.pool, TaskPool):
-            share_all(() if spawned else limits)
+            share_all(limit for limit, tasks in tasks_of.items() if tasks and not spawned)
 
     # -- life cycle: started anew with every connection -------------------------------------------
 
@@ -140,7 +141,7 @@ class GateStep(bootsteps.StartStopStep):
         with self.lock:
             return self.held.jobs()
 
-    def _check_and_announce(self) -> list[Limit]:
+    def _check_and_announce(self) -> dict[Limit, list[str]]:
         tasks_of: dict[Limit, list[str]] = {declared.limit: [] for declared in self.gate.declared}
         for name, task in sorted(self.gate.app.tasks.items()):
             queues = {None, *(declared.queue for declared in self.gate.declared)}
@@ -165,7 +166,7 @@ class GateStep(bootsteps.StartStopStep):
                 )
             else:
                 logger.warning("Limit %s matches no registered task", limit.name)
-        return list(tasks_of)
+        return tasks_of
 
     # -- the way of a job -------------------------------------------------------------------------
 
