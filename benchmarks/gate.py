@@ -555,7 +555,7 @@ def fake_consumer(app: Celery) -> Any:
     return FakeConsumer(
         app=app,
         hub=SimpleNamespace(call_soon=nothing),
-        timer=SimpleNamespace(call_at=nothing, cancel=nothing),
+        timer=SimpleNamespace(call_at=nothing, call_after=nothing, cancel=nothing),
         pool=SimpleNamespace(is_green=False),
         controller=None,
         qos=FakeQoS(),

@@ -259,11 +259,12 @@ class GateStep(bootsteps.StartStopStep):
         with self.lock:
             if not self.open:
                 return
-            held_by = self.held.held_by
-            self.window.follow(
-                sum(min(held, self._bound(limit)) for limit, held in held_by.items()),
-                sum(self._bound(limit) for limit in held_by),
-            )
+            held = most = 0
+            for limit, count in self.held.held_by.items():
+                bound = self._bound(limit)
+                most += bound
+                held += min(count, bound)
+            self.window.follow(held, most)
             due = self.held.next_due
             if not self.has_timer or due == self.wake_up_at:
                 return
