@@ -36,7 +36,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar, Final
 
-from .token_bucket import _GIL, TokenBucket, _Waiter, positive
+from .token_bucket import _GIL, _NOTHING_REFUSED, TokenBucket, _Waiter, positive
 
 try:
     from fcntl import LOCK_EX, LOCK_UN, lockf
@@ -359,8 +359,9 @@ def is_shared(bucket: object) -> bool:
 def share(bucket: TokenBucket) -> None:
     """Turn a bucket, in place, into one for this process and all that are forked from it from now on.
 
-    It keeps its level and its waiters, and everything that a subclass adds. To be called while no other
-    thread is in a method of it, but for `wait`. A shared bucket stays as it is.
+    It keeps its level, and everything that a subclass adds; methods that a subclass overrides have to
+    call ``super()``. To be called while no other thread is in a method of it. A shared bucket stays as
+    it is.
 
     Args:
         bucket: A `TokenBucket`, or one of a class derived from it. Its class becomes
@@ -405,6 +406,7 @@ def _move_to_shared_memory(bucket: TokenBucket, kind: type[SharedTokenBucket] | 
         if kind is not None:
             bucket.__class__ = kind
         bucket._common = common
+        bucket._refused = _NOTHING_REFUSED
 
 
 def _after_fork_in_child() -> None:
