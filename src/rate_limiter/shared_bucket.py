@@ -18,9 +18,10 @@ that tokens came back before their time. While that number is the same it holds,
 *Waiting.* Within a process as in `TokenBucket`. The head of each process's queue holds a place in a
 table in the shared memory; the places are served in order, and the next head gets a new one, so that
 processes take turns and nobody overtakes a heavy waiter. A head looks again, and confirms its place, at
-the moment for which its tokens are forecast, and every `_LOOK_AGAIN` seconds. A place that nobody has
-confirmed for `_GIVEN_UP` seconds belongs to a process that was killed or stopped, and is cleared; should
-its owner come back it takes the same place again.
+the moment for which its tokens are forecast, and every `_LOOK_AGAIN` seconds. It also locks one byte of
+the file for its place, by which the others see whether it lives. A place whose owner was killed is
+cleared; so is one that was not confirmed for `_GIVEN_UP` seconds, because its owner is stopped. Should
+that one come back, it stands where it stood.
 """
 
 import functools
@@ -37,10 +38,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Final
 
 from .checks import positive
-from .token_bucket import _GIL, TokenBucket, _Waiter
+from .token_bucket import _GIL, _NOTHING_REFUSED, TokenBucket, _Waiter
 
 try:
-    from fcntl import LOCK_EX, LOCK_UN, lockf
+    from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, lockf
 except ImportError:  # Windows
     lockf = None  # type: ignore[assignment]
 
@@ -49,7 +50,9 @@ __all__ = ["SharedTokenBucket", "is_shared", "share"]
 #: Seconds after which a head looks again, whatever was forecast: another process may have refunded.
 _LOOK_AGAIN: Final = 0.2
 
-#: Seconds after which a place that was not confirmed is cleared.
+#: Seconds after which it is asked whether the owner of a place lives, and after which it is cleared
+#: even so, unless it was confirmed.
+_DOUBTED: Final = 0.01
 _GIVEN_UP: Final = 0.5
 
 # The layout of the shared memory, in doubles.
@@ -87,9 +90,9 @@ class SharedTokenBucket(TokenBucket):
     paused or configured in one process reaches those who wait in another within 0.2 s. Forecasts
     count the waiters of the own process, and the first one of each other.
 
-    A process may be killed at any instruction: that costs at most the tokens which it was taking, and
-    keeps others waiting for up to 0.7 s if it was in `wait`. One that is stopped (``SIGSTOP``) in the
-    microseconds in which it holds the lock stops the others too, until it continues or is killed.
+    A process may be killed at any instruction: that costs at most the tokens which it was taking. One
+    that is stopped (``SIGSTOP``) in `wait` keeps others waiting for up to 0.7 s; in the microseconds in
+    which it holds the lock, until it continues or is killed.
     An exception from a signal handler is as harmless as in a `TokenBucket`, but the handler must not
     itself use a shared bucket: it would wait for the very code that it interrupts.
 
@@ -148,7 +151,7 @@ class SharedTokenBucket(TokenBucket):
             return False
         with _threads:
             try:
-                lockf(common.file, LOCK_EX)
+                lockf(common.file, LOCK_EX, 1)
                 if not cells[_IN_USE]:  # the arithmetic of `TokenBucket.allow`
                     self._load()
                     short = self._used - (now - self._full_at) * self._rate
@@ -163,7 +166,7 @@ class SharedTokenBucket(TokenBucket):
                         self._store()
                         return True
             finally:
-                lockf(common.file, LOCK_UN)
+                lockf(common.file, LOCK_UN, 1)
         try:
             return not self._take(tokens + 0.0, asked_at=now)
         except ValueError:  # more than the capacity
@@ -207,7 +210,7 @@ class SharedTokenBucket(TokenBucket):
         with _threads:
             # An exception may strike at any call: what is not stored by then was not taken.
             try:
-                lockf(common.file, LOCK_EX)
+                lockf(common.file, LOCK_EX, 1)
                 self._load()
                 if cells[_IN_USE]:
                     elsewhere = self._before(waiter)
@@ -221,21 +224,21 @@ class SharedTokenBucket(TokenBucket):
                     self._refused = until, tokens, self._capacity, cells[_SOONER]  # type: ignore[assignment]
                 return delay
             finally:
-                lockf(common.file, LOCK_UN)
+                lockf(common.file, LOCK_UN, 1)
 
     def _locked(self, act: Callable[..., Any], *args: Any) -> Any:
         """Let `TokenBucket` do something to the shared state. It may bring tokens sooner."""
         common = self._common
         with _threads:
             try:
-                lockf(common.file, LOCK_EX)
+                lockf(common.file, LOCK_EX, 1)
                 self._load()
                 result = act(*args)
                 common.cells[_SOONER] += 1.0
                 self._store()
                 return result
             finally:
-                lockf(common.file, LOCK_UN)
+                lockf(common.file, LOCK_UN, 1)
 
     def _load(self) -> None:
         cells = self._common.cells
@@ -284,8 +287,10 @@ class SharedTokenBucket(TokenBucket):
             if not number:
                 continue
             if number != mine:
-                if now - confirmed > _GIVEN_UP:
-                    cells[_TABLE + 3 * row] = 0.0
+                place = _TABLE + 3 * row
+                age = now - confirmed
+                if age > _GIVEN_UP or (age > _DOUBTED and self._is_nobodys(place)):
+                    cells[place] = 0.0
                     continue
                 if number < turn:
                     before += tokens
@@ -300,22 +305,36 @@ class SharedTokenBucket(TokenBucket):
         if common.holder is not head:
             if cells[common.place] == common.number:
                 cells[common.place] = 0.0
+            lockf(common.file, LOCK_UN, 1, common.place)
             common.holder = None
-            if head is None:
-                return
-            common.number = cells[_LAST_NUMBER] = cells[_LAST_NUMBER] + 1.0
-            common.holder = head
+            if head is not None:
+                common.number = cells[_LAST_NUMBER] = cells[_LAST_NUMBER] + 1.0
+                common.holder = head
+        if head is None:
+            return
         if cells[common.place] != common.number:
-            for row in range(_ROWS):
-                if not cells[_TABLE + 3 * row]:
+            lockf(common.file, LOCK_UN, 1, common.place)
+            for place in range(_TABLE, _TABLE + 3 * _ROWS, 3):
+                if not cells[place] and self._is_nobodys(place):
                     break
             else:
                 return  # more processes than rows: without one it is served when nobody else is
-            common.place = _TABLE + 3 * row
-            cells[_IN_USE] = max(cells[_IN_USE], row + 1)
-            cells[common.place + 1] = head.tokens
+            common.place = place
+            lockf(common.file, LOCK_EX | LOCK_NB, 1, place)
+            cells[_IN_USE] = max(cells[_IN_USE], (place - _TABLE) // 3 + 1)
+            cells[place + 1] = head.tokens
         cells[common.place + 2] = time.monotonic()
         cells[common.place] = common.number
+
+    def _is_nobodys(self, place: int) -> bool:
+        """Tell whether no other process that lives has locked the byte of a place."""
+        file = self._common.file
+        try:
+            lockf(file, LOCK_EX | LOCK_NB, 1, place)
+        except OSError:
+            return False
+        lockf(file, LOCK_UN, 1, place)
+        return True
 
     def _waiting(self) -> int:
         cells = self._common.cells
@@ -360,8 +379,9 @@ def is_shared(bucket: object) -> bool:
 def share(bucket: TokenBucket) -> None:
     """Turn a bucket, in place, into one for this process and all that are forked from it from now on.
 
-    It keeps its level and its waiters, and everything that a subclass adds. To be called while no other
-    thread is in a method of it, but for `wait`. A shared bucket stays as it is.
+    It keeps its level, and everything that a subclass adds; methods that a subclass overrides have to
+    call ``super()``. To be called while no other thread is in a method of it. A shared bucket stays as
+    it is.
 
     Args:
         bucket: A `TokenBucket`, or one of a class derived from it. Its class becomes
@@ -406,6 +426,7 @@ def _move_to_shared_memory(bucket: TokenBucket, kind: type[SharedTokenBucket] | 
         if kind is not None:
             bucket.__class__ = kind
         bucket._common = common
+        bucket._refused = _NOTHING_REFUSED
 
 
 def _after_fork_in_child() -> None:

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import sys
 from fractions import Fraction
 
 import pytest
@@ -397,6 +398,75 @@ def test_timeout_that_a_pause_outlasts(bucket, clock):
         job.result()
     assert raised.value.retry_after == 47.0
     assert_idle(bucket)
+
+
+class Interrupted(BaseException):
+    """What strikes."""
+
+
+@pytest.fixture
+def strike_when_taken(monkeypatch):
+    """Have the next wait that took its tokens do something, and be interrupted before it returns."""
+
+    def install(do):
+        whole = TokenBucket._wake_head
+
+        def strike(bucket):
+            monkeypatch.setattr(TokenBucket, "_wake_head", whole)
+            do(bucket)
+            raise Interrupted
+
+        monkeypatch.setattr(TokenBucket, "_wake_head", strike)
+
+    return install
+
+
+def test_interrupted_wait_gives_nothing_back_in_a_pause(new_queue, strike_when_taken):
+    """What a wait took before a pause, and is interrupted with, brings nothing before its end."""
+    clock = ManualClock()
+    bucket = new_queue(4, 2, clock=clock)
+    assert bucket.allow(4)
+    strike_when_taken(lambda bucket: bucket.pause(10))
+    with pytest.raises(Interrupted):
+        bucket.wait(3)
+    assert (clock.now, bucket.tokens) == (1.5, 0)
+    assert not bucket.allow(1)
+    assert bucket.take_or_delay(1) == 10.5
+
+
+def test_interrupted_wait_gives_all_back_after_a_pause(new_queue, strike_when_taken):
+    """A wait that is interrupted takes nothing, however the bucket came by its tokens after a pause."""
+    clock = ManualClock()
+    bucket = new_queue(4, 2, clock=clock)
+    bucket.pause(10)
+    clock.now = 10.5
+    bucket.refund(2)
+    assert bucket.allow(0.5)
+    strike_when_taken(lambda bucket: None)
+    with pytest.raises(Interrupted):
+        bucket.wait(3)
+    assert (clock.now, bucket.tokens) == (10.75, 3)
+
+
+def test_configure_in_the_midst_of_a_refusal():
+    """A refusal that was reckoned with the old rate is not remembered."""
+    clock = ManualClock()
+    bucket = TokenBucket(10, 1, clock=clock)
+    assert bucket.allow(10)
+
+    def profile(frame, event, function):
+        if function is max and frame.f_code is TokenBucket._allow_after_all.__code__:
+            sys.setprofile(None)
+            bucket.configure(tokens_per_second=1000)
+
+    sys.setprofile(profile)
+    try:
+        assert not bucket.allow(8)
+    finally:
+        sys.setprofile(None)
+    assert bucket.tokens_per_second == 1000
+    clock.advance(0.008)
+    assert bucket.allow(8)
 
 
 # -- what it is not --------------------------------------------------------------------------------

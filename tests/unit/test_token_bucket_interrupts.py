@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from itertools import count
 from pathlib import Path
 
 import pytest
+from processes import children
 from waiters import Job, assert_idle, eventually, line_up, moments
 
-from rate_limiter import RateLimitExceeded, TokenBucket
+from rate_limiter import RateLimitExceeded, SharedTokenBucket, TokenBucket
 from rate_limiter.testing import ManualClock
 
 SRC = Path(__file__).parents[2] / "src"
@@ -262,6 +264,40 @@ def test_signal_while_taking(new_queue, alarm):
                 taken += 1
         except Interrupted:
             struck += 1
+    assert bucket.tokens == 1e9 - taken
+    assert_idle(bucket)
+
+
+@needs_fork
+@needs_signals
+@uses_alarm
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_signal_beside_other_processes(alarm):
+    """A handler raises at any moment of a wait, others take besides: no token is lost, none taken twice."""
+    bucket = SharedTokenBucket(1e9, 1, clock=ManualClock())
+    stop = time.monotonic() + 1.5
+
+    def take(_):
+        taken = 0
+        while time.monotonic() < stop:
+            bucket.wait(2)
+            taken += 2 + bucket.allow()
+        return taken
+
+    struck = taken = 0
+    with children(2, take) as running:
+        set_off = alarm(strike_in_wait)
+        while time.monotonic() < stop:
+            set_off(random.uniform(2e-6, 1e-4), 1e-3)
+            try:
+                while time.monotonic() < stop:
+                    bucket.wait()
+                    taken += 1
+            except Interrupted:
+                struck += 1
+        set_off(0)
+        taken += sum(child.result() for child in running)
+    assert struck > 100
     assert bucket.tokens == 1e9 - taken
     assert_idle(bucket)
 
