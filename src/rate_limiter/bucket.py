@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from time import monotonic
 from typing import Any, Protocol, runtime_checkable
 
+from .checks import not_negative
 from .exceptions import RateLimitExceeded
 
 __all__ = ["AllOf", "Bucket", "members", "take_all_or_delay"]
@@ -124,13 +125,13 @@ class AllOf:
         first come, first served at each, and no two that wait can stop each other. ``timeout`` counts
         by the real clock, also where a bucket has another one; after it everything is given back.
         """
-        deadline = math.inf if timeout is None else monotonic() + timeout
+        deadline = math.inf if timeout is None else monotonic() + not_negative(timeout)
         delay, slowest = self._take(tokens)
         if not delay:
             return
         if monotonic() + delay > deadline:
             raise RateLimitExceeded(
-                f"rate limit exceeded: {tokens:g} tokens only in {delay:.3g} s", delay
+                f"rate limit exceeded: {float(tokens):g} tokens only in {delay:.3g} s", delay
             )
         taken: list[Bucket] = []
         try:

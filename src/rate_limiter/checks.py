@@ -1,9 +1,10 @@
 """Checks of arguments: what a number must be, and what is said of one that is not."""
 
 import math
+import threading
 from numbers import Real
 
-__all__ = ["positive", "whole"]
+__all__ = ["not_negative", "positive", "whole"]
 
 
 def positive(name: str, value: float) -> float:
@@ -27,6 +28,15 @@ def positive(name: str, value: float) -> float:
     if not number:
         raise ValueError(f"{name} must be positive")
     return number
+
+
+def not_negative(timeout: float) -> float:
+    """Return a ``timeout`` in seconds, or raise what is wrong with it."""
+    if not isinstance(timeout, Real):
+        raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
+    if not timeout >= 0:
+        raise ValueError(f"timeout must be 0 or more seconds, or None, not {timeout!r}")
+    return float(min(timeout, threading.TIMEOUT_MAX))
 
 
 def whole(name: str, value: int) -> int:

@@ -31,10 +31,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, ClassVar, Final, NoReturn
 
-from .checks import positive
+from .checks import not_negative, positive
 from .exceptions import RateLimitExceeded
 
 __all__ = ["TokenBucket"]
@@ -204,7 +203,7 @@ class TokenBucket:
 
         """
         waiter = _Waiter(positive("tokens", tokens))
-        deadline = math.inf if timeout is None else self._clock() + _not_negative(timeout)
+        deadline = math.inf if timeout is None else self._clock() + not_negative(timeout)
         try:
             delay = self._take(waiter.tokens, waiter)
             if not delay:
@@ -562,14 +561,6 @@ def _wait_for(turn: threading.Lock, seconds: float) -> None:
 
 def _timed_out(tokens: float, delay: float) -> RateLimitExceeded:
     return RateLimitExceeded(f"rate limit exceeded: {tokens:g} tokens only in {delay:.3g} s", delay)
-
-
-def _not_negative(timeout: float) -> float:
-    if not isinstance(timeout, Real):
-        raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
-    if not timeout >= 0:
-        raise ValueError(f"timeout must be 0 or more seconds, or None, not {timeout!r}")
-    return float(min(timeout, threading.TIMEOUT_MAX))
 
 
 #: Every bucket of this process, for the fork hook.

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from rate_limiter import RateLimitExceeded, SharedTokenBucket, TokenBucket
+from rate_limiter import AllOf, BucketPerKey, RateLimitExceeded, SharedTokenBucket, TokenBucket
 from rate_limiter.shared_bucket import share
 
 
@@ -22,13 +22,38 @@ QUEUES = {
     **({"SharedTokenBucket": SharedTokenBucket} if hasattr(os, "fork") else {}),
 }
 
-#: Every way to make a bucket. New classes join the contract's tests here.
-BUCKETS = {**QUEUES, **({"share()": turned_shared} if hasattr(os, "fork") else {})}
+
+def of_a_key(*args, **options):
+    """Make the bucket of a key."""
+    return BucketPerKey(*args, **options)["acme"]
+
+
+def all_of(capacity, tokens_per_second, **options):
+    """Make an `AllOf` in which one bucket always decides."""
+    other = TokenBucket(capacity * 3, tokens_per_second * 3, **options)
+    return AllOf(other, TokenBucket(capacity, tokens_per_second, **options))
+
+
+#: Every way to make a bucket with a level of its own. New classes join the contract's tests here.
+SINGLE = {
+    **QUEUES,
+    **({"share()": turned_shared} if hasattr(os, "fork") else {}),
+    "BucketPerKey": of_a_key,
+}
+
+#: And those that are made of others.
+BUCKETS = {**SINGLE, "AllOf": all_of}
 
 
 @pytest.fixture(scope="session", params=BUCKETS.values(), ids=BUCKETS)
 def new_bucket(request):
     """Make a bucket: tests that use this state the contract of all buckets."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=SINGLE.values(), ids=SINGLE)
+def new_single(request):
+    """Make a bucket that has its own numbers: tests that use this are about them."""
     return request.param
 
 

@@ -170,10 +170,10 @@ STEPS_OF = {
 
 
 @pytest.mark.parametrize(("bucket_of", "steps"), STEPS_OF.values(), ids=STEPS_OF)
-def test_steps(new_bucket, bucket_of, steps):
+def test_steps(new_single, bucket_of, steps):
     """A bucket has, and answers, what the table says."""
     clock = ManualClock()
-    bucket = new_bucket(*bucket_of, clock=clock)
+    bucket = new_single(*bucket_of, clock=clock)
     for step in steps:
         clock.now, before, method, argument, answer = step
         assert bucket.tokens == before, step
@@ -182,9 +182,9 @@ def test_steps(new_bucket, bucket_of, steps):
         assert given == (pytest.approx(answer) if isinstance(answer, float) else answer), step
 
 
-def test_configured(new_bucket):
+def test_configured(new_single):
     """The properties show what was configured last."""
-    bucket = new_bucket(4, 2, clock=ManualClock())
+    bucket = new_single(4, 2, clock=ManualClock())
     bucket.configure(capacity=8)
     assert (bucket.capacity, bucket.tokens_per_second) == (8, 2)
     bucket.configure(tokens_per_second=Fraction(1, 2))
@@ -196,9 +196,9 @@ def test_configured(new_bucket):
 
 
 @pytest.mark.parametrize("name", ["capacity", "tokens_per_second"])
-def test_wrong_configuration(new_bucket, name):
+def test_wrong_configuration(new_single, name):
     """What is not a positive, finite number is refused by name, and nothing is changed."""
-    bucket = new_bucket(4, 2, clock=ManualClock())
+    bucket = new_single(4, 2, clock=ManualClock())
     good = {"capacity": 8, "tokens_per_second": 8}
     for wrong in -1, 0, math.nan, math.inf:
         with pytest.raises(ValueError, match=f"^{name} must be"):
@@ -210,9 +210,9 @@ def test_wrong_configuration(new_bucket, name):
         bucket.configure(8)
 
 
-def test_a_pause_that_is_no_span(new_bucket):
+def test_a_pause_that_is_no_span(new_single):
     """A pause below 0, without an end, or of no number is refused by name, and changes nothing."""
-    bucket = new_bucket(4, 2, clock=ManualClock())
+    bucket = new_single(4, 2, clock=ManualClock())
     for wrong in [-1, -0.001, *NOT_FINITE]:
         kind, text = complaint(bucket.pause, wrong)
         assert kind is ValueError
@@ -223,9 +223,9 @@ def test_a_pause_that_is_no_span(new_bucket):
 
 
 @pytest.mark.parametrize("seconds", [1e9, 1e300, 1.7e308])
-def test_a_pause_of_ages(new_bucket, seconds):
+def test_a_pause_of_ages(new_single, seconds):
     """However long a pause is, forecasts stay finite."""
-    bucket = new_bucket(4, 2, clock=ManualClock(1e6))
+    bucket = new_single(4, 2, clock=ManualClock(1e6))
     bucket.pause(seconds)
     assert seconds / 2 < bucket.take_or_delay(1) < math.inf
     assert not bucket.allow(1)
@@ -259,10 +259,10 @@ class SettledOracle(Oracle):
 
 
 @given(SIZES, SIZES, STARTS, st.data())
-def test_it_does_what_the_exact_bucket_does(new_bucket, capacity, rate, start, data):
+def test_it_does_what_the_exact_bucket_does(new_single, capacity, rate, start, data):
     """Settled, paused and configured at any moment, it grants what the exact bucket grants."""
     clock = ManualClock(start)
-    bucket = new_bucket(capacity, rate, clock=clock)
+    bucket = new_single(capacity, rate, clock=clock)
     oracle = SettledOracle(bucket, start)
     methods = ["allow", "take_or_delay", "refund", "charge", "pause", "configure"]
     asks = st.lists(st.tuples(STEPS, SHARES, st.sampled_from(methods)), min_size=1, max_size=30)
@@ -296,10 +296,10 @@ def test_it_does_what_the_exact_bucket_does(new_bucket, capacity, rate, start, d
 
 
 @given(SIZES, SIZES, STARTS, SHARES, SHARES, st.booleans())
-def test_the_delay_is_the_moment(new_bucket, capacity, rate, start, share, seconds, configured):
+def test_the_delay_is_the_moment(new_single, capacity, rate, start, share, seconds, configured):
     """In a pause too, asked at now + delay it grants, 1 µs before it refuses."""
     clock = ManualClock(start)
-    bucket = new_bucket(capacity, rate, clock=clock)
+    bucket = new_single(capacity, rate, clock=clock)
     bucket.pause(seconds * capacity / rate)
     if configured:
         bucket.configure(capacity=2 * capacity, tokens_per_second=3 * rate)
@@ -473,9 +473,9 @@ def test_configure_in_the_midst_of_a_refusal():
 
 
 @pytest.mark.parametrize("duplicate", [pickle.dumps, copy.copy, copy.deepcopy])
-def test_no_copies(new_bucket, duplicate):
+def test_no_copies(new_single, duplicate):
     """A copy would be a second rate: the error says what to do instead."""
-    bucket = new_bucket(4, 2)
+    bucket = new_single(4, 2)
     with pytest.raises(TypeError, match="cannot be pickled or copied: .* second rate .*import"):
         duplicate(bucket)
     assert bucket.allow(4)

@@ -280,17 +280,17 @@ def expect_complaints(name, call):
 
 
 @pytest.mark.parametrize("name", ["capacity", "tokens_per_second"])
-def test_wrong_arguments_of_the_constructor(new_bucket, name):
+def test_wrong_arguments_of_the_constructor(new_single, name):
     """What is not a positive, finite number is refused by name, with the documented words."""
     good = {"capacity": 1, "tokens_per_second": 1}
-    expect_complaints(name, lambda value: new_bucket(**good | {name: value}))
+    expect_complaints(name, lambda value: new_single(**good | {name: value}))
 
 
 @pytest.mark.parametrize("clock", [None, 0.0, "time"])
-def test_a_clock_that_cannot_be_called(new_bucket, clock):
+def test_a_clock_that_cannot_be_called(new_single, clock):
     """A clock is a callable."""
     with pytest.raises(TypeError, match="^clock must be a callable"):
-        new_bucket(1, 1, clock=clock)
+        new_single(1, 1, clock=clock)
 
 
 @pytest.mark.parametrize("method", METHODS)
