@@ -17,24 +17,21 @@ import time
 from _worker import running_worker
 from celery import Celery
 
-from rate_limiter import TokenBucket
+from rate_limiter import RetryAfter, TokenBucket
 from rate_limiter.celery import Gate, throttle
 
 app = Celery("partner_api", broker="memory://", backend="cache+memory://")
 Gate(app)
 
-calls_a_second = TokenBucket(capacity=5, tokens_per_second=10)
 
-
-@app.task(bind=True, max_retries=None)
-@throttle(calls_a_second)
-def place(self, order):
+@app.task
+@throttle(TokenBucket(capacity=5, tokens_per_second=10))
+def place(order):
     try:
         return partner.post(order)
     except PartnerBusyError as refusal:
         # Nobody gets a token meanwhile, and this job comes again after that.
-        calls_a_second.charge(calls_a_second.tokens_per_second * refusal.retry_after)
-        raise self.retry(countdown=refusal.retry_after) from None
+        raise RetryAfter(refusal.retry_after) from None
 
 
 # -- everything below plays the partner, and sends orders -----------------------------------------------

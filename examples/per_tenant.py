@@ -17,17 +17,15 @@ import time
 from _worker import running_worker
 from celery import Celery
 
-from rate_limiter import TokenBucket
+from rate_limiter import BucketPerKey
 from rate_limiter.celery import Gate, throttle
 
 app = Celery("per_tenant", broker="memory://", backend="cache+memory://")
 Gate(app)
 
-buckets = collections.defaultdict(lambda: TokenBucket(capacity=2, tokens_per_second=5))
-
 
 @app.task
-@throttle(lambda tenant, *_: buckets[tenant])
+@throttle(BucketPerKey(capacity=2, tokens_per_second=5), key=lambda tenant, number: tenant)
 def make_report(tenant, number):
     return time.monotonic()
 
