@@ -93,6 +93,20 @@ def calls_per_second(processes: int) -> float:
     return sum(granted / (1 + index % 3) for index, granted in enumerate(tally.granted)) / seconds
 
 
+def rate_of_waits(capacity: float, rate: float) -> float:
+    """Let 4 processes stand in `wait` for one token each. Return the jobs per second of all."""
+    bucket, tally, seconds = SharedTokenBucket(capacity, rate), Tally(4), 1.0 if SHORT else 5.0
+    with contextlib.ExitStack() as running:
+        for index in range(4):
+            running.enter_context(process(tally.loop, lambda _: bucket.wait(), index))
+        time.sleep(0.2 + capacity / rate)  # the burst is over
+        before, began = list(tally.granted), time.monotonic()
+        time.sleep(seconds)
+        after, ended = list(tally.granted), time.monotonic()
+    jobs = sum((after[index] - before[index]) / (1 + index % 3) for index in range(4))
+    return jobs / (ended - began)
+
+
 def main() -> int:
     print(f"Python {sys.version.split()[0]}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
     print("allow(), one thread: time per call, against TokenBucket's that grants")
@@ -108,9 +122,11 @@ def main() -> int:
     several, one = interleaved(1 if SHORT else 5, *(partial(calls_per_second, n) for n in (4, 1)))
     line("against one process", several[-1] / one[-1])
 
-    print(
-        f"{KILLS} processes killed in allow() or wait(), {RATE}/s: the longest call of one that lives on"
-    )
+    print("wait(), 4 processes: jobs per second, against the set rate")
+    for capacity, rate in (1, 200), (10, 200), (10, 2000):
+        line(f"capacity {capacity}, {rate}/s", rate_of_waits(capacity, rate) / rate)
+
+    print(f"{KILLS} processes killed, {RATE}/s: the longest call of one that lives on")
     (first, second, allow), granted, most = kill_many()
     line("wait()", max(first, second), "<= 1", "s")
     line("allow()", allow, "<= 1", "s")

@@ -74,7 +74,8 @@ class SharedTokenBucket(TokenBucket):
 
     Its level, rate, pauses and waiters are common to all threads of all these processes. To be made
     before the fork, as at import in a prefork worker; what is made in a child is shared with that
-    child's own children. A spawned process does not share it, and it cannot be pickled.
+    child's own children. A spawned process does not share it, and it cannot be pickled. Each takes a
+    file descriptor and 8 kB.
 
     Args:
         capacity: The most tokens it can hold, which is the largest burst. Above 0.

@@ -123,6 +123,24 @@ def test_four_processes_of_two_threads_are_exact(rate):
     assert got > 490
 
 
+def test_several_buckets_at_once():
+    """Threads of two processes that use two buckets are not taken for a deadlock by the kernel."""
+    buckets = SharedTokenBucket(1e6, 1e-3), SharedTokenBucket(1e6, 1e-3)
+
+    def use(_):
+        def take(bucket):
+            for _ in range(15_000):
+                assert bucket.allow()
+
+        for job in [Job(take, bucket) for bucket in buckets]:
+            job.result()
+
+    with children(2, use) as running:
+        for child in running:
+            child.result()
+    assert [bucket.tokens for bucket in buckets] == [pytest.approx(1e6 - 30_000, abs=0.1)] * 2
+
+
 # -- one line ----------------------------------------------------------------------------------
 
 
