@@ -6,7 +6,6 @@ from time import monotonic
 from typing import Any, Protocol, runtime_checkable
 
 from .checks import not_negative
-from .exceptions import RateLimitExceeded
 
 __all__ = ["AllOf", "Bucket", "members", "take_all_or_delay"]
 
@@ -129,10 +128,6 @@ class AllOf:
         delay, slowest = self._take(tokens)
         if not delay:
             return
-        if monotonic() + delay > deadline:
-            raise RateLimitExceeded(
-                f"rate limit exceeded: {float(tokens):g} tokens only in {delay:.3g} s", delay
-            )
         taken: list[Bucket] = []
         try:
             for bucket in sorted(self.buckets, key=lambda bucket: bucket is not slowest):

@@ -106,14 +106,21 @@ def test_pause_reaches_all(both, buckets, clock):
 
 
 def test_wait_takes_from_all_at_the_moment_it_returns(clock):
-    """A bucket that granted early, and is full again by then, still grants no more than its capacity."""
-    fast, slow, third = (TokenBucket(1, rate, clock=clock) for rate in (1, 0.1, 0.2))
-    everything = AllOf(fast, slow, third)
-    everything.allow()
-    everything.wait()  # the slow one first, then the others
-    assert clock() == pytest.approx(10)
-    assert not fast.allow(0.1)
-    assert not third.allow(0.1)
+    """A bucket that granted early, and has refilled by then, is charged for that."""
+
+    class Late(TokenBucket):
+        __slots__ = ()
+
+        def wait(self, tokens=1, *, timeout=None):
+            clock.advance(0.75)
+            super().wait(tokens, timeout=timeout)
+
+    first, last = TokenBucket(2, 1, clock=clock), Late(2, 10, clock=clock)
+    both = AllOf(last, first)
+    both.allow(2)
+    both.wait(2)  # the slow one first: it has 0.75 again when the other grants
+    assert clock() == 2.75
+    assert (first.tokens, last.tokens) == (0, 0)
 
 
 def test_interrupted_wait_gives_everything_back(clock):

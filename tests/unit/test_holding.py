@@ -148,6 +148,36 @@ def test_slow_bucket_does_not_stop_a_fast_one(holding, clock):
     assert len(slow) >= 7
 
 
+def test_bucket_is_claimed_only_where_that_costs_it_little(holding, clock):
+    """A job whose turn has come at a fast bucket waits for a slow one without keeping the fast one."""
+    fast, slow = TokenBucket(1, 10, clock=clock), TokenBucket(1, 0.1, clock=clock)
+    fast.allow()
+    slow.allow()
+    holding.offer("fast", [demand(fast, 1)], clock())
+    holding.offer("both", [demand(fast, 1), demand(slow, 1)], clock())
+    for job in range(20):
+        holding.offer(job, [demand(fast, 1)], clock())
+    jobs = [job for _, jobs in released(holding, clock, 5) for job in jobs]
+    assert jobs == ["fast", *range(20)]
+
+
+def test_claimed_bucket_without_jobs_serves_nobody_new(holding, clock):
+    """A bucket that is claimed, and that nobody waits for, keeps its tokens from those who come."""
+    one, other = TokenBucket(1, 1, clock=clock), TokenBucket(1, 1, clock=clock)
+    one.allow()
+    clock.advance(0.5)
+    other.allow()
+    holding.offer("one's", [demand(one, 1)], clock())
+    holding.offer("both", [demand(one, 1), demand(other, 1)], clock())
+    assert released(holding, clock, 1) == [(1.0, ["one's"])]
+    clock.now = 1.5
+    other.allow()  # so that "both" has to wait again, at the turn that "one" gives it
+    clock.now = 2.0
+    assert holding.release(clock()) == []
+    assert not holding.offer("new", [demand(one, 1)], clock())
+    assert released(holding, clock, 2.5) == [(2.5, ["both"])]
+
+
 PRICES = st.dictionaries(st.integers(0, 2), st.sampled_from([0.5, 1, 2]), min_size=1)
 
 
