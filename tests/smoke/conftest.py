@@ -4,12 +4,14 @@ pytest-celery makes its containers anew for each test, which takes most of the t
 wrap containers of the session, and ``celery_broker`` gives the matrix, as in the plugin.
 """
 
+import gc
 import itertools
 import json
 import os
 import re
 import socket
 import time
+import warnings
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +21,7 @@ import docker
 import pytest
 import pytest_docker_tools.wrappers.container
 import smoke_app
+import smoke_log
 import smoke_tasks
 from celery import Celery
 from pytest_celery import (
@@ -88,7 +91,7 @@ class WorkerContainer(CeleryWorkerContainer):
     @classmethod
     def tasks_modules(cls):
         """Return what is mounted beside it."""
-        return {smoke_tasks}
+        return {smoke_tasks, smoke_log}
 
     @classmethod
     def command(cls, *args, **kwargs):
@@ -169,13 +172,19 @@ class Setup(CeleryTestSetup):
 @pytest.fixture(scope="session")
 def docker_client():
     """Return a client for the engine. All fixtures here need it."""
-    try:
-        client = docker.from_env()
-        client.ping()
-    except docker.errors.DockerException as error:
-        reason = f"no Docker engine answers: {error}"
-        if os.environ.get("REQUIRE_SERVICES") == "1":
-            pytest.fail(reason)
+    client, reason = None, ""
+    with warnings.catch_warnings():
+        # Where none answers, docker.from_env leaves a socket open.
+        warnings.simplefilter("ignore", ResourceWarning)
+        try:
+            client = docker.from_env()
+            client.ping()
+        except docker.errors.DockerException as error:
+            reason = f"no Docker engine answers: {error}"
+        gc.collect()
+    if reason and os.environ.get("REQUIRE_SERVICES") == "1":
+        pytest.fail(reason)
+    if reason:
         pytest.skip(reason)
     yield client
     client.close()

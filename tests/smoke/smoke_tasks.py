@@ -1,25 +1,12 @@
-"""The tasks that the worker containers run. Each notes what it ran, where and when.
+"""The tasks that the worker containers run. ``run`` is the name of a test's own log."""
 
-``run`` is the name of a test's own log. The log is in the Redis that keeps the results too, and the time
-is the monotonic clock, which all containers of one engine share.
-"""
-
-import json
-import os
 import time
 
-import redis
-from celery import current_task, shared_task
+from celery import shared_task
+from smoke_log import note
 
 from rate_limiter import TokenBucket
 from rate_limiter.celery import throttle
-
-log = redis.Redis.from_url(os.environ.get("CELERY_RESULT_BACKEND", "redis://"))
-
-
-def note(run, value):
-    entry = [value, current_task.request.hostname, os.getpid(), time.monotonic()]
-    log.rpush(run, json.dumps(entry))
 
 
 @shared_task(name="free")
