@@ -5,7 +5,7 @@ import time
 from celery import shared_task
 from smoke_log import note
 
-from rate_limiter import TokenBucket
+from rate_limiter import BucketPerKey, TokenBucket
 from rate_limiter.celery import throttle
 
 
@@ -26,7 +26,7 @@ def shared(run, value):
 
 
 @shared_task(name="prefork")
-@throttle(TokenBucket(capacity=2, tokens_per_second=10))
+@throttle(TokenBucket(capacity=2, tokens_per_second=10), timeout=60)  # so in the children, not at the gate
 def prefork(run, value):
     note(run, value)
     time.sleep(0.25)  # so that one child alone could not run them all
@@ -50,14 +50,8 @@ def upload(run, megabytes):
     note(run, megabytes)
 
 
-TENANTS = {
-    "busy": TokenBucket(capacity=1, tokens_per_second=5),
-    "calm": TokenBucket(capacity=2, tokens_per_second=5),
-}
-
-
 @shared_task(name="for tenant")
-@throttle(lambda run, tenant: TENANTS[tenant])
+@throttle(BucketPerKey(1, 5, limits={"calm": (2, 5)}.get), key=lambda run, tenant: tenant)
 def for_tenant(run, tenant):
     note(run, tenant)
 
