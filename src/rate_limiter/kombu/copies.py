@@ -9,13 +9,14 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Callable
+from time import monotonic
 from typing import Any, Final
 
 from kombu.transport import virtual
 
 __all__ = ["Copies", "restore_origin"]
 
-#: The header that carries, on RabbitMQ, what the message's exchange and routing key were.
+#: The header of a copy. On RabbitMQ it carries what the message's exchange and routing key were.
 _ORIGIN: Final = "x-rate-limiter-origin"
 
 #: So many unconfirmed copies; a broker that is short of memory confirms none.
@@ -60,6 +61,7 @@ class Copies:
             payload = copy.deepcopy(message.serializable())
             # one of its own: the old message's acknowledgement is not to take it away
             payload["properties"]["delivery_tag"] = message.channel._next_delivery_tag()
+            payload["headers"] = {**(payload["headers"] or {}), _ORIGIN: {}}
             message.channel._put(job.queue, payload)
             self._done(job)
             return
@@ -88,6 +90,15 @@ class Copies:
         outcomes, self._outcomes = self._outcomes, []
         for outcome, job in outcomes:
             outcome(job)
+
+    def wait(self, seconds: float) -> None:
+        """Wait so long at most for what the broker has not confirmed."""
+        end = monotonic() + seconds
+        self.collect()
+        while self.pending and monotonic() < end:
+            with contextlib.suppress(TimeoutError):
+                self.connection.drain_events(timeout=end - monotonic())
+            self.collect()
 
     def close(self) -> None:
         """Close the connection. What was not confirmed has failed."""
@@ -133,13 +144,15 @@ class Copies:
         return [each for each in self.pending if each == number or (multiple and each < number)]
 
 
-def restore_origin(message: Any) -> None:
-    """Make a copy look like the message that it was copied from."""
+def restore_origin(message: Any) -> bool:
+    """Make a copy look like the message that it was copied from. Return whether it is one."""
     origin = message.headers.pop(_ORIGIN, None) if message.headers else None
-    if isinstance(origin, dict) and message.delivery_info is not None:
-        for name in "exchange", "routing_key":
-            if isinstance(origin.get(name), str):
-                message.delivery_info[name] = origin[name]
+    if not isinstance(origin, dict):
+        return False
+    for name in "exchange", "routing_key":
+        if isinstance(origin.get(name), str):
+            message.delivery_info[name] = origin[name]
+    return True
 
 
 def _is_virtual(channel: Any) -> bool:

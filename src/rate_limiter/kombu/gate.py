@@ -158,24 +158,27 @@ class Gate:
         self._own_session().attach(consumer)
         return consumer
 
-    def wrap(self, callback: Callable[..., Any]) -> Callable[..., None]:
+    def wrap(self, callback: Callable[..., Any], queue: str | None = None) -> Callable[..., None]:
         """Return a callback that calls the given one once the tokens are taken.
 
         Args:
             callback: For ``callbacks=[…]`` or ``on_message=``. Of several callbacks of one consumer,
                 wrap one: each that is wrapped pays.
+            queue: The name of the queue whose messages it gets. Without it limits are found by the
+                message's routing key, and those with ``when_limited="retry"`` let it wait.
 
         Raises:
-            TypeError: It is not callable.
+            TypeError: ``callback`` is not callable, or ``queue`` not a string.
 
-        Unlike `attach` this knows nothing of the consumer: limits are found by the message's routing
-        key, the prefetch count stays what it is (set it above what may be held, ``max_held``), and no
-        queue is paused.
+        Unlike `attach` this knows nothing of the consumer: the prefetch count stays what it is (set it
+        above what may be held, ``max_held``), and no queue is paused.
 
         """
         if not callable(callback):
             raise TypeError(f"callback must be callable, not {callback!r}")
-        return self._own_session().wrap(callback)
+        if queue is not None and not isinstance(queue, str):
+            raise TypeError(f"queue must be the name of a queue, not {queue!r}")
+        return self._own_session().wrap(callback, queue)
 
     def poll(self) -> int:
         """Call the callbacks of the messages whose tokens are there. It belongs into the loop.

@@ -75,10 +75,8 @@ class GateMixin(ConsumerMixin):
                         "consumer will not run without its limits"
                     )
                 connection.drain_events = _Loop(self, session, connection).drain_events
-                try:
-                    yield connection, channel, consumers
-                finally:
-                    session.open = False  # what comes while the consumers are cancelled stays there
+                yield connection, channel, consumers
+                session.close()  # what comes while the consumers are cancelled stays with the broker
         except Exception as error:
             if getattr(error, "reply_code", None) == _NOT_IMPLEMENTED:
                 session.static = True

@@ -42,6 +42,12 @@ _SLOW: Final = 0.05
 #: When to try again what the broker did not do, in seconds.
 _TRY_AGAIN: Final = 1.0
 
+#: What is due so soon, in seconds, is waited for as a whole.
+_EXACT: Final = 0.004
+
+#: How long to wait for the last confirmations, in seconds: without them messages run twice.
+_FAREWELL: Final = 0.5
+
 #: How often to look for confirmations while copies wait for theirs, in seconds.
 _CONFIRM: Final = 0.02
 
@@ -49,15 +55,27 @@ _CONFIRM: Final = 0.02
 class _Job:
     """A message on its way through the gate."""
 
-    __slots__ = ("args", "callback", "ended", "held", "limit", "message", "queue", "window")
+    __slots__ = (
+        *("args", "callback", "can_return", "copy", "ended"),
+        *("held", "limit", "message", "queue", "window"),
+    )
 
     def __init__(
-        self, callback: Callable[..., Any], args: tuple[Any, ...], queue: str, window: Window
+        self, callback: Callable[..., Any], args: tuple[Any, ...], queue: str | None, window: Window
     ) -> None:
         self.callback = callback
         self.args = args
         self.message = args[-1]
-        self.queue = queue
+        #: Whether it was sent back before.
+        self.copy = restore_origin(self.message)
+        info = self.message.delivery_info
+        queue = info.pop(_MARK, queue)
+        #: The queue it came from; if nobody knows that, what comes nearest to it.
+        self.queue: str = queue or info.get("routing_key") or ""
+        #: Whether a copy can go to the end of its queue. On Redis a fanout has only subscribers.
+        self.can_return = bool(queue) and queue not in getattr(
+            self.message.channel, "_fanout_queues", ()
+        )
         self.window = window
         #: Whether it counts among what its window holds.
         self.held = False
@@ -141,17 +159,13 @@ class Session:
         else:
             consumer.receive = self.wrap(consumer.receive)
 
-    def wrap(self, callback: Callable[..., Any]) -> Callable[..., None]:
+    def wrap(self, callback: Callable[..., Any], queue: str | None = None) -> Callable[..., None]:
         """Return what calls ``callback`` with the same arguments once the tokens are taken."""
 
         @functools.wraps(callback)
         def gated(*args: Any) -> None:
-            message = args[-1]
-            info = message.delivery_info
-            restore_origin(message)
-            queue = info.pop(_MARK, None) or info.get("routing_key") or ""
-            job = _Job(callback, args, queue, self._window(message.channel))
-            if self._busy:
+            job = _Job(callback, args, queue, self._window(args[-1].channel))
+            if self._busy or self._inbox:
                 self._inbox.append(job)
             else:
                 self._pass(job)
@@ -172,6 +186,12 @@ class Session:
         if forgotten:
             logger.info("Gave %d held messages back to the broker", forgotten)
         return forgotten
+
+    def close(self) -> None:
+        """Take nothing in any more, while the connection is still there."""
+        self.open = False
+        with self._occupied():
+            self._copies.wait(_FAREWELL)
 
     @property
     def busy(self) -> bool:
@@ -278,8 +298,10 @@ class Session:
     def _refuse(self, job: _Job, demand: Demand, delay: float) -> bool:
         bucket, tokens, limit = demand
         if limit.when_limited == "retry":
-            if job.queue in getattr(job.message.channel, "_fanout_queues", ()):
-                return False  # Redis has no queue for it, only subscribers
+            if not job.can_return:
+                return False
+            if job.copy and self.held_by[limit] < self._bound(limit):
+                return False  # it comes when its turn is due, and waits for what little is missing
             # Held until its turn: back in its queue it would come again at once, and again.
             job.ended, job.limit = True, limit
             self._enter(job)
@@ -379,8 +401,10 @@ class Session:
         if self._copies.pending:
             moments.append(now + _CONFIRM)
         moments += [window.renewal for window in self._windows.values() if window.held]
-        due = min((moment for moment in moments if moment is not None), default=math.inf)
-        return min(most, max(0.0, due - now))
+        left = min((moment for moment in moments if moment is not None), default=math.inf) - now
+        # drain_events waits for as long once more when something came that was no message, on AMQP
+        # the broker's heartbeat, on Redis an empty reply. Half of the time leaves room for that.
+        return min(most, max(0.0, left if left < _EXACT else left / 2))
 
     def _release(self, now: float) -> _Job | None:
         with self._occupied():
