@@ -52,7 +52,8 @@ class Broker:
         """Return how many messages the broker has not given out."""
         if self.rabbitmq is None:
             with redis.Redis.from_url(self.url) as client:
-                return int(client.llen(queue.name))
+                lists = [queue.name, *(f"{queue.name}\x06\x16{step}" for step in (3, 6, 9))]
+                return sum(map(client.llen, lists))  # one for each step of priorities
         return int(queue(self._producer.default_channel).queue_declare(passive=True).message_count)
 
     def unacknowledged(self) -> int:

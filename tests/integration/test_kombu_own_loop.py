@@ -37,7 +37,9 @@ def test_attach(broker, raw):
 
     how = {"on_message": lambda m: on_task(m.payload, m)} if raw else {"callbacks": [on_task]}
     with broker.connection() as connection:
-        with gate.attach(connection.Consumer([queue, free], prefetch_count=2, **how)):
+        consumer = connection.Consumer([queue, free], prefetch_count=2, **how)
+        assert gate.attach(consumer) is consumer
+        with consumer:
             drain(connection, gate, lambda: len(ran) == 18)
     assert [body for body in ran if body in range(15)] == list(range(15))
     assert at[-1] - at[0] > 14 / 20 - 0.05
@@ -55,9 +57,11 @@ def test_several_callbacks_pay_once(broker):
         lambda body, _: ran.append(body),
         lambda body, message: ran.append(-body) or message.ack(),
     ]
-    with broker.connection() as connection:
-        with gate.attach(connection.Consumer([queue], callbacks=callbacks)):
-            drain(connection, gate, lambda: len(ran) == 4)
+    with (
+        broker.connection() as connection,
+        gate.attach(connection.Consumer([queue], callbacks=callbacks)),
+    ):
+        drain(connection, gate, lambda: len(ran) == 4)
     assert ran == [1, -1, 2, -2]
     assert 8 <= bucket.tokens < 8.1
 
@@ -71,9 +75,8 @@ def test_wrap(broker, named):
     gate.limit(queue.name, bucket=TokenBucket(1, 20), name="limit")
     callback = gate.wrap(lambda body, message: ran.append(body) or message.ack(), *[queue.name] * named)
     began = time.monotonic()
-    with broker.connection() as connection:
-        with connection.Consumer([queue], callbacks=[callback], prefetch_count=20):
-            drain(connection, gate, lambda: len(ran) == 10)
+    with broker.connection() as connection, connection.Consumer([queue], callbacks=[callback]):
+        drain(connection, gate, lambda: len(ran) == 10)
     assert ran == list(range(10))
     assert time.monotonic() - began > 9 / 20 - 0.05
 
@@ -85,9 +88,8 @@ def test_wrap_takes_limits_of_the_queue_it_is_told(broker):
     gate, ran = Gate(), []
     gate.limit("mails", bucket=TokenBucket(1, 0.001), name="limit")
     callback = gate.wrap(lambda body, message: ran.append(body) or message.ack(), "mails")
-    with broker.connection() as connection:
-        with connection.Consumer([queue], callbacks=[callback]):
-            drain(connection, gate, lambda: gate.held == {"limit": 2})
+    with broker.connection() as connection, connection.Consumer([queue], callbacks=[callback]):
+        drain(connection, gate, lambda: gate.held == {"limit": 2})
     assert ran == [0]
 
 

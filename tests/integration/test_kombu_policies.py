@@ -1,5 +1,6 @@
 """What becomes of messages that a limit does not let wait, or that cannot be priced."""
 
+import copy
 import logging
 from collections import Counter
 
@@ -75,7 +76,13 @@ def test_hook_may_settle_the_message(broker):
     broker.send(queue, *range(4))
     gate = gate_for(queue, TokenBucket(1, 0.01), when_limited="raise")
     worker = Worker(broker, gate, queue)
-    worker.on_refused = lambda message, _: broker.send(other, message.payload) or message.ack()
+
+    def hook(message, _error):
+        with broker.connection() as connection:  # it runs in the consumer's thread
+            connection.Producer().publish(message.payload, routing_key=other.name)
+        message.ack()
+
+    worker.on_refused = hook
     with running(worker):
         wait_for(lambda: broker.waiting(other) == 3)
         broker.send(queue, "more")
@@ -155,7 +162,7 @@ def test_retry_changes_nothing_about_the_message(broker, serializer, compression
     other = broker.queue("other", exchange, routing_key="#")
     broker.declare(queue, other)
     body = b"\x00\xff raw" if serializer == "raw" else {"text": "grüße", "n": [1, 2]}
-    options = {"serializer": serializer, "compression": compression, **PROPERTIES}
+    options = {"serializer": serializer, "compression": compression, **copy.deepcopy(PROPERTIES)}
     bucket = TokenBucket(1, 4)
     worker = Worker(broker, gate_for(queue, bucket, when_limited="retry"), queue)
     seen = []

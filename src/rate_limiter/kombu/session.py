@@ -419,6 +419,8 @@ class Session:
         held = sum(min(held, self._bound(limit)) for limit, held in held_by.items())
         most = sum(map(self._bound, held_by))
         for window in self._windows.values():
+            if window.channel.connection is None:
+                continue  # it was lost, and what is held of it goes when its turn comes
             window.follow(min(window.held, held), most)
             if window.lease_is_due:
                 window.renew([m.delivery_tag for m in self._messages() if m.channel is window.channel])
