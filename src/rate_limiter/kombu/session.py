@@ -118,6 +118,8 @@ class Session:
         self._turns_of: Counter[Limit] = Counter()
         self._inbox: deque[_Job] = deque()
         self._busy = False
+        #: Whether there is anything for `poll` to do apart from the inbox.
+        self._unsettled = False
         self._plans: dict[str, _Plan] = {}
         self._windows: dict[Any, Window] = {}
         self._own: dict[str, int] = {}
@@ -269,6 +271,7 @@ class Session:
         return demands
 
     def _enter(self, job: _Job) -> None:
+        self._unsettled = True
         if not job.held:
             job.held = True
             job.window.held += 1
@@ -372,7 +375,7 @@ class Session:
             How many messages were handled.
 
         """
-        if self._busy:  # called by a callback
+        if self._busy or not (self._inbox or self._unsettled):  # called by a callback; nothing to do
             return 0
         handled = 0
         now = monotonic()
@@ -388,6 +391,7 @@ class Session:
             self._send_back()
             self._pause_and_resume()
             self._follow()
+        self._unsettled = bool(self._held.held_by or self._turns_of.total() or self._paused)
         return handled
 
     def timeout(self, most: float) -> float:
