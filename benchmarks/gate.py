@@ -28,7 +28,7 @@ from typing import Any, Final
 import psutil
 from celery import Celery
 from celery.worker.consumer.tasks import Tasks
-from gate_lab import BROKERS, LabError, Run, Server
+from gate_lab import BROKERS, LabError, Run, Server, wait_until
 
 from rate_limiter import TokenBucket
 from rate_limiter.celery import Gate, throttle
@@ -288,6 +288,52 @@ def behind(bench: Bench) -> None:
         bench.report(f"behind {server.name} prefork, native", f"{ran}/50 in 30 s", jobs=ran)
 
 
+# -- the decorator, and keys -----------------------------------------------------------------------
+
+
+def decorator(bench: Bench) -> None:
+    """Measure the rate of `@throttle` alone in a prefork worker with four processes."""
+    for server in bench.servers():
+        with Run(server, rate=2, capacity=1, gate=None, slots=4) as run:
+            run.send("limited", 40)
+            run.start()
+            run.ready()
+            run.wait("limited", 40, 60, "the jobs did not all run")
+            rate = rate_of(run.moments("limited"))
+        bench.report(
+            f"decorator {server.name}: 2/s, prefork -c 4, 40 jobs",
+            f"{rate:.3f}/s",
+            "1.95 .. 2.02/s",
+            1.95 <= rate <= 2.02,
+            jobs_per_second=rate,
+        )
+
+
+def tenants(bench: Bench) -> None:
+    """Measure how long a tenant with few jobs waits behind the backlog of another."""
+    for server in bench.servers():
+        with Run(server, rate=5, capacity=1, keyed=True, max_held=1100) as run:
+            run.send("limited", 1_000)
+            run.send("limited", 20, first=10_000)
+            run.start()
+            ready = run.ready()
+
+            def last() -> list[float]:
+                return [ran.moment for ran in run.ran("limited") if ran.number >= 10_000]
+
+            wait_until(lambda: len(last()) == 20, 30)
+            ran = last()
+            backlog = [ran.moment for ran in run.ran("limited") if ran.number < 10_000]
+        seconds = ran[-1] - ready if len(ran) == 20 else math.inf
+        bench.report(
+            f"tenants {server.name}: 20 behind 1,000 of another",
+            f"{len(ran)}/20 in {seconds:.2f} s, the other {rate_of(backlog):.3f}/s",
+            "20 in 6 s",
+            seconds <= 6,
+            seconds=seconds,
+        )
+
+
 # -- several workers ------------------------------------------------------------------------------
 
 
@@ -509,8 +555,9 @@ def fake_consumer(app: Celery) -> Any:
     return FakeConsumer(
         app=app,
         hub=SimpleNamespace(call_soon=nothing),
-        timer=SimpleNamespace(call_at=nothing, cancel=nothing),
+        timer=SimpleNamespace(call_at=nothing, call_after=nothing, cancel=nothing),
         pool=SimpleNamespace(is_green=False),
+        controller=None,
         qos=FakeQoS(),
         steps=[FakeTasks()],
         initial_prefetch_count=8,
@@ -644,7 +691,8 @@ def overhead(bench: Bench) -> None:
 # -------------------------------------------------------------------------------------------------
 
 PARTS: Final[dict[str, Callable[[Bench], None]]] = {
-    part.__name__: part for part in (rates, behind, workers, memory, kills, leases, overhead)
+    part.__name__: part
+    for part in (rates, behind, decorator, tenants, workers, memory, kills, leases, overhead)
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from celery import Celery, signals
 
-from rate_limiter import TokenBucket
+from rate_limiter import BucketPerKey, TokenBucket
 from rate_limiter.celery import Gate, throttle
 
 OPTIONS = json.loads(os.environ["GATE_BENCH"])
@@ -56,9 +56,13 @@ def ready(**_: Any) -> None:
 
 def limit() -> Callable[[Any], Any]:
     """Return what the limited task is decorated with."""
-    if not OPTIONS["gate"]:
+    if OPTIONS["gate"] is False:
         return lambda function: function
-    Gate(app, max_held=OPTIONS["max_held"])
+    if OPTIONS["gate"]:
+        Gate(app, max_held=OPTIONS["max_held"])
+    if OPTIONS["keyed"]:
+        per_key = BucketPerKey(OPTIONS["capacity"], OPTIONS["rate"])
+        return throttle(per_key, key=lambda number: number // 10_000)
     bucket = NotedBucket if OPTIONS["grants"] else TokenBucket
     return throttle(bucket(OPTIONS["capacity"], OPTIONS["rate"]))
 

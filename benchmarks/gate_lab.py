@@ -196,12 +196,14 @@ class Run:
         server: The broker.
         rate: Of the limited task.
         capacity: Of its bucket; by default a tenth of a second's worth.
-        gate: ``False``: no gate at all.
+        gate: ``False``: no gate and no limit; ``None``: no gate, the decorator alone.
         max_held: Of the gate.
         native: Celery's own ``rate_limit``, instead of the gate.
         grants: Whether the bucket notes each grant.
         sleep: How long a limited job runs.
+        keyed: Whether each ten thousand numbers have a bucket of their own.
         pool: The worker's pool.
+        slots: How many it has.
         level: The level of its log.
         conf: Further settings.
 
@@ -213,12 +215,14 @@ class Run:
         *,
         rate: float = 1.0,
         capacity: float | None = None,
-        gate: bool = True,
+        gate: bool | None = True,
         max_held: int | None = None,
         native: str | None = None,
         grants: bool = False,
         sleep: float = 0.0,
+        keyed: bool = False,
         pool: str = "prefork",
+        slots: int = 2,
         level: str = "WARNING",
         conf: dict[str, Any] | None = None,
     ) -> None:
@@ -226,6 +230,7 @@ class Run:
         self.queue = f"bench-{next(_count)}"
         self.path = server.directory / self.queue
         self.pool = pool
+        self.slots = slots
         self.level = level
         self.capacity = max(1.0, rate / 10) if capacity is None else capacity
         self.workers: dict[str, subprocess.Popen[bytes]] = {}
@@ -240,7 +245,8 @@ class Run:
         self.options = {
             "broker": server.url,
             "log": str(self.path),
-            "gate": gate and not native,
+            "gate": gate if not native else False,
+            "keyed": keyed,
             "rate": rate,
             "capacity": self.capacity,
             "max_held": max_held,
@@ -264,13 +270,13 @@ class Run:
         with self.app.connection_for_write() as connection:
             connection.default_channel.queue_delete(self.queue)
 
-    def send(self, task: str, count: int) -> None:
-        """Send jobs with the numbers from 0."""
+    def send(self, task: str, count: int, first: int = 0) -> None:
+        """Send jobs, numbered in order."""
         amqp = self.app.amqp
         with self.app.connection_for_write() as connection:
             amqp.queues[self.queue](connection.default_channel).declare()
             producer = amqp.Producer(connection)
-            for number in range(count):
+            for number in range(first, first + count):
                 message = amqp.as_task_v2(uuid(), task, (number,), {})
                 producer.publish(
                     message.body,
@@ -294,7 +300,7 @@ class Run:
         environment["GATE_BENCH"] = json.dumps(self.options | {"worker": name})
         paths = [str(_HERE), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        options = f"-c 2 --without-mingle --without-gossip -P {self.pool} -l {self.level}"
+        options = f"-c {self.slots} --without-mingle --without-gossip -P {self.pool} -l {self.level}"
         command = [sys.executable, "-m", "celery", "-A", "gate_app", "worker", *options.split()]
         command += ["-n", self.node(name), "-Q", queue or self.queue]
         with Path(f"{self.path}.{name}.log").open("ab") as log:

@@ -4,7 +4,17 @@
 """
 
 from .bucket import AllOf, Bucket
-from .exceptions import RateLimitExceeded
+from .bucket_per_key import BucketPerKey
+from .exceptions import RateLimitExceeded, RetryAfter
+from .shared_bucket import SharedTokenBucket
 from .token_bucket import TokenBucket
 
-__all__ = ["AllOf", "Bucket", "RateLimitExceeded", "TokenBucket"]
+__all__ = [
+    "AllOf",
+    "Bucket",
+    "BucketPerKey",
+    "RateLimitExceeded",
+    "RetryAfter",
+    "SharedTokenBucket",
+    "TokenBucket",
+]

@@ -1,11 +1,14 @@
 """What every bucket can do, whatever it is one rate for; and several buckets taken as one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from time import monotonic
 from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["AllOf", "Bucket", "take_all_or_delay"]
+from .checks import not_negative
+from .exceptions import RateLimitExceeded
+
+__all__ = ["AllOf", "Bucket", "members", "take_all_or_delay"]
 
 
 @runtime_checkable
@@ -46,6 +49,14 @@ class Bucket(Protocol):
 
     def charge(self, tokens: float) -> None:
         """Take without asking, into debt if need be."""
+
+    def pause(self, seconds: float) -> None:
+        """Grant nothing for that long, then start from empty. Only ever extends."""
+
+    def configure(
+        self, *, capacity: float | None = None, tokens_per_second: float | None = None
+    ) -> None:
+        """Change at run time, keeping the level; it reaches whoever already waits."""
 
 
 class AllOf:
@@ -108,30 +119,52 @@ class AllOf:
     try_consume = allow
 
     def wait(self, tokens: float = 1, *, timeout: float | None = None) -> None:
-        """Block until all buckets grant the tokens. See `TokenBucket.wait`.
+        """Block until all buckets have granted the tokens. See `TokenBucket.wait`.
 
-        It stands in the queue of the bucket that refuses, and asks all of them when its turn comes.
-        ``timeout`` counts by the real clock, also where a bucket has another one.
+        It stands in the queue of one bucket after the other, the slowest first, and keeps what it has:
+        first come, first served at each, and no two that wait can stop each other. ``timeout`` counts
+        by the real clock, also where a bucket has another one; after it everything is given back.
         """
-        deadline = math.inf if timeout is None else monotonic() + timeout
-        while True:
-            delay, refused = take_all_or_delay([(bucket, tokens) for bucket in self.buckets])
-            if not delay:
-                return
-            left = None if timeout is None else max(0.0, deadline - monotonic())
-            self.buckets[refused].wait(tokens, timeout=left)
-            self.buckets[refused].refund(tokens)
+        deadline = math.inf if timeout is None else monotonic() + not_negative(timeout)
+        delay, slowest = self._take(tokens)
+        if not delay:
+            return
+        if monotonic() + delay > deadline:
+            raise RateLimitExceeded(
+                f"rate limit exceeded: {float(tokens):g} tokens only in {delay:.3g} s", delay
+            )
+        taken: list[Bucket] = []
+        try:
+            for bucket in sorted(self.buckets, key=lambda bucket: bucket is not slowest):
+                left = None if timeout is None else max(0.0, deadline - monotonic())
+                bucket.wait(tokens, timeout=left)
+                taken.append(bucket)
+        except BaseException:
+            for bucket in taken:
+                bucket.refund(tokens)
+            raise
+        for bucket in taken[:-1]:
+            # It has been refilled since, for all that: as if the tokens were taken only now.
+            refilled = min(tokens, bucket.tokens + tokens - bucket.capacity)
+            if refilled > 0.0:
+                bucket.charge(refilled)
 
     def take_or_delay(self, tokens: float = 1) -> float:
         """Take from all buckets, or return the delay of the slowest. See `TokenBucket.take_or_delay`."""
+        return self._take(tokens)[0]
+
+    def _take(self, tokens: float) -> tuple[float, Bucket]:
+        """Take from all, or return the longest delay, and whose that is."""
         delay, refused = take_all_or_delay([(bucket, tokens) for bucket in self.buckets])
+        slowest = self.buckets[refused]
         if delay:
             for bucket in self.buckets[refused + 1 :]:
-                if other := bucket.take_or_delay(tokens):
-                    delay = max(delay, other)
-                else:
+                other = bucket.take_or_delay(tokens)
+                if not other:
                     bucket.refund(tokens)
-        return delay
+                elif other > delay:
+                    delay, slowest = other, bucket
+        return delay, slowest
 
     def refund(self, tokens: float) -> None:
         """Give back to all of them."""
@@ -142,6 +175,26 @@ class AllOf:
         """Take from all of them without asking."""
         for bucket in self.buckets:
             bucket.charge(tokens)
+
+    def pause(self, seconds: float) -> None:
+        """Pause all of them."""
+        for bucket in self.buckets:
+            bucket.pause(seconds)
+
+    def configure(
+        self, *, capacity: float | None = None, tokens_per_second: float | None = None
+    ) -> None:
+        """Raise ``TypeError``: the numbers are those of its buckets, so configure these."""
+        raise TypeError("AllOf has no capacity and no rate of its own: configure one of its buckets")
+
+
+def members(bucket: Bucket) -> Iterator[Bucket]:
+    """Yield the buckets that a bucket is made of: itself, or what an `AllOf` stands for."""
+    if isinstance(bucket, AllOf):
+        for each in bucket.buckets:
+            yield from members(each)
+    else:
+        yield bucket
 
 
 def take_all_or_delay(demands: Sequence[tuple[Any, ...]]) -> tuple[float, int]:

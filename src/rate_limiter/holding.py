@@ -206,6 +206,9 @@ class Holding(Generic[Job]):
 
     def _take(self, held: _Held[Job], now: float) -> tuple[float, Demand]:
         """Take the tokens of a job whose turn has come; or return the delay, and who refused."""
+        first = held.demands[0]
+        if len(held.demands) == 1:
+            return first[0].take_or_delay(first[1]), first
         for demand in held.demands:
             queue = self._queues.get(demand[0])
             if queue is not None and queue is not held.queue and not queue.serves(held):
@@ -255,7 +258,9 @@ class Holding(Generic[Job]):
             self._drop_if_empty(queue)
 
     def _unlink(self, held: _Held[Job]) -> None:
-        held.queue.jobs.remove(held)
+        jobs = held.queue.jobs
+        assert jobs[0] is held  # noqa: S101 - only the one whose turn has come leaves
+        jobs.popleft()
         assert held.limit is not None  # noqa: S101 - for mypy
         self.held_by[held.limit] -= 1
         if not self.held_by[held.limit]:

@@ -5,19 +5,28 @@ from its arguments. It knows neither Celery nor kombu.
 """
 
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import monotonic
 from typing import Any, Final
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from .bucket import Bucket
-from .token_bucket import positive
+from .bucket import Bucket, members
+from .bucket_per_key import BucketPerKey
+from .checks import positive, whole
 
-__all__ = ["Demand", "Limit"]
+__all__ = ["AnyBucket", "Demand", "Limit", "refuse_to_pay_twice"]
 
 #: What a job is to take: from this bucket, so many tokens, because of this limit.
 Demand = tuple[Bucket, float, "Limit"]
+
+#: What a limit may be given as its bucket.
+AnyBucket = Bucket | BucketPerKey | Callable[..., Bucket | BucketPerKey]
+
+#: How many jobs a gate holds at most for a limit with a bucket per key: enough that the backlog of one
+#: key does not keep the jobs of others from the worker.
+_HOLD_PER_KEY: Final = 1000
 
 #: How many seconds' worth of a limit a gate holds, unless the user says otherwise.
 _HOLD_SECONDS: Final = 4.0
@@ -26,12 +35,19 @@ POLICIES: Final = ("wait", "retry", "drop", "raise")
 OVERFLOWS: Final = ("hold", "pause")
 
 
+_numbers = itertools.count()
+_limits: "WeakValueDictionary[int, Limit]" = WeakValueDictionary()
+
+
 class Limit:
     """One declared limit.
 
     Args:
-        bucket: A `Bucket`, or a callable that is given the job's arguments and returns one.
+        bucket: A `Bucket` or a `BucketPerKey`, or a callable that is given the job's arguments and
+            returns one.
         tokens: The cost of a job: a number, or a callable that is given the job's arguments.
+        key: A callable that is given the job's arguments and returns its key in a `BucketPerKey`.
+        buckets: All that a callable for ``bucket`` may return.
         when_limited: One of ``"wait"``, ``"retry"``, ``"drop"``, ``"raise"``, or a callable that is
             called instead.
         timeout: The most seconds that ``"wait"`` waits in the decorator.
@@ -47,20 +63,36 @@ class Limit:
 
     def __init__(
         self,
-        bucket: Bucket | Callable[..., Bucket],
+        bucket: AnyBucket,
         *,
         tokens: float | Callable[..., float] = 1,
+        key: Callable[..., Any] | None = None,
+        buckets: Iterable[Bucket] = (),
         when_limited: str | Callable[..., Any] = "wait",
         timeout: float | None = None,
         name: str = "",
         max_held: int | None = None,
         overflow: str | None = None,
     ) -> None:
-        if isinstance(bucket, type) or not (isinstance(bucket, Bucket) or callable(bucket)):
+        if isinstance(bucket, type) or not (
+            isinstance(bucket, Bucket | BucketPerKey) or callable(bucket)
+        ):
             raise TypeError(
                 "bucket must be a bucket such as TokenBucket(capacity=10, tokens_per_second=5), "
                 f"or a callable that returns one, not {bucket!r}"
             )
+        if key is not None and not callable(key):
+            raise TypeError(f"key must be a callable that is given the job's arguments, not {key!r}")
+        if key is None and isinstance(bucket, BucketPerKey):
+            raise ValueError(f"key is missing: it says which bucket of {bucket!r} a job draws on")
+        if key is not None and isinstance(bucket, Bucket):
+            raise ValueError(f"key goes with a BucketPerKey, not with {bucket!r}")
+        buckets = tuple(buckets)
+        for each in buckets:
+            if isinstance(each, type) or not isinstance(each, Bucket):
+                raise TypeError(f"buckets must be buckets, not {each!r}")
+        if buckets and isinstance(bucket, Bucket | BucketPerKey):
+            raise ValueError("buckets goes with a callable for bucket: it says what that may return")
         if not callable(when_limited) and when_limited not in POLICIES:
             raise ValueError(
                 f"when_limited must be one of {', '.join(map(repr, POLICIES))} or a callable, "
@@ -79,41 +111,54 @@ class Limit:
             )
         self.bucket = bucket
         self.tokens = tokens
+        self.key = key
+        self.buckets = buckets
         self.when_limited = when_limited
         self.timeout = timeout
         self.name = name
         self.max_held = max_held
         self.overflow = overflow or "hold"
-        self._asks_headers = [f for f in (bucket, tokens) if callable(f) and _wants_headers(f)]
+        #: Tells limits apart across a fork.
+        self.number = next(_numbers)
+        _limits[self.number] = self
+        self._asks_headers = [f for f in (bucket, tokens, key) if callable(f) and _wants_headers(f)]
         self._turns: WeakKeyDictionary[Bucket, float] = WeakKeyDictionary()
-        #: The demand of every job, where it is the same for all.
-        self.fixed: Demand | None = None
+        #: The demands of every job, where they are the same for all.
+        self.fixed: tuple[Demand, ...] = ()
         if not callable(tokens):
             cost = positive("tokens", tokens)
+            most = math.inf
+            if isinstance(bucket, Bucket) or (isinstance(bucket, BucketPerKey) and not bucket.limits):
+                most = bucket.capacity
+            if cost > most:
+                raise ValueError(
+                    f"tokens must be at most the bucket's capacity {most:g}, not {tokens!r}: "
+                    "such a job could never run"
+                )
             if isinstance(bucket, Bucket):
-                if cost > bucket.capacity:
-                    raise ValueError(
-                        f"tokens must be at most the bucket's capacity {bucket.capacity:g}, "
-                        f"not {tokens!r}: such a job could never run"
-                    )
-                self.fixed = (bucket, cost, self)
+                self.fixed = tuple((member, cost, self) for member in members(bucket))
 
     def __repr__(self) -> str:
         return f"<Limit {self.name or '(unnamed)'}: {self.bucket!r}>"
+
+    @staticmethod
+    def numbered(number: int) -> "Limit | None":
+        """Return the limit with a `number`, if there is one in this process."""
+        return _limits.get(number)
 
     @property
     def asks_headers(self) -> bool:
         """Whether one of its callables has a keyword-only parameter ``headers``."""
         return bool(self._asks_headers)
 
-    def demand(
+    def demands(
         self,
         task: str,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         headers: Mapping[str, Any] | None = None,
-    ) -> Demand:
-        """Return the bucket that a job draws on, and its cost.
+    ) -> tuple[Demand, ...]:
+        """Return what a job is to take: from one bucket, or from each that an `AllOf` stands for.
 
         Args:
             task: The task's name, for errors.
@@ -126,13 +171,9 @@ class Limit:
                 names the task, the limit and the value; the job is to fail with it.
 
         """
-        if self.fixed is not None:
+        if self.fixed:
             return self.fixed
-        bucket = self.bucket
-        if not isinstance(bucket, Bucket):
-            bucket = self._ask("bucket", bucket, task, args, kwargs, headers)
-            if not isinstance(bucket, Bucket):
-                raise ValueError(self._complaint("bucket", task, bucket, "a bucket"))
+        bucket = self._bucket(task, args, kwargs, headers)
         tokens: Any = self.tokens
         if callable(tokens):
             tokens = self._ask("tokens", tokens, task, args, kwargs, headers)
@@ -143,7 +184,31 @@ class Limit:
         if cost > bucket.capacity:
             most = f"at most the capacity {bucket.capacity:g}"
             raise ValueError(self._complaint("tokens", task, tokens, most))
-        return bucket, cost, self
+        return tuple((member, cost, self) for member in members(bucket))
+
+    def _bucket(
+        self,
+        task: str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        headers: Mapping[str, Any] | None,
+    ) -> Bucket:
+        bucket: Any = self.bucket
+        if callable(bucket) and not isinstance(bucket, Bucket):
+            bucket = self._ask("bucket", bucket, task, args, kwargs, headers)
+        if isinstance(bucket, BucketPerKey) and self.key is not None:
+            key = self._ask("key", self.key, task, args, kwargs, headers)
+            try:
+                return bucket[key]
+            except Exception as error:  # a bad key, or its limits cannot be told
+                raise ValueError(f"task {task}, limit {self.name or task}: {error}") from error
+        if not isinstance(bucket, Bucket):
+            raise ValueError(self._complaint("bucket", task, bucket, "a bucket"))
+        if self.buckets and not all(
+            any(member is each for each in self.buckets) for member in members(bucket)
+        ):
+            raise ValueError(self._complaint("bucket", task, bucket, "one of buckets=…"))
+        return bucket
 
     def bound(self, window: int, default: int | None = None) -> int:
         """Return how many jobs a gate holds because of it before the broker is to keep the rest.
@@ -156,7 +221,8 @@ class Limit:
         bound = self.max_held or default
         if bound is None:
             rate = self.bucket.tokens_per_second if isinstance(self.bucket, Bucket) else 0.0
-            bound = max(window, math.ceil(_HOLD_SECONDS * rate))
+            least = 0 if self.key is None else _HOLD_PER_KEY
+            bound = max(window, least, math.ceil(_HOLD_SECONDS * rate))
         return bound
 
     def turn(self, bucket: Bucket, tokens: float, delay: float) -> float:
@@ -199,18 +265,29 @@ class Limit:
         return f"task {task}, limit {self.name or task}: {argument} is {value!r}, expected {expected}"
 
 
+def refuse_to_pay_twice(buckets: Iterable[Any], task: str) -> None:
+    """Check that no bucket stands among the others twice, in an `AllOf` neither.
+
+    A job could never take from a bucket twice that holds enough for once only: it would be held for
+    ever.
+
+    Raises:
+        ValueError: One does. The message names it and the task.
+
+    """
+    seen: set[int] = set()
+    for bucket in buckets:
+        for member in members(bucket):
+            if id(member) in seen:
+                raise ValueError(
+                    f"`{task}`: the same bucket limits it twice; declare it once: {member!r}"
+                )
+            seen.add(id(member))
+
+
 def _wants_headers(function: Callable[..., Any]) -> bool:
     try:
         parameter = inspect.signature(function).parameters.get("headers")
     except (TypeError, ValueError):  # a builtin that does not tell
         return False
     return parameter is not None and parameter.kind is parameter.KEYWORD_ONLY
-
-
-def whole(name: str, value: int) -> int:
-    """Return ``value``, or raise what is wrong with it as a count of jobs."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number, not {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be 1 or more, not {value!r}")
-    return value

@@ -15,6 +15,9 @@ signal handler may itself call ``allow()``. The lock makes it correct without th
 *Refusals.* A bucket only fills by itself, so a refusal stays right for a while. It is remembered as
 ``(until, from how many tokens on)``, and the next one is a comparison without the lock.
 
+*Pausing.* A paused bucket is one that will be empty at a moment to come: to the arithmetic a clock
+that was set back, and nothing is granted until it has caught up.
+
 *Waiting.* Waiters stand in a queue. Its head alone sleeps towards a moment; it takes its tokens when
 it wakes, and hands the turn on. So light waiters never starve a heavy one, tokens are never granted
 ahead of time, and a waiter that is interrupted leaves nothing behind.
@@ -28,9 +31,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from numbers import Real
-from typing import Final
+from typing import Any, ClassVar, Final, NoReturn
 
+from .checks import not_negative, positive
 from .exceptions import RateLimitExceeded
 
 __all__ = ["TokenBucket"]
@@ -68,7 +71,8 @@ class TokenBucket:
         TypeError: An argument is not a number, or ``clock`` cannot be called.
 
     A forked child starts with the parent's level and without its waiters, and counts on its own from
-    there. Costs below a 1e-15th of the capacity vanish in the rounding of floats.
+    there (`SharedTokenBucket` is one for all of them). For the same reason a bucket can neither be
+    pickled nor copied. Costs below a 1e-15th of the capacity vanish in the rounding of floats.
 
     """
 
@@ -77,10 +81,12 @@ class TokenBucket:
         "_ahead",
         "_capacity",
         "_clock",
+        "_common",
         "_full_at",
         "_head",
         "_lock",
         "_open",
+        "_paused_until",
         "_rate",
         "_refused",
         "_tail",
@@ -102,6 +108,11 @@ class TokenBucket:
         #: When the bucket was last full (or the state was written anew), and the tokens used since.
         self._full_at = clock()
         self._used = 0.0
+        #: While this is the same as `_full_at`, the bucket was not full since that pause, and at least
+        #: the capacity is used.
+        self._paused_until = -math.inf
+        #: What a `SharedTokenBucket` shares. Here, so that a bucket can become one.
+        self._common: Any = None
         #: Until when, and from how many tokens on, a refusal is certain.
         self._refused = _NOTHING_REFUSED
         self._forget_waiters()
@@ -131,8 +142,8 @@ class TokenBucket:
         """The tokens that are there now."""
         now = self._clock()
         with self._lock:
-            full_at, used = self._full_at, self._used
-        return self._capacity - max(0.0, used - max(0.0, now - full_at) * self._rate)
+            full_at, used, capacity, rate = self._full_at, self._used, self._capacity, self._rate
+        return capacity - max(0.0, used - max(0.0, now - full_at) * rate)
 
     def allow(self, tokens: float = 1.0) -> bool:
         """Take tokens now, all or nothing, without blocking.
@@ -186,12 +197,13 @@ class TokenBucket:
             RateLimitExceeded: It would take longer than ``timeout``. Raised at once where that can be
                 foreseen, else when the time is up. Nothing is taken. ``retry_after`` is the forecast.
             ValueError: ``tokens`` is not above 0, is not finite, or is more than ``capacity`` (which
-                no wait could ever get); ``timeout`` is below 0 or NaN.
+                no wait could ever get), be it only since a `configure` meanwhile; ``timeout`` is
+                below 0 or NaN.
             TypeError: An argument is not a number.
 
         """
-        waiter = _Waiter(self._affordable(tokens))
-        deadline = math.inf if timeout is None else self._clock() + _not_negative(timeout)
+        waiter = _Waiter(positive("tokens", tokens))
+        deadline = math.inf if timeout is None else self._clock() + not_negative(timeout)
         try:
             delay = self._take(waiter.tokens, waiter)
             if not delay:
@@ -199,23 +211,27 @@ class TokenBucket:
             if self._clock() + delay > deadline:
                 raise _timed_out(waiter.tokens, delay)
             self._queue(waiter)
-            sleep = getattr(self._clock, "wait_for", _wait_for)
+            sleep, longest = getattr(self._clock, "wait_for", None), math.inf
+            if sleep is None:
+                sleep, longest = _wait_for, self._LONGEST_SLEEP
             while delay := self._take(waiter.tokens, waiter):
                 left = deadline - self._clock()
                 if left <= 0.0:
                     raise _timed_out(waiter.tokens, delay)
                 # Only the head has a moment to wake at. The others wait for the turn.
-                sleep(waiter.turn, min(left, delay) if self._head is waiter else left)
+                sleep(waiter.turn, min(left, delay, longest) if self._head is waiter else left)
             self._wake_head()
         except BaseException:
             # Before the next one is woken there is no call in here at which an interrupt could strike.
             try:
                 with self._lock:
                     if waiter.taken:
-                        self._used -= waiter.tokens
-                        if self._used < 0.0:
-                            self._used = 0.0
-                        self._refused = _NOTHING_REFUSED
+                        if self._common is None:  # else see `_leave`
+                            least = self._capacity if self._full_at == self._paused_until else 0.0
+                            self._used -= waiter.tokens
+                            if self._used < least:
+                                self._used = least
+                            self._refused = _NOTHING_REFUSED
                     elif waiter.queued:
                         before, after = waiter.before, waiter.after
                         if before is None:
@@ -231,12 +247,16 @@ class TokenBucket:
                             self._ahead = 0.0
                             self._open = self._capacity
             finally:
-                head = self._head
-                if head is not None:
-                    try:  # noqa: SIM105 - contextlib.suppress is a call
-                        head.turn.release()
-                    except RuntimeError:  # it has been woken already
-                        pass
+                try:
+                    head = self._head
+                    if head is not None:
+                        try:  # noqa: SIM105 - contextlib.suppress is a call
+                            head.turn.release()
+                        except RuntimeError:  # it has been woken already
+                            pass
+                finally:
+                    if self._common is not None:
+                        self._leave(waiter)
             raise
 
     def take_or_delay(self, tokens: float = 1) -> float:
@@ -257,13 +277,14 @@ class TokenBucket:
             TypeError: ``tokens`` is not a number.
 
         """
-        return self._take(self._affordable(tokens))
+        return self._take(positive("tokens", tokens))
 
     def refund(self, tokens: float) -> None:
         """Give back tokens that were taken and not used.
 
         Args:
-            tokens: How many. Above 0. What would lift the bucket above ``capacity`` is lost.
+            tokens: How many. Above 0. What would lift the bucket above ``capacity`` is lost, and during
+                a `pause` what would lift it above 0: it starts from empty.
 
         Raises:
             ValueError: ``tokens`` is not above 0, or is not finite.
@@ -271,10 +292,17 @@ class TokenBucket:
 
         """
         amount = positive("tokens", tokens)
+        now = self._clock()
         with self._lock:
+            least = 0.0
+            if self._full_at == self._paused_until:
+                if now < self._full_at:
+                    least = self._capacity
+                else:
+                    self._paused_until = -math.inf
             self._used -= amount
-            if self._used < 0.0:
-                self._used = 0.0
+            if self._used < least:
+                self._used = least
             self._refused = _NOTHING_REFUSED
         self._wake_head()
 
@@ -299,41 +327,117 @@ class TokenBucket:
             else:
                 self._used += amount
 
+    def pause(self, seconds: float) -> None:
+        """Grant nothing for some time, then start from empty: the remote said when to come back.
+
+        It only ever extends: a shorter pause within a longer one changes nothing, and a debt that lasts
+        longer stays. What is refunded meanwhile pays off debt at most; what is charged is debt.
+
+        Args:
+            seconds: How long, from now on. 0 or more; 0 empties the bucket. A clock that was set back
+                has to catch up besides.
+
+        Raises:
+            ValueError: ``seconds`` is below 0, or is not finite.
+            TypeError: ``seconds`` is not a number.
+
+        """
+        until = self._clock() + (0.0 if seconds == 0 else positive("seconds", seconds))
+        with self._lock:
+            used = self._used
+            if until > self._full_at:
+                used -= (until - self._full_at) * self._rate
+                self._full_at = until
+            if used < self._capacity:
+                used = self._capacity
+            self._used = used
+            self._paused_until = self._full_at
+        self._wake_head()
+
+    def configure(
+        self, *, capacity: float | None = None, tokens_per_second: float | None = None
+    ) -> None:
+        """Change the capacity, the rate or both, for those too who are waiting already.
+
+        The tokens that are there stay, as far as the new capacity holds them; so do a debt and the end
+        of a pause.
+
+        Args:
+            capacity: The most tokens it can hold from now on. Above 0; ``None``: as it is. Who waits
+                for more than that gets the ``ValueError`` of `wait` when the turn comes.
+            tokens_per_second: The rate from now on. Above 0; ``None``: as it is.
+
+        Raises:
+            ValueError: An argument is not above 0, or is not finite. Nothing is changed.
+            TypeError: An argument is not a number. Nothing is changed.
+
+        """
+        size = None if capacity is None else positive("capacity", capacity)
+        rate = None if tokens_per_second is None else positive("tokens_per_second", tokens_per_second)
+        now = self._clock()
+        with self._lock:
+            used = self._used
+            if now > self._full_at:
+                used -= (now - self._full_at) * self._rate
+                if used < 0.0:
+                    used = 0.0
+                self._full_at = now
+            if size is not None:
+                used = size - (self._capacity - used)
+                self._capacity = size
+                if self._open:  # nobody waits
+                    self._open = size
+                if used < 0.0:
+                    used = 0.0
+            self._used = used
+            if rate is not None:
+                self._rate = rate
+            self._refused = _NOTHING_REFUSED
+        self._wake_head()
+
     def __repr__(self) -> str:
         return (
-            f"<TokenBucket {self.tokens:g} of {self._capacity:g} tokens, "
-            f"{self._rate:g} tokens_per_second>"
+            f"<{type(self).__name__} {self.tokens:g} of {self.capacity:g} tokens, "
+            f"{self.tokens_per_second:g} tokens_per_second, {self._waiting()} waiting>"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} cannot be pickled or copied: the copy would be a second rate beside "
+            "the first. Make it at import, where every process finds its own; a SharedTokenBucket is "
+            "one for all processes forked from its own, a RedisTokenBucket for all that name it"
         )
 
     # -- private ----------------------------------------------------------------------------------
 
-    def _affordable(self, tokens: float) -> float:
-        amount = positive("tokens", tokens)
-        if amount > self._capacity:
-            raise ValueError(f"tokens must be at most the capacity {self._capacity:g}, not {tokens!r}")
-        return amount
+    #: The longest that the head sleeps before it looks again, on a clock that does not sleep itself.
+    _LONGEST_SLEEP: ClassVar[float] = math.inf
 
-    def _take(self, tokens: float, waiter: "_Waiter | None" = None) -> float:
+    def _take(self, tokens: float, waiter: "_Waiter | None" = None, elsewhere: float = 0.0) -> float:
         """Take the tokens and return 0.0, or take nothing and return the delay.
 
         A waiter is taken out of the queue with its tokens, and marked in the same step, so that
-        `wait` knows at every moment what an interrupt has to undo.
+        `wait` knows at every moment what an interrupt has to undo. ``elsewhere`` are the tokens of
+        those who come first in other processes. More than the capacity is a ``ValueError``.
         """
         now = self._clock()
         with self._lock:
-            full_at = self._full_at
+            full_at, capacity, rate = self._full_at, self._capacity, self._rate
             short = self._used
-            if now > full_at:  # else the clock was set back, or another thread has read it later
-                short -= (now - full_at) * self._rate
+            # Else the clock was set back, another thread has read it later, or the bucket is paused.
+            if now > full_at:
+                short -= (now - full_at) * rate
             if short < 0.0:
                 short = 0.0
             head = self._head
-            if head is None or head is waiter:
-                ahead, limit = 0.0, self._capacity
-            else:
-                ahead, limit = self._ahead, 0.0
+            ahead, limit = elsewhere, capacity
+            if head is not None and head is not waiter:
+                ahead += self._ahead
+                limit = 0.0
                 if waiter is not None and waiter.queued:
                     ahead -= tokens
+            elif elsewhere:
+                limit = 0.0
             if tokens <= limit - short:
                 if short == 0.0:
                     self._used = tokens
@@ -355,53 +459,50 @@ class TokenBucket:
                             self._ahead -= tokens
                 return 0.0
             used = self._used
-            if used > _REBASE_AFTER * self._capacity and now > full_at:
+            if used > _REBASE_AFTER * capacity and now > full_at:
                 full_at = self._full_at = now
                 # Sums of whole numbers, or of 1024ths, are exact. Else the rounding goes against the
                 # caller: 7e-12 of the rate.
                 if used * 1024.0 % 1.0:
                     short += used * 2.0**-37
                 used = self._used = short
-        return self._delay(now, full_at, used, ahead, tokens)
-
-    def _delay(self, now: float, full_at: float, used: float, ahead: float, tokens: float) -> float:
-        """Seconds from ``now`` until the arithmetic of `_take` grants the tokens."""
-        missing = used + ahead + tokens - self._capacity
-        delay = missing / self._rate - (now - full_at)
+        if tokens > capacity:
+            raise ValueError(f"tokens must be at most the capacity {capacity:g}, not {tokens:.15g}")
+        # The seconds from now until the arithmetic above grants them.
+        delay = (used + ahead + tokens - capacity) / rate - (now - full_at)
         if not delay < sys.float_info.max:
             return sys.float_info.max
-        if delay <= 0.0:
-            return _BEHIND_A_WAITER if ahead else self._next_moment(now, full_at, used, tokens, 0.0)
-        return delay if ahead else self._next_moment(now, full_at, used, tokens, delay)
-
-    def _next_moment(
-        self, now: float, full_at: float, used: float, tokens: float, delay: float
-    ) -> float:
-        """Round ``delay`` up until the tokens are granted then."""
+        if ahead:
+            return delay if delay > 0.0 else _BEHIND_A_WAITER
         step = math.ulp(now + delay)
-        while True:
-            short = max(0.0, used - (now + delay - full_at) * self._rate)
-            if delay > 0.0 and tokens <= self._capacity - short:
-                return delay
-            delay += step
+        while delay <= 0.0 or tokens > capacity - max(0.0, used - (now + delay - full_at) * rate):
+            delay = max(delay, 0.0) + step  # round it up
             step *= 2.0
+        return delay
 
     def _allow_after_all(self, tokens: float) -> bool:
         """Decide what `allow` in its haste did not grant, and remember a refusal."""
-        if tokens > self._capacity:
+        try:
+            if not self._take(tokens):
+                return True  # the clock had gone back, or another thread had read it later
+        except ValueError:  # more than the capacity
             return False
-        if not self._take(tokens):
-            return True  # the clock had gone back, or another thread had read it later
         now = self._clock()
         with self._lock:
             full_at, used, waiting = self._full_at, self._used, self._head
+            capacity, rate = self._capacity, self._rate
         if waiting is None and _GIL:
-            wait = (used + tokens - self._capacity) / self._rate - max(0.0, now - full_at)
+            wait = (used + tokens - capacity) / rate - max(0.0, now - full_at)
             # Half the way, so that no rounding makes it outlast the shortage.
             refused = (now + wait / 2.0, tokens)
             with self._lock:
                 # Unless tokens came back meanwhile; that others took some makes it only more certain.
-                if self._full_at == full_at and self._used >= used:
+                if (
+                    self._full_at == full_at
+                    and self._used >= used
+                    and self._capacity == capacity
+                    and self._rate == rate
+                ):
                     self._refused = refused
         return False
 
@@ -426,17 +527,29 @@ class TokenBucket:
             with contextlib.suppress(RuntimeError):  # it has been woken already
                 head.turn.release()
 
+    def _waiting(self) -> int:
+        waiter, number = self._head, 0
+        while waiter is not None:
+            waiter, number = waiter.after, number + 1
+        return number
+
+    def _leave(self, waiter: "_Waiter") -> None:
+        """Give back, in shared memory, what a `wait` took that has been interrupted."""
+        raise NotImplementedError  # only a shared bucket has `_common`
+
 
 class _Waiter:
     """One call of `wait`: a link of the queue."""
 
-    __slots__ = ("after", "before", "queued", "taken", "tokens", "turn")
+    __slots__ = ("after", "before", "queued", "stored", "taken", "tokens", "turn")
 
     turn: threading.Lock
 
     def __init__(self, tokens: float) -> None:
         self.tokens = tokens
         self.taken = False
+        #: Whether other processes know of it (`SharedTokenBucket`).
+        self.stored = False
         self.queued = False
         self.before: _Waiter | None = None
         self.after: _Waiter | None = None
@@ -448,37 +561,6 @@ def _wait_for(turn: threading.Lock, seconds: float) -> None:
 
 def _timed_out(tokens: float, delay: float) -> RateLimitExceeded:
     return RateLimitExceeded(f"rate limit exceeded: {tokens:g} tokens only in {delay:.3g} s", delay)
-
-
-def positive(name: str, value: float) -> float:
-    """Return ``value`` as a float, or raise what is wrong with it.
-
-    Raises:
-        ValueError: It is not above 0 (then with the documented text), or is not finite.
-        TypeError: It is not a number.
-
-    """
-    if not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number (int or float), not {value!r}")
-    if value <= 0:
-        raise ValueError(f"{name} must be positive")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be a finite number, not {value!r}")
-    if not number:
-        raise ValueError(f"{name} must be positive")
-    return number
-
-
-def _not_negative(timeout: float) -> float:
-    if not isinstance(timeout, Real):
-        raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
-    if not timeout >= 0:
-        raise ValueError(f"timeout must be 0 or more seconds, or None, not {timeout!r}")
-    return float(min(timeout, threading.TIMEOUT_MAX))
 
 
 #: Every bucket of this process, for the fork hook.

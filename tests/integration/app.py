@@ -14,6 +14,9 @@ from rate_limiter.celery import Gate, throttle
 
 CONFIG = json.loads(os.environ["LAB"])
 
+#: Then only the gate can limit.
+SPAWNED = CONFIG["settings"].get("worker_pool_start_method") == "spawn"
+
 app = Celery("lab")
 app.conf.update(CONFIG["settings"])
 gate = Gate(app) if CONFIG["gate"] else None
@@ -46,7 +49,7 @@ class NotedBucket(TokenBucket):
 
     def wait(self, tokens=1, *, timeout=None):
         super().wait(tokens, timeout=timeout)
-        note(f"{self.name} taken", tokens)
+        note(f"{self.name} taken", tokens, self.read)
 
     def refund(self, tokens):
         super().refund(tokens)
@@ -158,7 +161,7 @@ def again(self, how):
         raise self.retry(countdown=0)
 
 
-if CONFIG["pool"] != "prefork":  # there it would be one bucket per child
+if not SPAWNED:
 
     @app.task(name="strict")
     @throttle(NotedBucket("strict", 100, 100), timeout=5)

@@ -24,9 +24,10 @@ def start(
     limits: tuple[dict[str, Any], ...] = (),
     queues: tuple[QueueSpec, ...] = (),
     environment: dict[str, str] | None = None,
+    module: str = "limits_app",
     **settings: Any,
 ) -> Worker:
-    """Start ``limits_app``; enter it to wait until it is ready.
+    """Start ``limits_app``, or another app beside it; enter it to wait until it is ready.
 
     Each of ``limits`` has what ``Gate.limit`` takes; ``bucket`` is name, capacity and rate.
     """
@@ -39,7 +40,7 @@ def start(
         "queues": queues,
     }
     return Worker(
-        "tests.integration.limits_app",
+        f"tests.integration.{module}",
         ("-P", pool, "-c", str(concurrency), *arguments),
         lab.folder,
         LAB=json.dumps(config),

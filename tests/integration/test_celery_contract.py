@@ -34,6 +34,7 @@ class Probe:
 
     def __init__(self):
         self.hold, self.seen, self.held, self.life, self.drained = False, [], [], [], 0
+        self.bodies = []
 
     def on_task_request(self, request):  # noqa: D102
         self.seen.append(request)
@@ -95,6 +96,13 @@ def probe(request):
             probe.consumer = consumer
             probe.forward = consumer.on_task_request
             consumer.on_task_request = probe.on_task_request
+            run = probe.native.run
+
+            def wrapped():
+                probe.bodies.append(probe.native.request.id)
+                return run()
+
+            probe.native.run = wrapped
 
         def start(self, consumer):
             probe.life.append("start")
@@ -156,6 +164,15 @@ def test_every_way_to_the_pool_is_on_task_request(probe):
     if probe.consumer.hub is None:
         assert probe.drained  # the loop looks drain_events up on the connection
     assert probe.worker.stats()["probe"] == "told"
+
+
+def test_a_task_can_be_wrapped_while_the_consumer_is_made(probe):
+    """task.run that is replaced in a step's constructor is what runs."""
+    result = probe.native.delay()
+    wait_for(result.ready)
+    assert probe.bodies == [result.id]
+    assert getattr(probe.consumer.controller, "pool_start_method", "fork") == "fork"
+    assert probe.consumer.pool is probe.worker.pool
 
 
 def test_a_job_with_an_eta_is_known_while_it_waits(probe):

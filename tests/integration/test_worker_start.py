@@ -1,11 +1,12 @@
 """What a worker refuses to start with. These need no server."""
 
+import celery
 import pytest
 from harness import Worker, wait_for
 
 APP = """
 from celery import Celery
-from rate_limiter import TokenBucket
+from rate_limiter import BucketPerKey, TokenBucket
 from rate_limiter.celery import Gate, throttle
 
 app = Celery("shop", broker="memory://")
@@ -33,38 +34,66 @@ def start(tmp_path):
         worker.kill()
 
 
+TENANTS = APP.replace("TokenBucket(5, 1)", "BucketPerKey(5, 1)").replace(
+    "throttle(bucket)", "throttle(bucket, key=lambda: 'acme')"
+)
+CALLABLE = APP.replace("throttle(bucket)", "throttle(lambda: bucket)")
+NAMED = APP.replace("throttle(bucket)", "throttle(lambda: bucket, buckets=[bucket])")
+STRICT = TENANTS.replace("key=", "timeout=5, key=")
+
+
 @pytest.mark.parametrize(
-    ("arguments", "children"),
+    ("source", "arguments", "reason"),
     [
-        (["-c", "4"], 4),
-        (["-c", "1", "--autoscale", "3,1"], 3),
-        (["-c", "1", "--max-tasks-per-child", "5"], 1),  # one after the other, each with a full bucket
+        (TENANTS, ["-c", "4"], "a BucketPerKey cannot be shared between processes; add `Gate(app)`"),
+        (CALLABLE, ["-c", "4"], "buckets=[…] names it; add `Gate(app)`"),
+        (CALLABLE, ["-c", "1", "--autoscale", "3,1"], "add `Gate(app)`"),
+        # one after the other, each with a full bucket
+        (CALLABLE, ["-c", "1", "--max-tasks-per-child", "5"], "`-c 1` without replacing children"),
+        (STRICT + GATE, ["-c", "2"], "cannot be shared between processes; use the threads pool"),
     ],
 )
-def test_one_bucket_per_child_is_refused(start, arguments, children):
+def test_what_cannot_be_shared_is_refused(start, source, arguments, reason):
     """A prefork worker in which a limit would run at a multiple of its rate does not start."""
-    worker = start(APP, "-P", "prefork", *arguments)
+    worker = start(source, "-P", "prefork", *arguments)
     wait_for(lambda: not worker.running)
     assert worker.process.returncode != 0
-    assert (
-        f"`send_email`: this bucket would be one per child ({children} × 1/s); add `Gate(app)`"
-        in worker.output
-    )
+    assert "`send_email`: this bucket would be one per pool process" in worker.output
+    assert reason in worker.output
+
+
+SPAWN = "app.conf.worker_pool_start_method = 'spawn'\n"
+
+
+if celery.VERSION >= (5, 7):  # from then on it can spawn
+
+    def test_spawned_processes_need_a_gate(start):
+        """Spawned pool processes share no memory: without a gate the worker does not start."""
+        worker = start(APP + SPAWN, "-P", "prefork", "-c", "4")
+        wait_for(lambda: not worker.running)
+        assert "(4 × 1/s), for spawned processes share no memory; add `Gate(app)`" in worker.output
 
 
 @pytest.mark.parametrize(
     ("source", "arguments"),
     [
-        (APP, ["-P", "prefork", "-c", "1"]),
+        (APP, ["-P", "prefork", "-c", "4"]),
+        (APP, ["-P", "prefork", "-c", "1", "--max-tasks-per-child", "5"]),
+        (NAMED, ["-P", "prefork", "-c", "4"]),
         (APP, ["-P", "threads", "-c", "4"]),
+        (TENANTS, ["-P", "threads", "-c", "4"]),
+        (TENANTS, ["-P", "prefork", "-c", "1"]),
         (APP + GATE, ["-P", "prefork", "-c", "4"]),
-        (APP + "app.conf.rate_limiter_enabled = False", ["-P", "prefork", "-c", "4"]),
+        (TENANTS + GATE, ["-P", "prefork", "-c", "4"]),
+        (TENANTS + "app.conf.rate_limiter_enabled = False", ["-P", "prefork", "-c", "4"]),
     ],
-    ids=["one child", "threads", "gate", "lifted"],
 )
-def test_one_bucket_for_all_is_accepted(start, source, arguments):
-    """A worker in which the limit holds starts."""
-    start(source, *arguments).wait_until_ready()
+def test_one_rate_for_the_worker_is_accepted(start, source, arguments):
+    """A worker in which the limit holds starts; in a prefork pool a TokenBucket becomes shared."""
+    worker = start(source, "-l", "INFO", *arguments)
+    worker.wait_until_ready()
+    shared = "prefork" in arguments and "BucketPerKey(" not in source
+    assert ("Shared with all pool processes" in worker.output) is shared
 
 
 @pytest.mark.parametrize(

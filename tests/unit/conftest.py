@@ -1,15 +1,65 @@
 """What the tests of buckets share."""
 
+import os
 import sys
 
 import pytest
 
-from rate_limiter import RateLimitExceeded, TokenBucket
+from rate_limiter import AllOf, BucketPerKey, RateLimitExceeded, SharedTokenBucket, TokenBucket
+from rate_limiter.shared_bucket import share
 
 
-@pytest.fixture(scope="session", params=[TokenBucket], ids=lambda kind: kind.__name__)
+def turned_shared(*args, **options):
+    """Make a bucket that was a plain one at first."""
+    bucket = TokenBucket(*args, **options)
+    share(bucket)
+    return bucket
+
+
+#: What stands for a queue of its own: all of the contract, to the last line of `wait`.
+QUEUES = {
+    "TokenBucket": TokenBucket,
+    **({"SharedTokenBucket": SharedTokenBucket} if hasattr(os, "fork") else {}),
+}
+
+
+def of_a_key(*args, **options):
+    """Make the bucket of a key."""
+    return BucketPerKey(*args, **options)["acme"]
+
+
+def all_of(capacity, tokens_per_second, **options):
+    """Make an `AllOf` in which one bucket always decides."""
+    other = TokenBucket(capacity * 3, tokens_per_second * 3, **options)
+    return AllOf(other, TokenBucket(capacity, tokens_per_second, **options))
+
+
+#: Every way to make a bucket with a level of its own. New classes join the contract's tests here.
+SINGLE = {
+    **QUEUES,
+    **({"share()": turned_shared} if hasattr(os, "fork") else {}),
+    "BucketPerKey": of_a_key,
+}
+
+#: And those that are made of others.
+BUCKETS = {**SINGLE, "AllOf": all_of}
+
+
+@pytest.fixture(scope="session", params=BUCKETS.values(), ids=BUCKETS)
 def new_bucket(request):
     """Make a bucket: tests that use this state the contract of all buckets."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=SINGLE.values(), ids=SINGLE)
+def new_single(request):
+    """Make a bucket that has its own numbers: tests that use this are about them."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=QUEUES.values(), ids=QUEUES)
+def new_queue(request):
+    """Make a bucket that has a queue of its own: tests that use this look into it."""
     return request.param
 
 

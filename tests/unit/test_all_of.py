@@ -1,8 +1,9 @@
 """Several buckets as one."""
 
 import pytest
+from waiters import Job
 
-from rate_limiter import AllOf, Bucket, RateLimitExceeded, TokenBucket
+from rate_limiter import AllOf, Bucket, RateLimitExceeded, SharedTokenBucket, TokenBucket
 from rate_limiter.testing import ManualClock
 
 
@@ -68,6 +69,68 @@ def test_wait_with_timeout_takes_nothing(both, buckets):
     with pytest.raises(RateLimitExceeded):
         both.wait(timeout=0.5)
     assert [bucket.tokens for bucket in buckets] == [0, 0]
+
+
+def test_wait_knows_the_slowest(clock):
+    """A timeout that the first bucket would keep, and a slower one not, raises at once."""
+    both = AllOf(TokenBucket(1, 1, clock=clock), TokenBucket(1, 0.01, clock=clock))
+    both.allow()
+    with pytest.raises(RateLimitExceeded) as error:
+        both.wait(timeout=5)
+    assert error.value.retry_after == pytest.approx(100)
+    assert clock() == 0
+
+
+@pytest.mark.parametrize("kind", [TokenBucket, SharedTokenBucket])
+def test_threads_may_name_the_buckets_in_any_order(kind):
+    """No order in which threads take from several buckets makes them wait for each other for ever."""
+    one, other = kind(3, 5000), kind(5, 4000)
+
+    def take(*buckets):
+        for _ in range(40):
+            AllOf(*buckets).wait(2)
+
+    for job in [Job(take, *order) for order in ((one, other), (other, one)) * 2]:
+        job.result()
+    assert one.tokens <= 3
+    assert other.tokens <= 5
+
+
+def test_pause_reaches_all(both, buckets, clock):
+    """A pause of several buckets is one of each."""
+    both.pause(3)
+    clock.advance(2.9)
+    assert [bucket.tokens for bucket in buckets] == [0, 0]
+    with pytest.raises(TypeError, match="configure one of its buckets"):
+        both.configure(capacity=1)
+
+
+def test_wait_takes_from_all_at_the_moment_it_returns(clock):
+    """A bucket that granted early, and is full again by then, still grants no more than its capacity."""
+    fast, slow, third = (TokenBucket(1, rate, clock=clock) for rate in (1, 0.1, 0.2))
+    everything = AllOf(fast, slow, third)
+    everything.allow()
+    everything.wait()  # the slow one first, then the others
+    assert clock() == pytest.approx(10)
+    assert not fast.allow(0.1)
+    assert not third.allow(0.1)
+
+
+def test_interrupted_wait_gives_everything_back(clock):
+    """An exception while it waits for the second bucket takes nothing from the first."""
+
+    class Interrupted(TokenBucket):
+        __slots__ = ()
+
+        def wait(self, tokens=1, *, timeout=None):
+            raise KeyboardInterrupt
+
+    first, second = TokenBucket(1, 0.1, clock=clock), Interrupted(1, 1, clock=clock)
+    both = AllOf(second, first)
+    both.allow()
+    with pytest.raises(KeyboardInterrupt):
+        both.wait()
+    assert (clock(), first.tokens, second.tokens) == (10, 1, 1)
 
 
 def test_refund_and_charge_reach_all(both, buckets):

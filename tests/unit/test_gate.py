@@ -154,7 +154,8 @@ def test_wrong_settings_are_named(app, setting, value, message):
         (("a",), {"queue": 5}, TypeError, "queue must be the name of a queue, not 5"),
         (("a",), {"tokens": 11}, ValueError, "at most the bucket's capacity 10, not 11"),
         (("a",), {"when_limited": print}, ValueError, "in @throttle only"),
-        (("a",), {"key": print}, ValueError, "buckets per key"),
+        (("a",), {"key": print}, ValueError, "key goes with a BucketPerKey"),
+        (("a",), {"key": "tenant"}, TypeError, "key must be a callable"),
         (
             ("a",),
             {"overflow": "lose"},

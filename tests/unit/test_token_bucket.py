@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 from waiters import Job
 
-from rate_limiter import Bucket, TokenBucket
+from rate_limiter import Bucket
 from rate_limiter.testing import ManualClock
 
 # -- what is granted ------------------------------------------------------------------------------
@@ -206,9 +206,9 @@ def test_contract(new_bucket):
         assert fact in repr(bucket)
 
 
-def test_it_is_time_that_passes():
+def test_it_is_time_that_passes(new_bucket):
     """Without a clock of one's own a bucket runs on real time, and a wait really lasts."""
-    bucket = TokenBucket(1, 500)
+    bucket = new_bucket(1, 500)
     began = time.monotonic()
     for _ in range(11):
         bucket.wait()
@@ -280,17 +280,17 @@ def expect_complaints(name, call):
 
 
 @pytest.mark.parametrize("name", ["capacity", "tokens_per_second"])
-def test_wrong_arguments_of_the_constructor(new_bucket, name):
+def test_wrong_arguments_of_the_constructor(new_single, name):
     """What is not a positive, finite number is refused by name, with the documented words."""
     good = {"capacity": 1, "tokens_per_second": 1}
-    expect_complaints(name, lambda value: new_bucket(**good | {name: value}))
+    expect_complaints(name, lambda value: new_single(**good | {name: value}))
 
 
 @pytest.mark.parametrize("clock", [None, 0.0, "time"])
-def test_a_clock_that_cannot_be_called(clock):
+def test_a_clock_that_cannot_be_called(new_single, clock):
     """A clock is a callable."""
     with pytest.raises(TypeError, match="^clock must be a callable"):
-        TokenBucket(1, 1, clock=clock)
+        new_single(1, 1, clock=clock)
 
 
 @pytest.mark.parametrize("method", METHODS)

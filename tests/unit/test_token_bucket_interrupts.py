@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from itertools import count
 from pathlib import Path
 
 import pytest
+from processes import children
 from waiters import Job, assert_idle, eventually, line_up, moments
 
-from rate_limiter import RateLimitExceeded, TokenBucket
+from rate_limiter import RateLimitExceeded, SharedTokenBucket, TokenBucket
 from rate_limiter.testing import ManualClock
 
 SRC = Path(__file__).parents[2] / "src"
@@ -118,7 +120,7 @@ def as_head_whose_time_is_up(bucket, clock):
 
     def script():
         jobs.extend(line_up(bucket, 2))
-        bucket._used += 3
+        bucket.charge(3)
         clock.used_by_others = 10 + 2 + 3
         clock.advance(5)
 
@@ -127,18 +129,18 @@ def as_head_whose_time_is_up(bucket, clock):
 
 
 @pytest.mark.parametrize("scene", [at_once, as_head, as_second, as_head_whose_time_is_up])
-def test_interrupt_at_every_point(scene):
+def test_interrupt_at_every_point(new_queue, scene):
     """Wherever it strikes in `wait`: taken or not, never half, and the next one moves up."""
     for point in count():
         clock = Stage()
-        bucket = TokenBucket(10, 1, clock=clock)
+        bucket = new_queue(10, 1, clock=clock)
         bucket.allow(10)
         jobs, options = scene(bucket, clock)
         outcome = None
         interrupt(point)
         try:
             bucket.wait(3, **options)
-            bucket._used -= 3
+            bucket.refund(3)
         except (Interrupted, RateLimitExceeded) as error:
             outcome = error
         finally:
@@ -147,16 +149,16 @@ def test_interrupt_at_every_point(scene):
         for job in jobs:
             job.result()
         assert_idle(bucket)
-        # The bucket was never full, so all that was ever taken is written there.
-        assert bucket._used == clock.used_by_others, f"point {point}"
+        # The bucket was never full, so all that time brought is there or was taken.
+        assert 10 + clock.now - bucket.tokens == clock.used_by_others, f"point {point}"
         if not isinstance(outcome, Interrupted):
             assert point >= 5
             return
 
 
-def test_interrupt_as_the_turn_comes(clock):
+def test_interrupt_as_the_turn_comes(new_queue, clock):
     """A waiter that is struck down as it is woken hands the turn on."""
-    bucket = TokenBucket(10, 1, clock=clock)
+    bucket = new_queue(10, 1, clock=clock)
     bucket.allow(10)
     head, struck, last = line_up(bucket, 1, 5, 2)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(
@@ -226,9 +228,9 @@ def test_signal_handler_may_ask(alarm):
 @needs_signals
 @uses_alarm
 @pytest.mark.parametrize("in_front", [0, 1], ids=["head", "middle"])
-def test_signal_while_asleep(alarm, clock, in_front):
+def test_signal_while_asleep(new_queue, alarm, clock, in_front):
     """A handler raises at any moment of a wait that does not end: nothing is taken or left behind."""
-    bucket = TokenBucket(10, 1, clock=clock)
+    bucket = new_queue(10, 1, clock=clock)
     bucket.allow(10)
     jobs = line_up(bucket, *[4] * in_front)
 
@@ -248,9 +250,9 @@ def test_signal_while_asleep(alarm, clock, in_front):
 
 @needs_signals
 @uses_alarm
-def test_signal_while_taking(alarm):
+def test_signal_while_taking(new_queue, alarm):
     """A handler raises at any moment of a wait that is served at once: it was taken, or it was not."""
-    bucket = TokenBucket(1e9, 1, clock=ManualClock())
+    bucket = new_queue(1e9, 1, clock=ManualClock())
     struck = taken = 0
 
     set_off = alarm(strike_in_wait)
@@ -266,12 +268,46 @@ def test_signal_while_taking(alarm):
     assert_idle(bucket)
 
 
+@needs_fork
 @needs_signals
 @uses_alarm
-def test_signal_among_waiting_threads(alarm):
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_signal_beside_other_processes(alarm):
+    """A handler raises at any moment of a wait, others take besides: no token is lost, none taken twice."""
+    bucket = SharedTokenBucket(1e9, 1, clock=ManualClock())
+    stop = time.monotonic() + 1.5
+
+    def take(_):
+        taken = 0
+        while time.monotonic() < stop:
+            bucket.wait(2)
+            taken += 2 + bucket.allow()
+        return taken
+
+    struck = taken = 0
+    with children(2, take) as running:
+        set_off = alarm(strike_in_wait)
+        while time.monotonic() < stop:
+            set_off(random.uniform(2e-6, 1e-4), 1e-3)
+            try:
+                while time.monotonic() < stop:
+                    bucket.wait()
+                    taken += 1
+            except Interrupted:
+                struck += 1
+        set_off(0)
+        taken += sum(child.result() for child in running)
+    assert struck > 100
+    assert bucket.tokens == 1e9 - taken
+    assert_idle(bucket)
+
+
+@needs_signals
+@uses_alarm
+def test_signal_among_waiting_threads(new_queue, alarm):
     """The main thread is struck in a line that moves, as its head or further back: the line goes on."""
-    bucket = TokenBucket(4, 10_000)
-    start = bucket._full_at
+    bucket = new_queue(4, 10_000)
+    start = bucket._clock()
     others = [Job(lambda: [bucket.wait(2) for _ in range(1500)]) for _ in range(3)]
     struck = taken = 0
 

@@ -69,3 +69,4 @@ def assert_idle(bucket: TokenBucket) -> None:
     assert (bucket._head, bucket._tail, bucket._ahead) == (None, None, 0.0)
     assert bucket._open == bucket.capacity
     assert not bucket._lock.locked()
+    assert " 0 waiting" in repr(bucket)

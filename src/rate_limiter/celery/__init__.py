@@ -1,6 +1,7 @@
 """Rate limits for Celery tasks: `throttle` declares them, `Gate` enforces them before the pool."""
 
+from .charge import Charge, current_charge
 from .gate import Gate
 from .throttle import throttle
 
-__all__ = ["Gate", "throttle"]
+__all__ = ["Charge", "Gate", "current_charge", "throttle"]

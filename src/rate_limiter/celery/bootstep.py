@@ -12,21 +12,23 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from weakref import WeakKeyDictionary
 
 from celery import Task, bootsteps
 from celery.app.task import Context
+from celery.concurrency.prefork import TaskPool
 from celery.exceptions import ImproperlyConfigured
 from celery.worker import state
 
 from ..holding import Holding
-from ..limit import Demand, Limit
+from ..limit import Demand, Limit, refuse_to_pay_twice
 from . import receipt
 from .lease import Lease
 from .outcome import fail, refuse_at_gate
-from .payment import refuse_to_pay_twice
+from .prefork import is_spawned, share_all
 from .queues import Queues
 from .settings import enabled
-from .throttle import held_at_gate, limits_of
+from .throttle import watch
 from .window import Window
 
 if TYPE_CHECKING:
@@ -68,6 +70,8 @@ class GateStep(bootsteps.StartStopStep):
         self.forward: Callable[[Any], None] = consumer.on_task_request
         self.held: Holding[Any] = Holding(refuse=self._refuse, fail=fail, skip=_revoked)
         self.plans = _Plans(gate)
+        #: What jobs are to take whose price depends on their arguments, until they go.
+        self.priced: WeakKeyDictionary[Any, Sequence[Demand]] = WeakKeyDictionary()
         self.bounds: dict[Limit, int] = {}
         self.slow: set[Limit] = set()
         # Celery fires timers from a second thread while a warm shutdown waits for the pool.
@@ -75,14 +79,18 @@ class GateStep(bootsteps.StartStopStep):
         self.open = False
         self.wake_up: Any = None
         self.wake_up_at = 0.0
-        limits = self._check_and_announce()
+        tasks_of = self._check_and_announce()
+        limits = list(tasks_of)
         _refuse_prefetch_without_bound(consumer, limits)
         self.by_queue = any(limit.overflow == "pause" for limit in limits) or any(
             declared.queue for declared in gate.declared
         )
         consumer.on_task_request = self.on_task_request
         gate.consumers.add(consumer)
-        receipt.open_office()
+        spawned = is_spawned(consumer.controller)
+        receipt.open_office(spawned=spawned)
+        if isinstance(consumer.pool, TaskPool):
+            share_all(limit for limit, tasks in tasks_of.items() if tasks and not spawned)
 
     # -- life cycle: started anew with every connection -------------------------------------------
 
@@ -133,7 +141,7 @@ class GateStep(bootsteps.StartStopStep):
         with self.lock:
             return self.held.jobs()
 
-    def _check_and_announce(self) -> list[Limit]:
+    def _check_and_announce(self) -> dict[Limit, list[str]]:
         tasks_of: dict[Limit, list[str]] = {declared.limit: [] for declared in self.gate.declared}
         for name, task in sorted(self.gate.app.tasks.items()):
             queues = {None, *(declared.queue for declared in self.gate.declared)}
@@ -141,6 +149,8 @@ class GateStep(bootsteps.StartStopStep):
             for limit in limits:
                 limit.name = limit.name or name
                 tasks_of.setdefault(limit, []).append(name)
+            if limits:
+                watch(task)
             if limits and task.rate_limit and not self.gate.app.conf.worker_disable_rate_limits:
                 logger.warning(
                     "%s also has Celery's rate_limit=%r, which blocks its whole queue while it "
@@ -156,7 +166,7 @@ class GateStep(bootsteps.StartStopStep):
                 )
             else:
                 logger.warning("Limit %s matches no registered task", limit.name)
-        return list(tasks_of)
+        return tasks_of
 
     # -- the way of a job -------------------------------------------------------------------------
 
@@ -176,6 +186,8 @@ class GateStep(bootsteps.StartStopStep):
             return
         try:
             demands = plan.demands or self._demands(request, plan.limits)
+            if not plan.demands:
+                self.priced[request] = demands
             with self.lock:
                 goes = self.held.offer(request, demands, monotonic())
         except Exception as error:  # noqa: BLE001 - a callable of the user's, or its result
@@ -195,10 +207,10 @@ class GateStep(bootsteps.StartStopStep):
         headers = None
         if any(limit.asks_headers for limit in limits):
             headers = Context(request.request_dict).headers
-        demands = []
+        demands: list[Demand] = []
         for limit in limits:
             began = perf_counter()
-            demands.append(limit.demand(request.type, request.args, request.kwargs, headers))
+            demands += limit.demands(request.type, request.args, request.kwargs, headers)
             took = perf_counter() - began
             if took > _SLOW and limit not in self.slow:
                 self.slow.add(limit)
@@ -220,8 +232,8 @@ class GateStep(bootsteps.StartStopStep):
         return True
 
     def _let_go(self, request: Any, plan: "_Plan") -> None:
-        if plan.receipt:
-            receipt.issue(request.request_dict)
+        paid = plan.paid or receipt.paid(request.task, self.priced.pop(request))
+        receipt.issue(request.request_dict, paid)
         self.forward(request)
 
     def release(self) -> None:
@@ -247,11 +259,12 @@ class GateStep(bootsteps.StartStopStep):
         with self.lock:
             if not self.open:
                 return
-            held_by = self.held.held_by
-            self.window.follow(
-                sum(min(held, self._bound(limit)) for limit, held in held_by.items()),
-                sum(self._bound(limit) for limit in held_by),
-            )
+            held = most = 0
+            for limit, count in self.held.held_by.items():
+                bound = self._bound(limit)
+                most += bound
+                held += min(count, bound)
+            self.window.follow(held, most)
             due = self.held.next_due
             if not self.has_timer or due == self.wake_up_at:
                 return
@@ -329,8 +342,8 @@ class _Plan(NamedTuple):
     limits: tuple[Limit, ...]
     #: What each of them is to take, where that is the same for all.
     demands: tuple[Demand, ...]
-    #: Whether the task's decorator wants to know that they have paid.
-    receipt: bool
+    #: And what their receipts say then.
+    paid: list[Any]
 
 
 class _Plans(dict[tuple[Task, str | None], _Plan]):
@@ -341,12 +354,11 @@ class _Plans(dict[tuple[Task, str | None], _Plan]):
 
     def __missing__(self, job: tuple[Task, str | None]) -> _Plan:
         limits = self._gate.limits_for(*job)
-        fixed = tuple(limit.fixed for limit in limits if limit.fixed is not None)
-        plan = self[job] = _Plan(
-            limits,
-            fixed if len(fixed) == len(limits) else (),
-            any(map(held_at_gate, limits_of(job[0]))),
-        )
+        if limits:
+            watch(job[0])
+        fixed = all(limit.fixed for limit in limits)
+        demands = tuple(demand for limit in limits for demand in limit.fixed) if fixed else ()
+        plan = self[job] = _Plan(limits, demands, receipt.paid(job[0], demands))
         return plan
 
 

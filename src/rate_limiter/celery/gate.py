@@ -3,7 +3,7 @@
 Here limits are declared and found; `bootstep` holds the jobs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -13,11 +13,12 @@ from celery.exceptions import ImproperlyConfigured
 from celery.local import Proxy
 
 from ..bucket import Bucket
-from ..limit import Limit, whole
+from ..checks import whole
+from ..limit import AnyBucket, Limit, refuse_to_pay_twice
 from .bootstep import GateStep
-from .payment import refuse_to_pay_twice
+from .prefork import gates, held_at_gate
+from .receipt import limits_of
 from .settings import limit_from, limits_in_settings
-from .throttle import gated_apps, held_at_gate, limits_of
 
 __all__ = ["Gate"]
 
@@ -52,7 +53,8 @@ class Gate:
         app: The Celery app.
         max_held: The most jobs that a worker holds for one limit. By default what runs in four
             seconds, and at least one prefetch window. Beyond it the broker keeps the rest, and jobs
-            of other kinds that stand behind them in the queue wait too.
+            of other kinds that stand behind them in the queue wait too. With a bucket per key the default
+            is at least 1,000, for jobs of other keys are such jobs.
 
     Raises:
         RuntimeError: The app has a gate already.
@@ -70,7 +72,7 @@ class Gate:
             app = app._get_current_object()
         if max_held is not None:
             whole("max_held", max_held)
-        if app in gated_apps:
+        if app in gates:
             raise RuntimeError(f"{app!r} has a Gate already: an app has one, for all its limits")
         self.app = app
         self.max_held = max_held
@@ -79,8 +81,7 @@ class Gate:
         self._attributes: dict[str, Limit] = {}
         #: The consumers that run with it in this process, or ran when the process was forked.
         self.consumers: WeakSet[Any] = WeakSet()
-        gated_apps.add(app)
-        gate = self
+        gates[app] = gate = self
 
         class RateLimiter(GateStep):
             def __init__(self, consumer: Any, **kwargs: Any) -> None:
@@ -92,13 +93,14 @@ class Gate:
         self,
         *tasks: str,
         queue: str | None = None,
-        bucket: Bucket | Callable[..., Bucket],
+        bucket: AnyBucket,
         tokens: float | Callable[..., float] = 1,
         key: Callable[..., Any] | None = None,
         when_limited: str = "wait",
         name: str | None = None,
         max_held: int | None = None,
         overflow: str | None = None,
+        buckets: Iterable[Bucket] = (),
     ) -> None:
         """Declare a limit for tasks by their names, for a queue, or for tasks in a queue.
 
@@ -108,7 +110,7 @@ class Gate:
             queue: Only jobs that the worker consumes from this queue.
             bucket: As in `throttle`. All the tasks share it.
             tokens: As in `throttle`.
-            key: Keeps its place; for buckets per key, which this version does not have.
+            key: As in `throttle`.
             when_limited: As in `throttle`, without the callable.
             name: What logs call the limit. By default the patterns, or the queue.
             max_held: For this limit, instead of the gate's.
@@ -117,6 +119,8 @@ class Gate:
                 consuming the queue for a while; for a queue that carries one limit, for quorum
                 queues, and so that several workers share a backlog. On Redis it takes up to a second
                 to take a queue up again: hold at least two seconds' worth there, as the default does.
+            buckets: As in `throttle`. The gate needs it only for tasks in a prefork pool that settle
+                their charge or raise `RetryAfter`.
 
         Raises:
             RuntimeError: The worker's consumer has started.
@@ -136,14 +140,14 @@ class Gate:
                 raise ValueError(f"{pattern!r}: Celery's own tasks cannot be limited")
         if queue is not None and not isinstance(queue, str):
             raise TypeError(f"queue must be the name of a queue, not {queue!r}")
-        if key is not None:
-            raise ValueError(f"key is for buckets per key, which this version does not have: {key!r}")
         if callable(when_limited):
             raise ValueError("when_limited may be a callable in @throttle only: the gate runs no tasks")
         limit = Limit(
             bucket,
             tokens=tokens,
+            key=key,
             when_limited=when_limited,
+            buckets=buckets,
             name=name or ", ".join(tasks) or f"queue {queue}",
             max_held=max_held,
             overflow=overflow,

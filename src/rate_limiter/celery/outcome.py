@@ -7,17 +7,21 @@ run ends with ``Ignore``. That alone stores no result, and ``get()`` and a chord
 
 import logging
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from billiard.einfo import ExceptionInfo
 from celery import Task, signals
 from celery.exceptions import Ignore, TaskRevokedError
 from celery.worker import state
 
-from ..exceptions import RateLimitExceeded
+from ..exceptions import RateLimitExceeded, RetryAfter
 from ..limit import Demand
 
-__all__ = ["fail", "refuse_at_gate", "refuse_in_task"]
+__all__ = ["fail", "postpone", "refuse_at_gate", "refuse_in_task"]
+
+#: The header that counts how often a job has been paused, and how often it may be.
+_PAUSES: Final = "rate_limiter_pauses"
+_MOST_PAUSES: Final = 10
 
 logger = logging.getLogger("rate_limiter")
 
@@ -72,6 +76,24 @@ def refuse_in_task(demand: Demand, delay: float, name: str, job: Task | None) ->
         if job is None or job.request.is_eager:
             raise RateLimitExceeded(reason, delay)
         _publish_again(job, job.request, limit.turn(bucket, tokens, delay))
+    raise Ignore
+
+
+def postpone(job: Task, pause: RetryAfter, seconds: float) -> NoReturn:
+    """Let a job run again after a pause that its remote wants; this is no retry.
+
+    Raises:
+        RetryAfter: It has been paused too often.
+
+    """
+    request = job.request
+    headers = dict(request.headers or {})
+    pauses = headers.get(_PAUSES, 0)
+    pauses = pauses + 1 if isinstance(pauses, int) else 1
+    if pauses > _MOST_PAUSES:
+        raise pause
+    request.headers = {**headers, _PAUSES: pauses}
+    _publish_again(job, request, seconds)
     raise Ignore
 
 

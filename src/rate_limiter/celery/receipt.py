@@ -1,27 +1,44 @@
-"""The receipt: how a job that has paid at the gate shows that to the decorator of its task.
+"""The receipt: how a job that has paid at the gate shows that in the pool, to its task.
 
-The gate runs in the worker's main process, the decorator in the pool. The receipt travels with the
-request. It is a secret of this worker, made before the pool forks, so no message can forge one, and a
+The gate runs in the worker's main process, the task in the pool. The receipt travels with the request.
+It carries a secret of this worker, made before the pool starts, so no message can forge one, and a
 worker without a gate believes none. It is consumed once, before the task's body runs: neither
 ``retry()`` nor a nested call inherits it.
 """
 
+import os
 import secrets
+from collections.abc import Iterable
 from typing import Any, Final
 
-__all__ = ["consume", "issue", "open_office", "strip"]
+from celery import Task
+
+from ..limit import Demand, Limit
+
+__all__ = ["LIMITS", "consume", "is_spawned", "issue", "limits_of", "open_office", "paid", "strip"]
 
 #: Where it is kept in the request.
 KEY: Final = "rate_limiter_receipt"
 
+#: How spawned pool processes, which inherit no memory, learn the secret.
+_VARIABLE: Final = "RATE_LIMITER_RECEIPT"
+
+#: The attribute of a decorated function that holds its limits.
+LIMITS: Final = "__rate_limits__"
+
+#: The place of a limit among those of the task's decorator, its number, and the tokens.
+_Paid = tuple[int | None, int, float]
+
 _secret: str | None = None
 
 
-def open_office() -> None:
+def open_office(*, spawned: bool = False) -> None:
     """Make receipts of this process and of its future children believed. The gate calls it."""
     global _secret  # noqa: PLW0603 - one per process, by design
     if _secret is None:
         _secret = secrets.token_hex(16)
+    if spawned:
+        os.environ[_VARIABLE] = _secret
 
 
 def strip(request: dict[str, Any]) -> None:
@@ -29,23 +46,50 @@ def strip(request: dict[str, Any]) -> None:
     request.pop(KEY, None)
 
 
-def issue(request: dict[str, Any]) -> None:
-    """Put a receipt into the request of a job that has paid."""
-    request[KEY] = _secret
+def paid(task: Task, demands: Iterable[Demand]) -> list[_Paid]:
+    """Return what a receipt says of a job that has paid."""
+    # What the decorator declared goes by its place: a spawned process numbers limits anew.
+    declared = {limit: place for place, limit in enumerate(limits_of(task))}
+    tokens_of = {limit: tokens for _, tokens, limit in demands}
+    return [(declared.get(limit), limit.number, tokens) for limit, tokens in tokens_of.items()]
 
 
-def consume(request: Any) -> bool:
+def issue(request: dict[str, Any], what: list[_Paid]) -> None:
+    """Put a receipt into the request of a job that has `paid`."""
+    request[KEY] = (_secret, what)
+
+
+def consume(task: Task, request: Any) -> list[tuple[Limit, float]]:
     """Take the receipt out of a running task's request.
 
     Args:
+        task: The task.
         request: ``task.request``, a ``celery.app.task.Context``.
 
     Returns:
-        Whether there was a valid one.
+        The limits that were paid, and how much; none without a valid receipt.
 
     """
     receipt = request.__dict__.pop(KEY, None)
     # Context copies each key it does not know into `headers`, which retry() sends along.
     if request.headers:
         request.headers.pop(KEY, None)
-    return receipt is not None and receipt == _secret
+    secret = _secret or os.environ.get(_VARIABLE)
+    if not secret or not isinstance(receipt, tuple | list) or receipt[:1] not in ((secret,), [secret]):
+        return []
+    found = []
+    for place, number, tokens in receipt[1]:
+        limit = Limit.numbered(number) if place is None else limits_of(task)[place]
+        if limit is not None:
+            found.append((limit, tokens))
+    return found
+
+
+def is_spawned() -> bool:
+    """Whether this is a spawned pool process: it shares no memory with the gate."""
+    return _secret is None and _VARIABLE in os.environ
+
+
+def limits_of(task: Task) -> tuple[Limit, ...]:
+    """Return the limits that ``@throttle`` declared on a task."""
+    return getattr(task.run, LIMITS, ())

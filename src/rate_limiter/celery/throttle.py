@@ -7,31 +7,33 @@ consumer instead, before it takes a pool slot. The decorator then only collects 
 import contextlib
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Final, ParamSpec, TypeVar, cast
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
-from celery import Celery, Task, bootsteps, signals
+from celery import Task, signals
 from celery._state import get_current_task
-from celery.concurrency.prefork import TaskPool as PreforkPool
-from celery.exceptions import ImproperlyConfigured
 from celery.local import Proxy
 
 from ..bucket import Bucket
-from ..exceptions import RateLimitExceeded
-from ..limit import Demand, Limit
-from ..token_bucket import TokenBucket
-from . import receipt
-from .outcome import refuse_in_task
+from ..exceptions import RateLimitExceeded, RetryAfter
+from ..limit import AnyBucket, Demand, Limit, refuse_to_pay_twice
+from .charge import Charge, collect
+from .outcome import postpone, refuse_in_task
+from .prefork import share_before_fork
+from .receipt import LIMITS, limits_of
 from .settings import enabled
 
-__all__ = ["limits_of", "throttle"]
+__all__ = ["throttle", "watch"]
+
+logger = logging.getLogger("rate_limiter")
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: The attribute of a decorated function that holds its limits.
-_LIMITS: Final = "__rate_limits__"
+#: Marks what `watch` has put in place of a task's body.
+_WATCHED: Final = "__rate_limiter_watched__"
 
 #: How many seconds a job that was sent back may wait for the rest, when it comes again.
 _TURN_WAIT: Final = 0.5
@@ -40,18 +42,16 @@ _TURN_WAIT: Final = 0.5
 #: request: an inline call copies that, and retry() sends on what it finds there.
 _passes: WeakKeyDictionary[Any, set[Limit]] = WeakKeyDictionary()
 
-#: The apps that have a gate.
-gated_apps: WeakSet[Celery] = WeakSet()
-
 
 def throttle(
-    bucket: Bucket | Callable[..., Bucket],
+    bucket: AnyBucket,
     *,
     tokens: float | Callable[..., float] = 1,
     key: Callable[..., Any] | None = None,
     when_limited: str | Callable[..., Any] = "wait",
     timeout: float | None = None,
     name: str | None = None,
+    buckets: Iterable[Bucket] = (),
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Limit the rate of a task. Stands below ``@app.task``::
 
@@ -60,10 +60,10 @@ def throttle(
         def send_email(to): ...
 
     Args:
-        bucket: The bucket to take tokens from, or a callable that is given exactly the arguments
+        bucket: The bucket to take tokens from; or a callable that is given exactly the arguments
             that the producer sent (never ``self``) and returns the bucket: premium, standard, free.
         tokens: What a job costs: a number above 0, at most the bucket's capacity, or such a callable.
-        key: Keeps its place; for buckets per key, which this version does not have.
+        key: Such a callable too, where ``bucket`` is a `BucketPerKey`: it returns the job's key there.
         when_limited: What happens when the tokens are not there.
 
             - ``"wait"``: the job waits. In the decorator it occupies its pool slot meanwhile, and its
@@ -77,6 +77,8 @@ def throttle(
             where it can be foreseen, `RateLimitExceeded` is the task's result. Such a limit is
             always enforced in the decorator.
         name: What logs call the limit. By default the name of the task.
+        buckets: All the buckets that a callable for ``bucket`` may return. Prefork pools need it where
+            there is no `Gate`.
 
     Returns:
         The decorator.
@@ -86,15 +88,25 @@ def throttle(
             type.
         ValueError: An argument has an impossible value, for one a cost above the capacity.
 
-    Every execution pays: a retry, a redelivery, and an inline ``task()`` or ``task.run()`` too. A
-    ``TokenBucket`` is one rate per process. A prefork worker runs the decorator in its children, so
-    one with several children and without a `Gate` refuses to start.
+    Every execution pays: a retry, a redelivery, and an inline ``task()`` or ``task.run()`` too. What
+    it paid can be settled (`current_charge`), and a task that raises `RetryAfter` pauses its bucket.
+
+    The limit is one rate for the worker, whatever its pool: before a prefork pool forks, the bucket
+    becomes shared memory. What cannot be shared (a `BucketPerKey`, what a callable returns and
+    ``buckets`` does not name) needs a `Gate` there, and any bucket does where processes are spawned:
+    else the worker refuses to start.
 
     """
-    if key is not None:
-        raise ValueError(f"key is for buckets per key, which this version does not have: {key!r}")
-    limit = Limit(bucket, tokens=tokens, when_limited=when_limited, timeout=timeout, name=name or "")
-    signals.worker_init.connect(_add_check, weak=False, dispatch_uid="rate_limiter: buckets per child")
+    limit = Limit(
+        bucket,
+        tokens=tokens,
+        key=key,
+        when_limited=when_limited,
+        timeout=timeout,
+        name=name or "",
+        buckets=buckets,
+    )
+    signals.worker_init.connect(share_before_fork, weak=False, dispatch_uid="rate_limiter: prefork")
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         _refuse_what_is_not_a_function(function)
@@ -105,15 +117,29 @@ def throttle(
 
         # Celery's check of a caller's arguments does not follow __wrapped__.
         limited.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
-        setattr(limited, _LIMITS, (limit, *getattr(function, _LIMITS, ())))
+        setattr(limited, LIMITS, (limit, *getattr(function, LIMITS, ())))
         return limited
 
     return decorate
 
 
-def limits_of(task: Task) -> tuple[Limit, ...]:
-    """Return the limits that ``@throttle`` declared on a task."""
-    return getattr(task.run, _LIMITS, ())
+def watch(task: Task) -> None:
+    """Let a task that only the gate limits settle its charge, and pause its bucket."""
+    run = task.run
+    if limits_of(task) or hasattr(run, _WATCHED):
+        return
+
+    @functools.wraps(run)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        request = task.request
+        if request in _passes or not enabled(task.app):
+            return run(*args, **kwargs)
+        _passes[request] = set()
+        charge = collect(task, request, _without_self(args), kwargs)
+        return _call(run, args, kwargs, charge, None if _is_inline(task) else task)
+
+    setattr(watched, _WATCHED, True)
+    task.run = watched
 
 
 def _refuse_what_is_not_a_function(function: Any) -> None:
@@ -135,9 +161,10 @@ def _run(
     limit: Limit, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Pay, then call the function, or do what the policy wants instead."""
-    sent = args[1:] if args and isinstance(args[0], Task) else args
+    sent = _without_self(args)
     task: Task | None = get_current_task()
     due: list[Limit] = [limit]
+    charge = Charge()
     name, request, job = function.__qualname__, None, None
     if task is not None and limit in limits_of(task):  # else something other than its task calls it
         if not enabled(task.app):
@@ -149,20 +176,51 @@ def _run(
         passes = _passes.get(request)
         if passes is None:
             _passes[request] = passes = set(limits_of(task))
-            paid = receipt.consume(request)
-            due = [each for each in limits_of(task) if not (paid and held_at_gate(each))]
-            inline = request.called_directly or len(task.request_stack) > 1
-            job = None if inline else task
+            charge = collect(task, request, sent, kwargs)
+            due = [each for each in limits_of(task) if each not in charge]
+            job = None if _is_inline(task) else task
         elif limit in passes:
             due = []
         passes.discard(limit)
-    refused = _pay(due, name, sent, kwargs, request)
+    paid, refused = _pay(due, name, sent, kwargs, request)
     if refused is None:
-        return function(*args, **kwargs)
+        charge.add(paid)
+        return _call(function, args, kwargs, charge, job)
+    charge.give_back()  # what the gate was paid
     demand, delay = refused
     if callable(demand[2].when_limited):
         return demand[2].when_limited(*sent, **kwargs)
     return refuse_in_task(demand, delay, demand[2].name or name, job)
+
+
+def _call(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    charge: Charge,
+    job: Task | None,
+) -> Any:
+    """Call a function that is paid for; pause its buckets if it says that the remote wants that."""
+    try:
+        return function(*args, **kwargs)
+    except RetryAfter as pause:
+        seconds = float(pause.retry_after or 0.0)
+        for limit in charge.pause(seconds):
+            logger.warning(
+                "Limit %s: paused for this job alone; its bucket is in the worker's main process",
+                limit.name,
+            )
+        if job is None or job.request.is_eager:
+            raise
+        postpone(job, pause, seconds)
+
+
+def _without_self(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return args[1:] if args and isinstance(args[0], Task) else args
+
+
+def _is_inline(task: Task) -> bool:
+    return bool(task.request.called_directly or len(task.request_stack) > 1)
 
 
 def _pay(
@@ -171,19 +229,21 @@ def _pay(
     sent: tuple[Any, ...],
     kwargs: dict[str, Any],
     request: Any,
-) -> tuple[Demand, float] | None:
-    """Take the tokens of all limits; or of none, and return what was refused, and the delay."""
+) -> tuple[list[Demand], tuple[Demand, float] | None]:
+    """Take the tokens of all limits; or of none, and return what was refused too, and the delay."""
     headers, eta = (request.headers, request.eta) if request is not None else (None, None)
+    demands = [demand for limit in limits for demand in limit.demands(name, sent, kwargs, headers)]
+    refuse_to_pay_twice([bucket for bucket, _, _ in demands], name)
     with contextlib.ExitStack() as paid:
-        for limit in limits:
-            bucket, tokens, _ = demand = limit.demand(name, sent, kwargs, headers)
+        for demand in demands:
+            bucket, tokens, limit = demand
             if limit.when_limited == "wait":
                 bucket.wait(tokens, timeout=limit.timeout)
             elif delay := _take_or_delay(demand, eta):
-                return demand, delay
+                return demands, (demand, delay)
             paid.callback(bucket.refund, tokens)
         paid.pop_all()
-    return None
+    return demands, None
 
 
 def _take_or_delay(demand: Demand, eta: Any) -> float:
@@ -197,46 +257,3 @@ def _take_or_delay(demand: Demand, eta: Any) -> float:
             return delay
         return 0.0
     return delay
-
-
-# -- the check at worker start --------------------------------------------------------------------
-
-
-def _add_check(sender: Any, **_: Any) -> None:
-    # A receiver cannot stop a worker: Signal.send swallows what it raises. A step can.
-    sender.app.steps["worker"].add(_OneBucketPerChild)
-
-
-class _OneBucketPerChild(bootsteps.Step):
-    """Refuses a prefork worker in which a limit would run at a multiple of its rate."""
-
-    def create(self, worker: Any) -> None:
-        """Look at every throttled task, before the pool forks."""
-        app = worker.app
-        children = max(worker.concurrency, worker.max_concurrency or 0)
-        # A child that takes another's place starts with the parent's level: a full bucket.
-        replaced = bool(worker.max_tasks_per_child or worker.max_memory_per_child)
-        one = children == 1 and not replaced
-        if one or not issubclass(worker.pool_cls, PreforkPool) or not enabled(app):
-            return
-        for task in app.tasks.values():
-            for limit in limits_of(task):
-                if app in gated_apps and held_at_gate(limit):
-                    continue
-                rate = ""
-                if isinstance(limit.bucket, TokenBucket):
-                    rate = f" ({children} × {limit.bucket.tokens_per_second:g}/s)"
-                elif isinstance(limit.bucket, Bucket):
-                    continue  # an own class, which may well be shared
-                alone = "use `-c 1`" + (" without replacing children" if replaced else "")
-                cure = alone
-                if app not in gated_apps:
-                    cure = f"add `Gate(app)` from rate_limiter.celery, or {alone}"
-                raise ImproperlyConfigured(
-                    f"`{task.name}`: this bucket would be one per child{rate}; {cure}"
-                )
-
-
-def held_at_gate(limit: Limit) -> bool:
-    """Whether a gate enforces the limit, rather than the decorator."""
-    return not callable(limit.when_limited) and limit.timeout is None

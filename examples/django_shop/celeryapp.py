@@ -1,0 +1,14 @@
+"""The project's Celery app, as Celery's documentation has it, and a gate."""
+
+import os
+
+from celery import Celery
+
+from rate_limiter.celery import Gate
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "settings")
+
+app = Celery("django_shop")
+app.config_from_object("django.conf:settings", namespace="CELERY")
+app.autodiscover_tasks()
+Gate(app)

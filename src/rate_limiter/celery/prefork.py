@@ -1,0 +1,100 @@
+"""Prefork pools: the buckets that tasks take from become shared before the pool forks.
+
+Tasks run in the pool's processes there. A bucket in plain memory would be one per process: a limit of
+1/s would run at 1/s in each of them.
+"""
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from celery import Celery, bootsteps
+from celery.concurrency.prefork import TaskPool
+from celery.exceptions import ImproperlyConfigured
+
+from ..bucket import Bucket, members
+from ..limit import Limit
+from ..shared_bucket import is_shared, share
+from ..token_bucket import TokenBucket
+from . import charge
+from .receipt import limits_of
+from .settings import enabled
+
+__all__ = ["gates", "held_at_gate", "is_spawned", "share_all", "share_before_fork"]
+
+logger = logging.getLogger("rate_limiter")
+
+#: The apps that have a gate.
+gates: WeakKeyDictionary[Celery, Any] = WeakKeyDictionary()
+
+
+def share_before_fork(sender: Any, **_: Any) -> None:
+    """Receive ``worker_init``."""
+    # A receiver cannot stop a worker: Signal.send swallows what it raises. A step can.
+    sender.app.steps["worker"].add(_Prefork)
+
+
+class _Prefork(bootsteps.Step):
+    """Shares what tasks take from; refuses a worker where a limit would run at a multiple of its rate."""
+
+    def create(self, worker: Any) -> None:
+        """Look at every throttled task, before the pool forks."""
+        app = worker.app
+        if not issubclass(worker.pool_cls, TaskPool) or not enabled(app):
+            return
+        children = max(worker.concurrency, worker.max_concurrency or 0)
+        # A child that takes another's place starts anew: with a full bucket.
+        replaced = bool(worker.max_tasks_per_child or worker.max_memory_per_child)
+        spawned = is_spawned(worker)
+        for task in app.tasks.values():
+            for limit in limits_of(task):
+                limit.name = limit.name or task.name
+                if (app in gates and held_at_gate(limit)) or (children == 1 and not replaced):
+                    continue
+                reason = "spawned processes share no memory" if spawned else _not_to_be_shared(limit)
+                if reason:
+                    rate = ""
+                    if isinstance(limit.bucket, TokenBucket):
+                        rate = f" ({children} × {limit.bucket.tokens_per_second:g}/s)"
+                    cure = "use the threads pool, or `-c 1`" + (
+                        " without replacing children" if replaced else ""
+                    )
+                    if held_at_gate(limit):
+                        cure = f"add `Gate(app)` from rate_limiter.celery, or {cure}"
+                    raise ImproperlyConfigured(
+                        f"`{task.name}`: this bucket would be one per pool process{rate}, for {reason}; "
+                        f"{cure}"
+                    )
+        if not spawned:
+            share_all(limit for task in app.tasks.values() for limit in limits_of(task))
+
+
+def is_spawned(worker: Any) -> bool:
+    """Whether the worker's pool processes start from nothing (Celery 5.7: worker_pool_start_method)."""
+    return getattr(worker, "pool_start_method", "fork") == "spawn"
+
+
+def share_all(limits: Iterable[Limit]) -> None:
+    """Share the buckets of limits with the processes that will be forked."""
+    charge.confine()
+    for limit in limits:
+        buckets = [limit.bucket] if isinstance(limit.bucket, Bucket) else limit.buckets
+        for bucket in buckets:
+            for member in members(bucket):
+                if isinstance(member, TokenBucket) and not is_shared(member):
+                    share(member)
+                    logger.info("Shared with all pool processes: %r of limit %s", member, limit.name)
+
+
+def held_at_gate(limit: Limit) -> bool:
+    """Whether a gate enforces the limit, rather than the decorator."""
+    return not callable(limit.when_limited) and limit.timeout is None
+
+
+def _not_to_be_shared(limit: Limit) -> str:
+    if limit.key is not None:
+        return "a BucketPerKey cannot be shared between processes"
+    if isinstance(limit.bucket, Bucket) or limit.buckets:
+        return ""
+    return "what a callable returns cannot be shared unless buckets=[…] names it"
