@@ -152,13 +152,22 @@ class Holding(Generic[Job]):
         self._hold(job, demands, demands[refused], now, delay)
         return False
 
-    def release(self, now: float) -> list[Job]:
-        """Return the jobs that may go now, in order. They have taken their tokens."""
+    def release(self, now: float, most: float = math.inf) -> list[Job]:
+        """Return the jobs that may go now, in order. They have taken their tokens.
+
+        Args:
+            now: The caller's clock, in seconds.
+            most: How many at most, for callers that run each job before they ask for the next.
+
+        """
         released: list[Job] = []
-        while (look := self.next_due) is not None and look <= now:
+        while len(released) < most and (look := self.next_due) is not None and look <= now:
             queue = heapq.heappop(self._due)[2]
             queue.look = math.nan  # no moment is set
             while queue.jobs and queue.serves(queue.jobs[0]):
+                if len(released) >= most:
+                    self._schedule(queue, now, 0.0)
+                    break
                 held = queue.jobs[0]
                 if self._skip(held.job):
                     self._leave(held, now)

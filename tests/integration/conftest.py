@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from harness import Lab, workers
+from kombu_lab import Broker
 from pytest_rabbitmq.factories import rabbitmq_proc
 from pytest_redis.factories import redis_proc
 
@@ -72,6 +73,28 @@ def rabbitmq_lab(rabbitmq, tmp_path):
 def lab(request):
     """Return a lab on each broker."""
     return request.getfixturevalue(f"{request.param}_lab")
+
+
+@pytest.fixture
+def redis_broker(redis_url):
+    """Yield a Redis for plain kombu consumers."""
+    broker = Broker(redis_url())
+    yield broker
+    broker.close()
+
+
+@pytest.fixture
+def rabbitmq_broker(rabbitmq):
+    """Yield a RabbitMQ for plain kombu consumers."""
+    broker = Broker(f"amqp://guest:guest@{rabbitmq.host}:{rabbitmq.port}//", rabbitmq)
+    yield broker
+    broker.close()
+
+
+@pytest.fixture(params=["redis", "rabbitmq"])
+def broker(request):
+    """Return each broker for plain kombu consumers."""
+    return request.getfixturevalue(f"{request.param}_broker")
 
 
 @pytest.fixture

@@ -291,3 +291,24 @@ def test_many_held_jobs_cost_one_look_each(clock):
         holding.offer(job, [demand(bucket, 1)], clock())
     assert sum(len(jobs) for _, jobs in released(holding, clock, 99)) == 999
     assert asked <= 2 * 1000
+
+
+def test_releases_no_more_than_asked_for(holding, clock):
+    """With most=1 one job takes its tokens at a time, in order, and the others are due at once."""
+    bucket, other = TokenBucket(3, 1, clock=clock), TokenBucket(1, 1, clock=clock)
+    holding.offer("burst", [demand(bucket, 3)], clock())
+    for job in "abc":
+        holding.offer(job, [demand(bucket, 1)], clock())
+    holding.offer("burst", [demand(other, 1)], clock())
+    holding.offer("x", [demand(other, 1)], clock())
+    clock.advance(5)
+    out = []
+    while (due := holding.next_due) is not None and due <= clock():
+        taken = holding.release(clock(), 1)
+        assert len(taken) <= 1
+        out += taken
+    assert ([job for job in out if job in "abc"], sorted(out)) == (
+        ["a", "b", "c"],
+        ["a", "b", "c", "x"],
+    )
+    assert bucket.tokens == 0

@@ -1,0 +1,261 @@
+"""Declaring limits for kombu queues, and the gate for loops of one's own."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakSet
+
+from kombu.message import Message
+from kombu.messaging import Consumer
+
+from ..bucket import AllOf, Bucket
+from ..limit import Limit, whole
+from .session import Session
+
+__all__ = ["Gate"]
+
+AnyConsumer = TypeVar("AnyConsumer", bound=Consumer)
+
+
+class _Declared(NamedTuple):
+    """A limit, and the queues it is for."""
+
+    patterns: tuple[str, ...]
+    limit: Limit
+
+
+class Gate:
+    """Holds limited messages in the consumer until their tokens are there, and lets all others pass.
+
+    In a ``ConsumerMixin`` it is an attribute, see `GateMixin`. With a loop of one's own::
+
+        gate = Gate()
+        gate.limit("emails", bucket=TokenBucket(capacity=5, tokens_per_second=1))
+        consumer = connection.Consumer([Queue("emails")], callbacks=[on_task], prefetch_count=10)
+        with gate.attach(consumer):
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    connection.drain_events(timeout=gate.timeout(1))
+                gate.poll()
+
+    A message to which several limits apply takes from all of them or from none.
+
+    Args:
+        max_held: The most messages that a consumer holds for one limit. By default what runs in four
+            seconds, and at least its ``prefetch_count``. Beyond it the broker keeps the rest, and other
+            messages that stand behind them in the queue wait too.
+        on_refused: Called with the message and the error for each message that ends without having
+            run: under ``when_limited="raise"``, or because its price cannot be computed or paid. See
+            `GateMixin.on_refused`.
+
+    Raises:
+        TypeError: ``max_held`` is not a whole number, or ``on_refused`` not callable.
+        ValueError: ``max_held`` is below 1.
+
+    A bucket in memory is one rate for all the consumers of a process that share it, in threads too; two
+    processes run at twice the rate. `attach`, `wrap`, `poll` and `timeout` are for one loop in one
+    thread; two loops have a gate each, and may share buckets.
+
+    """
+
+    def __init__(
+        self,
+        *,
+        max_held: int | None = None,
+        on_refused: Callable[[Message, Exception], Any] | None = None,
+    ) -> None:
+        if max_held is not None:
+            whole("max_held", max_held)
+        if on_refused is not None and not callable(on_refused):
+            raise TypeError(f"on_refused must be called with (message, error), not {on_refused!r}")
+        self.max_held = max_held
+        self.on_refused = on_refused
+        self._declared: list[_Declared] = []
+        self._started = False
+        self.sessions: WeakSet[Session] = WeakSet()
+        self._session: Session | None = None
+
+    def limit(
+        self,
+        *queues: str,
+        bucket: Bucket | Callable[..., Bucket],
+        tokens: float | Callable[..., float] = 1,
+        key: Callable[..., Any] | None = None,
+        when_limited: str = "wait",
+        name: str | None = None,
+        max_held: int | None = None,
+        overflow: str | None = None,
+    ) -> None:
+        """Declare a limit for queues. It comes before the consumer starts.
+
+        Args:
+            queues: Names of queues, or shell patterns for them (``"mail.*"``). None: all queues.
+            bucket: The `Bucket` that all their messages share; or a callable that is given ``(body,
+                message)`` and returns one. ``message.headers`` and ``message.delivery_info
+                ["routing_key"]`` are there to decide by.
+            tokens: What a message costs: a number above 0, at most the bucket's capacity; or a callable
+                like that for ``bucket``. They run in the consumer's loop: keep them quick.
+            key: Keeps its place; for buckets per key, which this version does not have.
+            when_limited: ``"wait"``: the message is held. ``"retry"``: it goes to the end of its queue
+                when its turn comes, one after another at the bucket's rate, and is held until then.
+                ``"drop"``: it is rejected, not requeued, so a dead-letter exchange gets it. ``"raise"``:
+                the same, after ``on_refused`` was called with a `RateLimitExceeded`.
+            name: What logs and errors call the limit. By default the names of its queues.
+            max_held: For this limit, instead of the gate's.
+            overflow: What happens beyond ``max_held``. ``"hold"``, the default: the broker keeps the
+                rest. ``"pause"``: the queue is not consumed for a while; for queues that carry one
+                limit, and so that several consumers share a backlog. It takes `attach` or `GateMixin`.
+
+        Raises:
+            RuntimeError: A consumer has started.
+            TypeError: An argument has the wrong type.
+            ValueError: An argument has an impossible value, for one a cost above the capacity.
+
+        """
+        if self._started:
+            raise RuntimeError("limit() comes before the consumer starts: declare it beside the gate")
+        for pattern in queues:
+            if not isinstance(pattern, str):
+                raise TypeError(f"queues must be names or patterns, not {pattern!r}")
+            if not pattern:
+                raise ValueError("queues must be names or patterns, not ''")
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be a string, not {name!r}")
+        if key is not None:  # BucketPerKey: pass key=key to Limit instead
+            raise ValueError(f"key is for buckets per key, which this version does not have: {key!r}")
+        if callable(when_limited):
+            raise ValueError("when_limited may be a callable in @throttle only: the gate runs no tasks")
+        limit = Limit(
+            bucket,
+            tokens=tokens,
+            when_limited=when_limited,
+            name=name or ", ".join(queues) or "all queues",
+            max_held=max_held,
+            overflow=overflow,
+        )
+        self._declared.append(_Declared(queues or ("*",), limit))
+
+    def attach(self, consumer: AnyConsumer) -> AnyConsumer:
+        """Gate all messages of a consumer, before it begins to consume.
+
+        Args:
+            consumer: A ``kombu.Consumer`` with its queues and its callbacks or ``on_message``. Its
+                ``prefetch_count``, 20 if it has none, is raised by what is held. Attach a new one, or
+                the same after ``revive``, when the connection was lost.
+
+        Returns:
+            The consumer.
+
+        Raises:
+            TypeError: It is not a ``kombu.Consumer``.
+            ValueError: A limited queue is consumed with ``no_ack``, or cannot be paused, or one bucket
+                limits it twice.
+
+        """
+        if not isinstance(consumer, Consumer):
+            raise TypeError(f"consumer must be a kombu.Consumer, not {consumer!r}")
+        self._own_session().attach(consumer)
+        return consumer
+
+    def wrap(self, callback: Callable[..., Any], queue: str | None = None) -> Callable[..., None]:
+        """Return a callback that calls the given one once the tokens are taken.
+
+        Args:
+            callback: For ``callbacks=[…]`` or ``on_message=``. Of several callbacks of one consumer,
+                wrap one: each that is wrapped pays.
+            queue: The name of the queue whose messages it gets. Without it limits are found by the
+                message's routing key, and those with ``when_limited="retry"`` let it wait.
+
+        Raises:
+            TypeError: ``callback`` is not callable, or ``queue`` not a string.
+
+        Unlike `attach` this knows nothing of the consumer: the prefetch count stays what it is (set it
+        above what may be held, ``max_held``), and no queue is paused.
+
+        """
+        if not callable(callback):
+            raise TypeError(f"callback must be callable, not {callback!r}")
+        if queue is not None and not isinstance(queue, str):
+            raise TypeError(f"queue must be the name of a queue, not {queue!r}")
+        return self._own_session().wrap(callback, queue)
+
+    def poll(self) -> int:
+        """Call the callbacks of the messages whose tokens are there. It belongs into the loop.
+
+        Returns:
+            How many were called.
+
+        Raises:
+            Exception: What a callback raises, and the connection's errors.
+
+        """
+        return self._own_session().poll()
+
+    def timeout(self, most: float = 1.0) -> float:
+        """Return for how many seconds, of at most ``most``, the loop may wait before `poll`."""
+        return self._own_session().timeout(most)
+
+    def forget(self) -> int:
+        """Forget what is held, because its connection was lost or its consumer is to stop.
+
+        Nothing is lost: none of it was acknowledged, and the broker gives it out again as soon as the
+        channel is closed.
+
+        Returns:
+            How many messages it was.
+
+        """
+        return self._own_session().forget()
+
+    @property
+    def held(self) -> dict[str, int]:
+        """How many messages are held now, by the names of the limits; of all consumers together."""
+        held: Counter[str] = Counter()
+        for session in list(self.sessions):
+            for limit, count in session.held_by.items():
+                held[limit.name] += count
+        return dict(held)
+
+    def limits_for(self, queue: str) -> tuple[Limit, ...]:
+        """Return the limits of a queue. From now on none may be declared.
+
+        Raises:
+            ValueError: One bucket limits it twice.
+
+        """
+        self._started = True
+        limits = tuple(
+            declared.limit
+            for declared in self._declared
+            if any(fnmatchcase(queue, pattern) for pattern in declared.patterns)
+        )
+        self.refuse_to_pay_twice([limit.bucket for limit in limits], queue)
+        return limits
+
+    @staticmethod
+    def refuse_to_pay_twice(buckets: Iterable[Any], queue: str) -> None:
+        """Check that a message never takes from one bucket twice, in an `AllOf` neither.
+
+        Raises:
+            ValueError: It would. The message names the bucket and the queue.
+
+        """
+        seen: set[int] = set()
+        waiting = list(buckets)
+        while waiting:
+            bucket = waiting.pop()
+            if isinstance(bucket, AllOf):
+                waiting += bucket.buckets
+            elif id(bucket) in seen:
+                raise ValueError(f"queue {queue}: the same bucket limits it twice: {bucket!r}")
+            seen.add(id(bucket))
+
+    def _own_session(self) -> Session:
+        if self._session is None:
+            self._session = Session(self, self._refused)
+        return self._session
+
+    def _refused(self, message: Message, error: Exception) -> None:
+        if self.on_refused is not None:
+            self.on_refused(message, error)

@@ -1,0 +1,252 @@
+"""The gate in plain kombu consumers: what is held, what passes by, and what becomes of the window."""
+
+import itertools
+import logging
+import time
+
+import pytest
+from harness import wait_for
+from kombu import Exchange
+from kombu_lab import ProducingWorker, RawWorker, Worker, running
+
+from rate_limiter import TokenBucket
+from rate_limiter.kombu import Gate
+
+FREE = TokenBucket(1e9, 1e9)
+
+
+def gate_for(*queues, rate=20, capacity=1, bucket=None, gate_held=None, **options):
+    gate = Gate(max_held=gate_held)
+    limited = bucket or TokenBucket(capacity, rate)
+    gate.limit(*(queue.name for queue in queues), bucket=limited, name="limit", **options)
+    return gate
+
+
+@pytest.mark.parametrize("kind", [Worker, RawWorker, ProducingWorker])
+def test_holds_the_rate_in_order(broker, kind):
+    """Messages run in order and never faster than the bucket allows, with callbacks and on_message."""
+    queue = broker.queue()
+    broker.send(queue, *range(15))
+    with running(kind(broker, gate_for(queue), queue)) as worker:
+        assert worker.wait_for_runs(15) == list(range(15))
+    for (i, early), (j, late) in itertools.combinations(enumerate(worker.at), 2):
+        assert j - i + 1 <= 1 + 20 * (late - early + 0.05)
+    assert worker.at[-1] - worker.at[0] < 5
+    assert worker.gate.held == {}
+    assert broker.waiting(queue) == 0
+
+
+def test_messages_behind_the_limited_ones_pass(broker):
+    """Fifty messages behind 200 limited ones of the same queue run at once, and those without a limit."""
+    queue, other = broker.queue(), broker.queue("other")
+    broker.send(queue, *["slow"] * 200)
+    broker.send(queue, *range(50))
+    broker.send(other, "other")
+    slow = TokenBucket(1, 1)
+    gate = gate_for(queue, bucket=lambda body, _: slow if body == "slow" else FREE, gate_held=1000)
+    with running(Worker(broker, gate, queue, other)) as worker:
+        wait_for(lambda: {*range(50), "other"} <= set(worker.ran))
+        assert worker.at[-1] - worker.at[0] < 10
+        assert worker.ran.count("slow") < 20
+    assert [body for body in worker.ran if body not in ("slow", "other")] == list(range(50))
+
+
+@pytest.mark.parametrize(
+    "price",
+    [
+        lambda body, message: body["size"],
+        lambda body, message: message.headers["size"],
+        lambda body, message: int(message.delivery_info["routing_key"].rpartition(".")[2]),
+    ],
+)
+@pytest.mark.parametrize("kind", [Worker, RawWorker])
+def test_prices_by_body_header_and_routing_key(rabbitmq_broker, price, kind):
+    """A price is computed from what the message carries, wherever it stands."""
+    broker = rabbitmq_broker
+    queue = broker.queue("jobs", Exchange(f"{broker.prefix}-x", "topic"), routing_key="size.*")
+    bucket = TokenBucket(10, 0.001)
+    for size in (5, 3, 2, 1):
+        broker.send(
+            queue,
+            {"size": size},
+            headers={"size": size},
+            routing_key=f"size.{size}",
+            exchange=queue.exchange,
+        )
+    with running(kind(broker, gate_for(queue, bucket=bucket, tokens=price), queue)) as worker:
+        worker.wait_for_runs(3)
+        wait_for(lambda: worker.gate.held == {"limit": 1})
+    assert [body["size"] for body in worker.ran] == [5, 3, 2]
+    assert bucket.tokens < 0.1
+
+
+def test_callables_that_are_slow_are_told_of(redis_broker, caplog):
+    """A price that takes long holds up the loop: it is logged, once."""
+    queue = redis_broker.queue()
+    redis_broker.send(queue, *range(3))
+    with running(
+        Worker(redis_broker, gate_for(queue, tokens=lambda *_: time.sleep(0.06) or 1), queue)
+    ) as w:
+        w.wait_for_runs(3)
+    told = [record for record in caplog.records if "its callable took" in record.getMessage()]
+    assert len(told) == 1
+
+
+def test_holds_no_more_than_max_held(broker):
+    """Beyond max_held and the consumer's own window the broker keeps the messages."""
+    queue = broker.queue()
+    broker.send(queue, *range(60))
+    bucket = TokenBucket(1, 0.01)
+    with running(Worker(broker, gate_for(queue, bucket=bucket, max_held=10), queue)) as worker:
+        wait_for(lambda: worker.gate.held.get("limit", 0) >= 10)
+        time.sleep(0.5)
+        assert worker.gate.held["limit"] <= 10 + 2 * worker.prefetch_count
+        assert broker.waiting(queue) >= 60 - 1 - 10 - 2 * worker.prefetch_count
+
+
+def test_window_is_restored_on_redis(redis_broker):
+    """The prefetch count rises above what is held, and ends where it began."""
+    queue = redis_broker.queue()
+    redis_broker.send(queue, *range(60))
+    with running(Worker(redis_broker, gate_for(queue, rate=100, max_held=40), queue)) as worker:
+        wait_for(lambda: worker.consumers)
+        qos = worker.consumers[0].channel.qos
+        highest = 0
+
+        def watch():
+            nonlocal highest
+            highest = max(highest, qos.prefetch_count)
+            return len(worker.ran) == 60
+
+        wait_for(watch)
+        assert 40 <= highest <= 44
+        wait_for(lambda: qos.prefetch_count == 4)
+
+
+def test_window_is_restored_on_rabbitmq(rabbitmq_broker):
+    """The count is one for the channel, above what is held; the consumers have none of their own."""
+    broker, queue = rabbitmq_broker, rabbitmq_broker.queue()
+    broker.send(queue, *range(60))
+
+    def counts():
+        rows = broker.rabbitmqctl("list_channels", "prefetch_count", "global_prefetch_count")
+        return [(int(own), int(channel)) for own, channel in rows]
+
+    with running(Worker(broker, gate_for(queue, rate=10, max_held=20), queue)) as worker:
+        wait_for(lambda: (0, 24) in counts())
+        worker.wait_for_runs(60)
+        wait_for(lambda: (0, 4) in counts())
+    assert worker.ran == list(range(60))
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_quorum_queues(rabbitmq_broker, hidden):
+    """Their count is static, so it has room for what is held from the start, whoever declared them."""
+    broker = rabbitmq_broker
+    queue = broker.queue(queue_arguments={"x-queue-type": "quorum"})
+    broker.send(queue, *["slow"] * 30)
+    broker.send(queue, *range(10))
+    if hidden:
+        queue = broker.queue(no_declare=True)
+    slow = TokenBucket(1, 1)
+    gate = gate_for(queue, bucket=lambda body, _: slow if body == "slow" else FREE, max_held=40)
+    with running(Worker(broker, gate, queue)) as worker:
+        wait_for(lambda: set(range(10)) <= set(worker.ran))
+    assert worker.connects == 1 + hidden
+
+
+def test_consumer_without_prefetch_count(broker, caplog):
+    """It gets a count, or the broker would send everything at once; one line says so."""
+    caplog.set_level(logging.INFO, "rate_limiter")
+    queue = broker.queue()
+    broker.send(queue, *range(100))
+    worker = Worker(broker, gate_for(queue, rate=0.01), queue)
+    worker.prefetch_count = None
+    with running(worker):
+        wait_for(lambda: worker.gate.held.get("limit", 0) >= 20)
+        time.sleep(0.3)
+        assert worker.gate.held["limit"] <= 40
+        assert broker.waiting(queue) >= 59
+    assert sum("sets no prefetch_count: it gets 20" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_pause_stops_consuming_the_queue(broker, caplog):
+    """With overflow="pause" the broker keeps what is beyond max_held, the queue is taken up again."""
+    caplog.set_level(logging.INFO, "rate_limiter")
+    queue, other = broker.queue(), broker.queue("other")
+    broker.send(queue, *range(40))
+    broker.declare(other)
+    gate = gate_for(queue, rate=20, max_held=10, overflow="pause")
+    with running(Worker(broker, gate, queue, other)) as worker:
+        wait_for(lambda: "Paused queue" in caplog.text)
+        broker.send(other, "passes")
+        wait_for(lambda: "passes" in worker.ran)
+        assert worker.ran.count("passes") == 1
+        assert len(worker.ran) < 40
+        worker.wait_for_runs(41)
+    assert [body for body in worker.ran if body != "passes"] == list(range(40))
+    assert "Resumed queue" in caplog.text
+
+
+def test_order_is_kept_while_callbacks_publish(rabbitmq_broker):
+    """A callback that publishes on the consumer's own connection reads messages that come next."""
+    broker, queue, results = rabbitmq_broker, rabbitmq_broker.queue(), rabbitmq_broker.queue("results")
+    broker.declare(results)
+    broker.send(queue, *range(30))
+    worker = Worker(broker, gate_for(queue, rate=200, capacity=30), queue)
+    worker.job = lambda body, message: message.channel.connection.client.Producer(
+        message.channel
+    ).publish(body, routing_key=results.name)
+    with running(worker):
+        assert worker.wait_for_runs(30) == list(range(30))
+    assert broker.waiting(results) == 30
+
+
+def test_stops_within_a_second_and_gives_back(broker):
+    """should_stop is obeyed while messages are held; they go back, and nothing was run or lost."""
+    queue = broker.queue()
+    broker.send(queue, *range(10))
+    with running(Worker(broker, gate_for(queue, rate=0.01, max_held=20), queue)) as worker:
+        wait_for(lambda: worker.gate.held.get("limit", 0) == 9)
+        began = time.monotonic()
+    assert time.monotonic() - began < 2
+    assert worker.ran == [0]
+    assert worker.gate.held == {}
+    wait_for(lambda: broker.waiting(queue) == 9)
+    with running(Worker(broker, gate_for(queue, rate=1000, capacity=20), queue)) as worker:
+        worker.wait_for_runs(9)
+    assert sorted(worker.ran) == list(range(1, 10))
+    assert broker.waiting(queue) == 0
+
+
+def test_nothing_runs_after_should_stop(broker):
+    """A callback that sets should_stop is the last one, also when more messages are due."""
+    queue = broker.queue()
+    broker.send(queue, *range(20))
+    bucket = TokenBucket(20, 1000)
+    bucket.charge(500)
+    worker = Worker(broker, gate_for(queue, bucket=bucket), queue)
+
+    def stop(_body, _message):
+        time.sleep(0.1)
+        worker.should_stop = True
+
+    worker.job = stop
+    with running(worker):
+        worker.wait_for_runs(1)
+        wait_for(lambda: worker.gate.held == {})
+    assert worker.ran == [0]
+    wait_for(lambda: broker.waiting(queue) == 19)
+
+
+def test_callback_that_fails_ends_the_consumer(broker):
+    """An exception of the user's own goes where it goes without a gate; no message is lost."""
+    queue = broker.queue()
+    broker.send(queue, *range(5))
+    worker = Worker(broker, gate_for(queue), queue)
+    worker.job = lambda body, _: 1 / (2 - body)
+    with pytest.raises(ZeroDivisionError):
+        worker.run()
+    assert worker.gate.held == {}
+    assert worker.ran == [0, 1, 2]
+    wait_for(lambda: broker.waiting(queue) == 3)

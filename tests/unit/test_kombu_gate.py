@@ -1,0 +1,149 @@
+"""Declaring limits at the gate for kombu: what is refused, where it is written, and what is found."""
+
+import subprocess
+import sys
+
+import pytest
+from kombu import Connection, Queue
+from kombu.mixins import ConsumerMixin, ConsumerProducerMixin
+
+from rate_limiter import AllOf, TokenBucket
+from rate_limiter.kombu import Gate, GateMixin
+
+bucket = TokenBucket(10, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"bucket": 5}, TypeError, "bucket must be a bucket .*not 5"),
+        ({"bucket": TokenBucket}, TypeError, "bucket must be a bucket"),
+        ({"tokens": 0}, ValueError, "tokens must be positive"),
+        ({"tokens": float("nan")}, ValueError, "tokens must be .*nan"),
+        ({"tokens": "2"}, TypeError, "tokens must be .*'2'"),
+        ({"tokens": 11}, ValueError, "capacity 10, not 11"),
+        ({"when_limited": "hold"}, ValueError, "'wait', 'retry', 'drop', 'raise'.*not 'hold'"),
+        ({"when_limited": print}, ValueError, "callable in @throttle only"),
+        ({"max_held": 0}, ValueError, "max_held must be 1 or more, not 0"),
+        ({"max_held": 2.5}, TypeError, "max_held must be a whole number, not 2.5"),
+        ({"overflow": "park"}, ValueError, "overflow must be one of 'hold', 'pause'.*not 'park'"),
+        ({"name": 7}, TypeError, "name must be a string, not 7"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, error, says):
+    """A declaration that cannot work raises where it stands, naming argument, value and expectation."""
+    with pytest.raises(error, match=says):
+        Gate().limit("emails", **{"bucket": bucket, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("queue", "error"), [(7, TypeError), ("", ValueError), (Queue("q"), TypeError)]
+)
+def test_queues_are_names(queue, error):
+    """Queues are given by name or pattern."""
+    with pytest.raises(error, match="queues must be names or patterns, not"):
+        Gate().limit(queue, bucket=bucket)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"), [({"max_held": 0}, ValueError), ({"on_refused": "log"}, TypeError)]
+)
+def test_gate_refuses_wrong_arguments(arguments, error):
+    """So does the gate."""
+    with pytest.raises(
+        error, match=f"{next(iter(arguments))} must be .*{next(iter(arguments.values()))}"
+    ):
+        Gate(**arguments)
+
+
+def test_limits_are_found_by_queue():
+    """A limit is for the queues it names, by pattern too, or for all; it is named after them."""
+    gate = Gate()
+    gate.limit("emails", "sms", bucket=TokenBucket(1, 1))
+    gate.limit("mail.*", bucket=TokenBucket(1, 1), name="mails")
+    gate.limit(bucket=TokenBucket(1, 1))
+    named = {
+        queue: [limit.name for limit in gate.limits_for(queue)] for queue in ("sms", "mail.x", "z")
+    }
+    assert named == {
+        "sms": ["emails, sms", "all queues"],
+        "mail.x": ["mails", "all queues"],
+        "z": ["all queues"],
+    }
+
+
+def test_one_bucket_is_not_paid_twice():
+    """The same bucket twice for one queue is refused, also inside of AllOf."""
+    gate = Gate()
+    gate.limit("emails", bucket=bucket)
+    gate.limit("e*", bucket=AllOf(TokenBucket(1, 1), bucket))
+    assert len(gate.limits_for("export")) == 1
+    with pytest.raises(ValueError, match="queue emails: the same bucket limits it twice"):
+        gate.limits_for("emails")
+
+
+def test_limits_come_before_the_start():
+    """A limit that is declared when a consumer has begun would not reach all its messages."""
+    gate = Gate()
+    with Connection("memory://") as connection:
+        gate.attach(connection.Consumer([Queue("emails")], callbacks=[print]))
+    with pytest.raises(RuntimeError, match="before the consumer starts"):
+        gate.limit("emails", bucket=bucket)
+
+
+def test_wrong_consumers_and_callbacks_are_refused():
+    """attach() takes consumers, and wrap() callables."""
+    with pytest.raises(TypeError, match="kombu.Consumer, not <built-in function print>"):
+        Gate().attach(print)
+    with pytest.raises(TypeError, match="callback must be callable, not 'log'"):
+        Gate().wrap("log")
+    with pytest.raises(TypeError, match="queue must be the name of a queue, not 7"):
+        Gate().wrap(print, 7)
+
+
+@pytest.mark.parametrize(
+    ("queue", "consumer", "overflow", "says"),
+    [
+        ({"no_ack": True}, {}, "hold", "queue emails is consumed with no_ack"),
+        ({}, {"no_ack": True}, "hold", "queue emails is consumed with no_ack"),
+        ({"auto_delete": True}, {}, "pause", "emails is auto_delete, so overflow='pause'"),
+    ],
+)
+def test_what_cannot_be_held_is_refused(queue, consumer, overflow, says):
+    """A queue without acknowledgements cannot be limited, and one that ends by itself not be paused."""
+    gate = Gate()
+    gate.limit("emails", bucket=bucket, overflow=overflow)
+    with Connection("memory://") as connection:
+        consumer = connection.Consumer([Queue("emails", **queue)], callbacks=[print], **consumer)
+        with pytest.raises(ValueError, match=says):
+            gate.attach(consumer)
+
+
+@pytest.mark.parametrize("kind", [ConsumerMixin, ConsumerProducerMixin])
+def test_mixin_cannot_be_left_out(kind):
+    """Behind ConsumerMixin it would have no effect, and without a gate no limits: both are refused."""
+    with pytest.raises(TypeError, match="resolution"):
+        type("Worker", (ConsumerMixin, GateMixin), {})
+
+    class Worker(GateMixin, kind):
+        connection = Connection("memory://")
+
+        def get_consumers(self, consumer, channel):
+            return [consumer([Queue("emails")], callbacks=[print])]
+
+    with pytest.raises(TypeError, match="Worker needs an attribute gate = Gate()"):
+        Worker().run()
+
+
+@pytest.mark.parametrize(("imported", "other"), [("kombu", "celery"), ("celery", "kombu")])
+def test_the_gates_do_not_know_each_other(imported, other):
+    """Celery's gate and kombu's share the core, and neither imports the other."""
+    code = (
+        f"import sys, rate_limiter.{imported}\n"
+        f"print([name for name in sys.modules if name.startswith('rate_limiter.{other}')],"
+        f" 'celery' in sys.modules)"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout
+    assert printed.split() == ["[]", str(imported == "celery")]
