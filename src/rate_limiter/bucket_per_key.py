@@ -100,6 +100,10 @@ class BucketPerKey:
         """How many buckets there are."""
         return len(self._buckets)
 
+    def __bool__(self) -> bool:
+        """Whether it is one: it is, without any key too."""
+        return True
+
     def __iter__(self) -> Iterator[Key]:
         """Return the keys that have a bucket now."""
         return iter(list(self._buckets))

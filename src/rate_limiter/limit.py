@@ -265,14 +265,14 @@ class Limit:
         return f"task {task}, limit {self.name or task}: {argument} is {value!r}, expected {expected}"
 
 
-def refuse_to_pay_twice(buckets: Iterable[Any], task: str) -> None:
+def refuse_to_pay_twice(buckets: Iterable[Any], whose: str) -> None:
     """Check that no bucket stands among the others twice, in an `AllOf` neither.
 
     A job could never take from a bucket twice that holds enough for once only: it would be held for
     ever.
 
     Raises:
-        ValueError: One does. The message names it and the task.
+        ValueError: One does. The message names it, and whose limits these are.
 
     """
     seen: set[int] = set()
@@ -280,7 +280,7 @@ def refuse_to_pay_twice(buckets: Iterable[Any], task: str) -> None:
         for member in members(bucket):
             if id(member) in seen:
                 raise ValueError(
-                    f"`{task}`: the same bucket limits it twice; declare it once: {member!r}"
+                    f"{whose}: the same bucket limits it twice; declare it once: {member!r}"
                 )
             seen.add(id(member))
 

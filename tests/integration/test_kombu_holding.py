@@ -9,7 +9,7 @@ from harness import wait_for
 from kombu import Exchange
 from kombu_lab import ProducingWorker, RawWorker, Worker, running
 
-from rate_limiter import TokenBucket
+from rate_limiter import BucketPerKey, TokenBucket
 from rate_limiter.kombu import Gate
 
 FREE = TokenBucket(1e9, 1e9)
@@ -250,3 +250,25 @@ def test_callback_that_fails_ends_the_consumer(broker):
     assert worker.gate.held == {}
     assert worker.ran == [0, 1, 2]
     wait_for(lambda: broker.waiting(queue) == 3)
+
+
+def test_a_tenants_backlog_stands_before_nobody(broker):
+    """One FIFO per key: another tenant's messages pass a backlog, and a key that is none ends its own."""
+    queue = broker.queue()
+    tenants = BucketPerKey(1, 4)
+    gate = gate_for(queue, bucket=tenants, key=lambda body, message: message.headers["tenant"])
+    for number in range(60):
+        broker.send(queue, number, headers={"tenant": "big"})
+    broker.send(queue, "lost", headers={"tenant": 1.5})
+    for number in range(100, 103):
+        broker.send(queue, number, headers={"tenant": "small"})
+    with running(Worker(broker, gate, queue)) as worker:
+        wait_for(lambda: 102 in worker.ran)
+    small = [body for body in worker.ran if body >= 100]
+    assert small == [100, 101, 102]
+    big = [body for body in worker.ran if body < 100]
+    assert big == list(range(len(big)))
+    assert len(big) < 20
+    ((body, error),) = worker.refused
+    assert body == "lost"
+    assert "key must be a str, an int or a tuple of them, not 1.5" in str(error)

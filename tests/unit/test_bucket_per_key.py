@@ -22,6 +22,7 @@ def clock():
 def test_each_key_has_its_own_bucket(clock):
     """What one tenant takes costs another nothing; the same key is the same bucket."""
     tenants = BucketPerKey(2, 1, clock=clock)
+    assert tenants  # though it has no bucket yet
     assert isinstance(tenants["a"], Bucket)
     assert tenants["a"].allow(2)
     assert not tenants["a"].allow()

@@ -220,7 +220,7 @@ class GateStep(bootsteps.StartStopStep):
                     limit.name,
                     took * 1000,
                 )
-        refuse_to_pay_twice([demand[0] for demand in demands], request.type)
+        refuse_to_pay_twice([demand[0] for demand in demands], f"`{request.type}`")
         return demands
 
     def _refuse(self, request: Any, demand: Demand, delay: float) -> bool:

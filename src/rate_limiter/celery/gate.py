@@ -192,7 +192,7 @@ class Gate:
                 )
             limits.append(self._attributes[task.name])
         try:
-            refuse_to_pay_twice([limit.bucket for limit in limits], task.name)
+            refuse_to_pay_twice([limit.bucket for limit in limits], f"`{task.name}`")
         except ValueError as error:
             raise ImproperlyConfigured(str(error)) from error
         return tuple(limits)

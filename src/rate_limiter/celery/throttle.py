@@ -233,7 +233,7 @@ def _pay(
     """Take the tokens of all limits; or of none, and return what was refused too, and the delay."""
     headers, eta = (request.headers, request.eta) if request is not None else (None, None)
     demands = [demand for limit in limits for demand in limit.demands(name, sent, kwargs, headers)]
-    refuse_to_pay_twice([bucket for bucket, _, _ in demands], name)
+    refuse_to_pay_twice([bucket for bucket, _, _ in demands], f"`{name}`")
     with contextlib.ExitStack() as paid:
         for demand in demands:
             bucket, tokens, limit = demand

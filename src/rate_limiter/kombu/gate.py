@@ -9,8 +9,9 @@ from weakref import WeakSet
 from kombu.message import Message
 from kombu.messaging import Consumer
 
-from ..bucket import AllOf, Bucket
-from ..limit import Limit, whole
+from ..bucket import Bucket
+from ..checks import whole
+from ..limit import AnyBucket, Limit, refuse_to_pay_twice
 from .session import Session
 
 __all__ = ["Gate"]
@@ -79,13 +80,14 @@ class Gate:
     def limit(
         self,
         *queues: str,
-        bucket: Bucket | Callable[..., Bucket],
+        bucket: AnyBucket,
         tokens: float | Callable[..., float] = 1,
         key: Callable[..., Any] | None = None,
         when_limited: str = "wait",
         name: str | None = None,
         max_held: int | None = None,
         overflow: str | None = None,
+        buckets: Iterable[Bucket] = (),
     ) -> None:
         """Declare a limit for queues. It comes before the consumer starts.
 
@@ -96,7 +98,8 @@ class Gate:
                 ["routing_key"]`` are there to decide by.
             tokens: What a message costs: a number above 0, at most the bucket's capacity; or a callable
                 like that for ``bucket``. They run in the consumer's loop: keep them quick.
-            key: Keeps its place; for buckets per key, which this version does not have.
+            key: Such a callable too, where ``bucket`` is a `BucketPerKey`: it returns the message's key
+                there.
             when_limited: ``"wait"``: the message is held. ``"retry"``: it goes to the end of its queue
                 when its turn comes, one after another at the bucket's rate, and is held until then.
                 ``"drop"``: it is rejected, not requeued, so a dead-letter exchange gets it. ``"raise"``:
@@ -106,6 +109,7 @@ class Gate:
             overflow: What happens beyond ``max_held``. ``"hold"``, the default: the broker keeps the
                 rest. ``"pause"``: the queue is not consumed for a while; for queues that carry one
                 limit, and so that several consumers share a backlog. It takes `attach` or `GateMixin`.
+            buckets: All that a callable for ``bucket`` may return; anything else fails its message.
 
         Raises:
             RuntimeError: A consumer has started.
@@ -122,13 +126,13 @@ class Gate:
                 raise ValueError("queues must be names or patterns, not ''")
         if name is not None and not isinstance(name, str):
             raise TypeError(f"name must be a string, not {name!r}")
-        if key is not None:  # BucketPerKey: pass key=key to Limit instead
-            raise ValueError(f"key is for buckets per key, which this version does not have: {key!r}")
         if callable(when_limited):
             raise ValueError("when_limited may be a callable in @throttle only: the gate runs no tasks")
         limit = Limit(
             bucket,
             tokens=tokens,
+            key=key,
+            buckets=buckets,
             when_limited=when_limited,
             name=name or ", ".join(queues) or "all queues",
             max_held=max_held,
@@ -230,26 +234,8 @@ class Gate:
             for declared in self._declared
             if any(fnmatchcase(queue, pattern) for pattern in declared.patterns)
         )
-        self.refuse_to_pay_twice([limit.bucket for limit in limits], queue)
+        refuse_to_pay_twice([limit.bucket for limit in limits], f"queue {queue}")
         return limits
-
-    @staticmethod
-    def refuse_to_pay_twice(buckets: Iterable[Any], queue: str) -> None:
-        """Check that a message never takes from one bucket twice, in an `AllOf` neither.
-
-        Raises:
-            ValueError: It would. The message names the bucket and the queue.
-
-        """
-        seen: set[int] = set()
-        waiting = list(buckets)
-        while waiting:
-            bucket = waiting.pop()
-            if isinstance(bucket, AllOf):
-                waiting += bucket.buckets
-            elif id(bucket) in seen:
-                raise ValueError(f"queue {queue}: the same bucket limits it twice: {bucket!r}")
-            seen.add(id(bucket))
 
     def _own_session(self) -> Session:
         if self._session is None:

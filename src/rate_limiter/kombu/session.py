@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ..exceptions import RateLimitExceeded
 from ..holding import Holding
-from ..limit import Demand, Limit
+from ..limit import Demand, Limit, refuse_to_pay_twice
 from .copies import Copies, restore_origin
 from .window import DEFAULT, Window
 
@@ -243,21 +243,20 @@ class Session:
         plan = self._plans.get(queue)
         if plan is None:
             limits = self._gate.limits_for(queue)
-            fixed = tuple(limit.fixed for limit in limits if limit.fixed is not None)
-            plan = _Plan(limits, fixed if len(fixed) == len(limits) else ())
+            fixed = all(limit.fixed for limit in limits)
+            plan = _Plan(limits, tuple(d for limit in limits for d in limit.fixed) if fixed else ())
             self._plans[queue] = plan
         return plan
 
     def _demands(self, job: _Job, limits: Sequence[Limit]) -> Sequence[Demand]:
         began = perf_counter()
         body = job.args[0] if len(job.args) > 1 else job.message.payload
-        demands = []
+        demands: list[Demand] = []
         for limit in limits:
             try:
-                demand = limit.demand(job.queue, (body, job.message), {}, job.message.headers)
+                demands += limit.demands(job.queue, (body, job.message), {}, job.message.headers)
             except ValueError as error:
                 raise ValueError(f"queue {str(error).removeprefix('task ')}") from error
-            demands.append(demand)
             took, began = perf_counter() - began, perf_counter()
             if took > _SLOW and limit not in self._slow:
                 self._slow.add(limit)
@@ -267,7 +266,7 @@ class Session:
                     limit.name,
                     took * 1000,
                 )
-        self._gate.refuse_to_pay_twice([demand[0] for demand in demands], job.queue)
+        refuse_to_pay_twice([demand[0] for demand in demands], f"queue {job.queue}")
         return demands
 
     def _enter(self, job: _Job) -> None:
