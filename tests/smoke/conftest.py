@@ -23,6 +23,7 @@ import pytest_docker_tools.wrappers.container
 import smoke_app
 import smoke_log
 import smoke_tasks
+import ungated_tasks
 from celery import Celery
 from pytest_celery import (
     CeleryBackendCluster,
@@ -139,6 +140,27 @@ class Second(WorkerContainer):
     """The second."""
 
     NAME = "second"
+
+
+class Ungated(WorkerContainer):
+    """A worker whose app is the plugin's own, without a gate: the decorator alone holds the limit."""
+
+    NAME = "ungated"
+
+    @classmethod
+    def worker_queue(cls):
+        """Return what the worker consumes: its own queue alone."""
+        return cls.NAME
+
+    @classmethod
+    def app_module(cls):
+        """Return an app without a gate."""
+        return CeleryWorkerContainer.app_module()
+
+    @classmethod
+    def tasks_modules(cls):
+        """Return what is mounted beside it."""
+        return {ungated_tasks, smoke_log}
 
 
 class Setup(CeleryTestSetup):
@@ -335,14 +357,23 @@ PER_BROKER = {"labels": {"for": "{celery_broker}"}}
 worker_volume = volume(scope="session", initial_content=fxtr("worker_files"), **PER_BROKER)
 
 
-def _worker(cls):
+@pytest.fixture(scope="session")
+def ungated_files(producer):
+    """Return what is mounted at /app of the worker without a gate."""
+    return Ungated.initial_content(worker_app=producer)
+
+
+ungated_volume = volume(scope="session", initial_content=fxtr("ungated_files"), **PER_BROKER)
+
+
+def _worker(cls, files="{worker_volume.name}"):
     return container(
         scope="session",
         image="{smoke_image.id}",
         command=cls.command(),
         environment=fxtr("urls"),
         network="{default_pytest_celery_network.name}",
-        volumes={"{worker_volume.name}": {"bind": "/app", "mode": "ro"}},
+        volumes={files: {"bind": "/app", "mode": "ro"}},
         # The supervisor that workers are to run under: a broken connection may end one.
         restart_policy={"Name": "on-failure"},
         wrapper_class=cls,
@@ -352,6 +383,7 @@ def _worker(cls):
 
 
 first, second = _worker(First), _worker(Second)
+ungated = _worker(Ungated, "{ungated_volume.name}")
 
 _runs = itertools.count()
 

@@ -45,10 +45,10 @@ def test_a_worker_is_ready_within_five_seconds(celery_setup):
 
 def test_each_of_two_workers_holds_the_limit(celery_setup):
     """Two workers that share a backlog run at the limit each, and each job runs once."""
-    for number in range(44):
+    for number in range(60):
         celery_setup.send("shared", number)
-    runs = celery_setup.wait_for_runs(44)
-    assert values(runs) == list(range(44))
+    runs = celery_setup.wait_for_runs(60)
+    assert values(runs) == list(range(60))
     for of_one in each_worker(runs):
         assert len(of_one) > 8
         assert_rate(of_one, capacity=1, rate=5)
@@ -58,6 +58,16 @@ def test_the_children_of_a_worker_share_the_decorators_limit(celery_setup):
     """@throttle under prefork, with a gate: several children run its jobs, at one rate in all."""
     for number in range(25):
         celery_setup.send("prefork", number, queue="first")
+    runs = celery_setup.wait_for_runs(25)
+    assert values(runs) == list(range(25))
+    assert len({run.child for run in runs}) > 1
+    assert_rate(runs, capacity=2, rate=10)
+
+
+def test_the_children_of_a_worker_without_a_gate_share_the_limit(celery_setup, ungated):
+    """@throttle under prefork -c 4, and no gate: several children run its jobs, at one rate in all."""
+    for number in range(25):
+        celery_setup.send("ungated", number, queue="ungated")
     runs = celery_setup.wait_for_runs(25)
     assert values(runs) == list(range(25))
     assert len({run.child for run in runs}) > 1
