@@ -7,7 +7,7 @@ import time
 import pytest
 from harness import wait_for
 from kombu import Exchange
-from kombu_lab import ProducingWorker, RawWorker, Worker, running
+from kombu_lab import Broker, ProducingWorker, RawWorker, Worker, running
 
 from rate_limiter import BucketPerKey, TokenBucket
 from rate_limiter.kombu import Gate
@@ -215,7 +215,7 @@ def test_stops_within_a_second_and_gives_back(broker):
     wait_for(lambda: broker.waiting(queue) == 9)
     with running(Worker(broker, gate_for(queue, rate=1000, capacity=20), queue)) as worker:
         worker.wait_for_runs(9)
-    assert sorted(worker.ran) == list(range(1, 10))
+    assert worker.ran == list(range(1, 10))
     assert broker.waiting(queue) == 0
 
 
@@ -272,3 +272,32 @@ def test_a_tenants_backlog_stands_before_nobody(broker):
     ((body, error),) = worker.refused
     assert body == "lost"
     assert "key must be a str, an int or a tuple of them, not 1.5" in str(error)
+
+
+def test_limits_are_announced_once(broker, caplog):
+    """One INFO line for each limit at the start, and a warning for one that is for no queue."""
+    caplog.set_level(logging.INFO, "rate_limiter")
+    queue = broker.queue()
+    broker.send(queue, 1, 2)
+    gate = gate_for(queue)
+    gate.limit("typo", bucket=TokenBucket(1, 1))
+    with running(Worker(broker, gate, queue)) as worker:
+        worker.wait_for_runs(2)
+    lines = [record.getMessage() for record in caplog.records if record.getMessage()[:5] == "Limit"]
+    assert len(lines) == 2
+    assert lines[0].startswith("Limit limit: <TokenBucket 1 of 1")
+    assert lines[0].endswith(f"for queue {queue.name}")
+    assert lines[1] == "Limit typo matches no queue that is consumed"
+
+
+def test_memory_transport_gives_back():
+    """Kombu forgets what a closed channel of memory:// has not acknowledged; what is held is put back."""
+    options = {"transport_options": {"polling_interval": 0.02}}
+    broker = Broker("memory://")
+    queue = broker.queue()
+    broker.send(queue, *range(5))
+    with running(Worker(broker, gate_for(queue, rate=0.01), queue, **options)) as worker:
+        wait_for(lambda: worker.gate.held == {"limit": 4})
+    with running(Worker(broker, gate_for(queue, rate=1000), queue, **options)) as worker:
+        assert worker.wait_for_runs(4) == [1, 2, 3, 4]
+    broker.close()

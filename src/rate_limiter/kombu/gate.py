@@ -204,7 +204,7 @@ class Gate:
         """Forget what is held, because its connection was lost or its consumer is to stop.
 
         Nothing is lost: none of it was acknowledged, and the broker gives it out again as soon as the
-        channel is closed.
+        channel is closed (on Redis kombu puts back the latest as the first; `GateMixin` keeps the order).
 
         Returns:
             How many messages it was.
@@ -220,6 +220,11 @@ class Gate:
             for limit, count in session.held_by.items():
                 held[limit.name] += count
         return dict(held)
+
+    @property
+    def limits(self) -> list[Limit]:
+        """What was declared."""
+        return [declared.limit for declared in self._declared]
 
     def limits_for(self, queue: str) -> tuple[Limit, ...]:
         """Return the limits of a queue. From now on none may be declared.

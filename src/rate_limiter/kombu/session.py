@@ -127,6 +127,7 @@ class Session:
         self._consumers: dict[str, Any] = {}
         self._paused: dict[str, _Paused] = {}
         self._slow: set[Limit] = set()
+        self._announced: set[Limit] = set()
         #: Whether limited messages are taken in. They are not while the consumers are cancelled.
         self.open = True
         #: Whether this broker refuses a prefetch count for a whole channel.
@@ -156,10 +157,21 @@ class Session:
                 self._consumers[name] = consumer
                 self._paused.pop(name, None)
             self._bounds.clear()
+        for limit in limits - self._announced:
+            names = [name for name, plan in plans.items() if limit in plan.limits]
+            logger.info("Limit %s: %r for queue %s", limit.name, limit.bucket, ", ".join(names))
+        self._announced |= limits
         if consumer.on_message:
             consumer.on_message = self.wrap(consumer.on_message)
         else:
             consumer.receive = self.wrap(consumer.receive)
+
+    def warn_of_others(self) -> None:
+        """Tell of the limits that are for no queue of the consumers that were attached."""
+        for limit in self._gate.limits:
+            if limit not in self._announced:
+                self._announced.add(limit)
+                logger.warning("Limit %s matches no queue that is consumed", limit.name)
 
     def wrap(self, callback: Callable[..., Any], queue: str | None = None) -> Callable[..., None]:
         """Return what calls ``callback`` with the same arguments once the tokens are taken."""
@@ -194,6 +206,9 @@ class Session:
         self.open = False
         with self._occupied():
             self._copies.wait(_FAREWELL)
+            messages = list(self._messages())
+            for window in self._windows.values():
+                window.give_back([m for m in messages if m.channel is window.channel])
 
     @property
     def busy(self) -> bool:

@@ -5,7 +5,7 @@ and nothing behind them in the queue would arrive.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from time import monotonic, time
 from typing import Any, Final
 
@@ -118,6 +118,19 @@ class Window:
         if leases:
             with self.channel.conn_or_acquire() as client:
                 client.zadd(self.channel.unacked_index_key, leases, xx=True)
+
+    def give_back(self, messages: Sequence[Any]) -> None:
+        """Put back, in order, what was held of an open channel that is about to be closed.
+
+        RabbitMQ does that itself. kombu does it for Redis, and so that the last comes first; and not at
+        all for ``memory://``.
+        """
+        if self._lease is not None:
+            for message in reversed(messages):  # each goes to the head of its queue
+                self.channel.qos.restore_by_tag(message.delivery_tag)
+        elif not getattr(self.channel, "do_restore", True):
+            for message in messages:
+                message.requeue()
 
     def _tell(self, count: int, *, whole_channel: bool) -> None:
         self.channel.basic_qos(0, min(count, _MOST), whole_channel)
