@@ -83,11 +83,11 @@ def test_held_messages_keep_their_lease(redis_broker):
     options = {"visibility_timeout": 2, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
     workers = [
         Worker(redis_broker, gate_for(queue, bucket, gate_held=20), queue, transport_options=options)
-        for bucket in (TokenBucket(1, 1), TokenBucket(1, 1))
+        for bucket in (TokenBucket(1, 0.7), TokenBucket(1, 0.7))
     ]
     with running(*workers):
         wait_for(lambda: len(workers[0].ran) + len(workers[1].ran) >= 8)
-        time.sleep(2.5)
+        time.sleep(3)
     assert sorted(workers[0].ran + workers[1].ran) == list(range(8))
 
 

@@ -194,11 +194,17 @@ def test_order_is_kept_while_callbacks_publish(rabbitmq_broker):
     broker.declare(results)
     broker.send(queue, *range(30))
     worker = Worker(broker, gate_for(queue, rate=200, capacity=30), queue)
-    worker.job = lambda body, message: message.channel.connection.client.Producer(
-        message.channel
-    ).publish(body, routing_key=results.name)
+    published = []
+
+    def publish(body, message):
+        producer = message.channel.connection.client.Producer(message.channel)
+        producer.publish(body, routing_key=results.name)
+        published.append(body)
+
+    worker.job = publish
     with running(worker):
         assert worker.wait_for_runs(30) == list(range(30))
+    assert published == list(range(30))
     assert broker.waiting(results) == 30
 
 
@@ -219,12 +225,13 @@ def test_stops_within_a_second_and_gives_back(broker):
     assert broker.waiting(queue) == 0
 
 
-def test_nothing_runs_after_should_stop(broker):
-    """A callback that sets should_stop is the last one, also when more messages are due."""
+@pytest.mark.parametrize("debt", [1, 500])
+def test_nothing_runs_after_should_stop(broker, debt):
+    """A callback that sets should_stop is the last one, also when more messages are due, or arrive."""
     queue = broker.queue()
     broker.send(queue, *range(20))
     bucket = TokenBucket(20, 1000)
-    bucket.charge(500)
+    bucket.charge(debt)
     worker = Worker(broker, gate_for(queue, bucket=bucket), queue)
 
     def stop(_body, _message):
