@@ -304,8 +304,8 @@ def cost(bench: Bench) -> None:
                 if kind == "no gate":
                     consumer = Consumer(server.url, queue)
                 else:
-                    name = queue if kind == "gate, limited" else new_queue()
-                    consumer = Gated(server.url, gate_for(name, TokenBucket(1e9, 1e9)), queue)
+                    limited = gate_for(queue, TokenBucket(1e9, 1e9))
+                    consumer = Gated(server.url, limited if kind == "gate, limited" else Gate(), queue)
                 with running(consumer):
                     wait_until(lambda c=consumer, n=count: len(c.ran) >= n, 60)
                 measured.append(count / (consumer.at[-1] - consumer.at[0]))
