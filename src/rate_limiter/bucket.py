@@ -1,13 +1,13 @@
 """What every bucket can do, whatever it is one rate for; and several buckets taken as one."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from time import monotonic
 from typing import Any, Protocol, runtime_checkable
 
 from .checks import not_negative
 
-__all__ = ["AllOf", "Bucket", "members", "take_all_or_delay"]
+__all__ = ["AllOf", "Bucket", "charge_refilled", "members", "take_all_or_delay"]
 
 
 @runtime_checkable
@@ -138,11 +138,7 @@ class AllOf:
             for bucket in taken:
                 bucket.refund(tokens)
             raise
-        for bucket in taken[:-1]:
-            # It has been refilled since, for all that: as if the tokens were taken only now.
-            refilled = min(tokens, bucket.tokens + tokens - bucket.capacity)
-            if refilled > 0.0:
-                bucket.charge(refilled)
+        charge_refilled([(bucket, tokens) for bucket in taken[:-1]])
 
     def take_or_delay(self, tokens: float = 1) -> float:
         """Take from all buckets, or return the delay of the slowest. See `TokenBucket.take_or_delay`."""
@@ -190,6 +186,19 @@ def members(bucket: Bucket) -> Iterator[Bucket]:
             yield from members(each)
     else:
         yield bucket
+
+
+def charge_refilled(taken: Iterable[tuple[Any, ...]]) -> None:
+    """Charge buckets as if tokens that were taken a while ago were taken only now.
+
+    Args:
+        taken: Tuples that begin with a bucket and the tokens that were taken from it.
+
+    """
+    for bucket, tokens, *_ in taken:
+        refilled = min(tokens, bucket.tokens + tokens - bucket.capacity)
+        if refilled > 0.0:  # it has been full since, for all that
+            bucket.charge(refilled)
 
 
 def take_all_or_delay(demands: Sequence[tuple[Any, ...]]) -> tuple[float, int]:

@@ -50,6 +50,15 @@ def remote(self, number, pauses=1, seconds=1.0):
     return number
 
 
+@app.task(name="loose remote", bind=True, autoretry_for=(Exception,), max_retries=0)
+def loose_remote(self, number):
+    """Be limited by the gate only, and retried by Celery."""
+    note("remote tried", [number, self.request.retries])
+    if len(tried(number)) == 1:
+        raise RetryAfter(0.3)
+    return number
+
+
 def tried(number):
     """Return the lines of the run log about a number."""
     with open(CONFIG["log"]) as log:  # noqa: PTH123
@@ -91,5 +100,6 @@ if gate or CONFIG["pool"] != "prefork":
 
 if gate:
     gate.limit("loose", bucket=loose_bucket, tokens=5)
+    gate.limit("loose remote", bucket=NotedBucket("loose remote", 5, 20))
     for each in CONFIG["limits"]:
         gate.limit(*each["tasks"], bucket=NotedBucket(*each["bucket"]))

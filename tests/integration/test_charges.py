@@ -90,6 +90,14 @@ def test_a_pause_that_the_remote_wants(way):
         assert entry.at - paused_at >= 1.0
 
 
+def test_a_pause_is_no_failure_that_celery_retries(way):
+    """autoretry_for=(Exception,) of a task that only the gate limits does not take RetryAfter for one."""
+    lab, _, gate = way
+    if gate:
+        assert lab.send("loose remote", 5).get(DEADLINE) == 5
+        assert lab.runs("remote tried").count([5, 0]) == 2
+
+
 def test_a_remote_that_never_ends_its_pauses(way):
     """After ten pauses RetryAfter is the job's result."""
     lab, *_ = way

@@ -16,7 +16,7 @@ from celery import Task, signals
 from celery._state import get_current_task
 from celery.local import Proxy
 
-from ..bucket import Bucket
+from ..bucket import AllOf, Bucket, charge_refilled
 from ..exceptions import RateLimitExceeded, RetryAfter
 from ..limit import AnyBucket, Demand, Limit, refuse_to_pay_twice
 from .charge import Charge, collect
@@ -125,7 +125,9 @@ def throttle(
 
 def watch(task: Task) -> None:
     """Let a task that only the gate limits settle its charge, and pause its bucket."""
-    run = task.run
+    # With autoretry_for, task.run is Celery's (celery/app/autoretry.py): it would retry RetryAfter.
+    body = "_orig_run" if hasattr(task, "_orig_run") else "run"
+    run = getattr(task, body)
     if limits_of(task) or hasattr(run, _WATCHED):
         return
 
@@ -139,7 +141,7 @@ def watch(task: Task) -> None:
         return _call(run, args, kwargs, charge, None if _is_inline(task) else task)
 
     setattr(watched, _WATCHED, True)
-    task.run = watched
+    setattr(task, body, watched)
 
 
 def _refuse_what_is_not_a_function(function: Any) -> None:
@@ -232,17 +234,22 @@ def _pay(
 ) -> tuple[list[Demand], tuple[Demand, float] | None]:
     """Take the tokens of all limits; or of none, and return what was refused too, and the delay."""
     headers, eta = (request.headers, request.eta) if request is not None else (None, None)
-    demands = [demand for limit in limits for demand in limit.demands(name, sent, kwargs, headers)]
+    due = [limit.demands(name, sent, kwargs, headers) for limit in limits]
+    demands = [demand for each in due for demand in each]
     refuse_to_pay_twice([bucket for bucket, _, _ in demands], f"`{name}`")
     with contextlib.ExitStack() as paid:
-        for demand in demands:
-            bucket, tokens, limit = demand
+        for each in due:
+            bucket, tokens, limit = each[0]
+            if len(each) > 1:
+                bucket = AllOf(*(demand[0] for demand in each))
             if limit.when_limited == "wait":
                 bucket.wait(tokens, timeout=limit.timeout)
-            elif delay := _take_or_delay(demand, eta):
-                return demands, (demand, delay)
+            elif delay := _take_or_delay((bucket, tokens, limit), eta):
+                return demands, ((bucket, tokens, limit), delay)
             paid.callback(bucket.refund, tokens)
         paid.pop_all()
+    if len(due) > 1:
+        charge_refilled(demand for each in due[:-1] for demand in each)
     return demands, None
 
 
