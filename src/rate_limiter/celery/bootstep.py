@@ -11,7 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from time import monotonic, perf_counter
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -22,7 +22,7 @@ from celery.exceptions import ImproperlyConfigured
 from celery.worker import state
 
 from ..holding import Holding
-from ..limit import Demand, Limit, refuse_to_pay_twice
+from ..limit import Demand, Limit, price
 from . import receipt
 from .lease import Lease
 from .outcome import fail, refuse_at_gate
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["GateStep"]
 
 logger = logging.getLogger("rate_limiter")
-
-#: A callable of the user's that takes longer holds up the worker, and is told of.
-_SLOW: Final = 0.05
 
 #: Seconds until what could not be ended is tried again.
 _END_AGAIN: Final = 1.0
@@ -77,7 +74,6 @@ class GateStep(bootsteps.StartStopStep):
         #: What jobs are to take whose price depends on their arguments, until they go.
         self.priced: WeakKeyDictionary[Any, Sequence[Demand]] = WeakKeyDictionary()
         self.bounds: dict[Limit, int] = {}
-        self.slow: set[Limit] = set()
         # Celery fires timers from a second thread while a warm shutdown waits for the pool.
         self.lock = threading.RLock()
         self.open = False
@@ -215,21 +211,7 @@ class GateStep(bootsteps.StartStopStep):
         headers = None
         if any(limit.asks_headers for limit in limits):
             headers = Context(request.request_dict).headers
-        demands: list[Demand] = []
-        for limit in limits:
-            began = perf_counter()
-            demands += limit.demands(request.type, request.args, request.kwargs, headers)
-            took = perf_counter() - began
-            if took > _SLOW and limit not in self.slow:
-                self.slow.add(limit)
-                logger.warning(
-                    "Limit %s: its callable took %.0f ms for one job; it runs in the worker's main "
-                    "process and holds up all jobs",
-                    limit.name,
-                    took * 1000,
-                )
-        refuse_to_pay_twice([demand[0] for demand in demands], f"`{request.type}`")
-        return demands
+        return price(limits, f"task {request.type}", request.args, request.kwargs, headers)
 
     def _refuse(self, request: Any, demand: Demand, delay: float) -> bool:
         limit = demand[2]

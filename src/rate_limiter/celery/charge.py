@@ -168,7 +168,7 @@ def collect(task: Task, request: Any, args: tuple[Any, ...], kwargs: dict[str, A
     """Begin the charge of an execution with what the gate was paid for it."""
     charge = _charges[request] = Charge()
     for limit, tokens in receipt.consume(task, request):
-        demands = limit.demands(task.name, args, kwargs, request.headers)
+        demands = limit.demands(f"task {task.name}", args, kwargs, request.headers)
         buckets = tuple(demand[0] for demand in demands)
         charge._paid[limit] = _Payment(tokens, buckets, all(map(_reachable, buckets)))
     return charge

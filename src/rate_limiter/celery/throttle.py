@@ -234,7 +234,7 @@ def _pay(
 ) -> tuple[list[Demand], tuple[Demand, float] | None]:
     """Take the tokens of all limits; or of none, and return what was refused too, and the delay."""
     headers, eta = (request.headers, request.eta) if request is not None else (None, None)
-    due = [limit.demands(name, sent, kwargs, headers) for limit in limits]
+    due = [limit.demands(f"task {name}", sent, kwargs, headers) for limit in limits]
     demands = [demand for each in due for demand in each]
     refuse_to_pay_twice([bucket for bucket, _, _ in demands], f"`{name}`")
     with contextlib.ExitStack() as paid:
