@@ -79,9 +79,10 @@ class AllOf:
                 raise TypeError(f"AllOf takes buckets, not {bucket!r}")
         if not buckets:
             raise ValueError("AllOf needs at least one bucket")
-        if len(set(map(id, buckets))) < len(buckets):
-            raise ValueError("AllOf was given the same bucket twice; it would pay twice")
         self.buckets = buckets
+        single = list(map(id, members(self)))
+        if len(set(single)) < len(single):
+            raise ValueError("AllOf was given the same bucket twice; it would pay twice")
 
     def __repr__(self) -> str:
         return f"AllOf({', '.join(map(repr, self.buckets))})"
@@ -121,8 +122,10 @@ class AllOf:
         """Block until all buckets have granted the tokens. See `TokenBucket.wait`.
 
         It stands in the queue of one bucket after the other, the slowest first, and keeps what it has:
-        first come, first served at each, and no two that wait can stop each other. ``timeout`` counts
-        by the real clock, also where a bucket has another one; after it everything is given back.
+        first come, first served at each, and no two that wait can stop each other. So each bucket holds
+        its rate by what it grants; but if a later one stalls, several threads that have the others'
+        tokens already may return at once. ``timeout`` counts by the real clock, also where a bucket has
+        another one; after it everything is given back.
         """
         deadline = math.inf if timeout is None else monotonic() + not_negative(timeout)
         delay, slowest = self._take(tokens)

@@ -194,6 +194,16 @@ class Limit:
             raise ValueError(self._complaint("tokens", job, tokens, most))
         return tuple((member, cost, self) for member in members(bucket))
 
+    def buckets_of(
+        self,
+        job: str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        headers: Mapping[str, Any] | None = None,
+    ) -> tuple[Bucket, ...]:
+        """Return the buckets that a job draws on, whatever it costs. See `demands`."""
+        return tuple(members(self._bucket(job, args, kwargs, headers)))
+
     def _bucket(
         self,
         job: str,

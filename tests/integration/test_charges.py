@@ -5,7 +5,7 @@ import pytest
 from harness import DEADLINE, Lab, wait_for
 from limits import start
 
-from rate_limiter import RetryAfter
+from rate_limiter import RateLimitExceeded, RetryAfter
 
 #: Pool, gate.
 WAYS = {
@@ -73,6 +73,25 @@ def test_what_the_gate_was_paid_is_given_back_where_the_decorator_refuses(way):
     for count in range(1, 9):  # "easy" has 5 tokens
         lab.send("twice").get(DEADLINE)
         assert lab.runs("twice") == ["ran"] + ["instead"] * (count - 1)
+
+
+def test_what_is_called_inline_settles_its_own_charge(way):
+    """task.run() and task() in a task pay and settle for themselves, the caller for itself."""
+    lab, *_ = way
+    assert lab.send("outer").get(DEADLINE) is None
+    assert lab.runs("inner tank refunded") == [49, 49]
+    assert lab.runs("outer tank refunded") == [6]
+
+
+def test_what_the_gate_was_paid_is_given_back_after_a_timeout(way):
+    """A job whose second limit lets it wait for too long costs the first one nothing."""
+    lab, *_ = way
+    lab.send("late").get(DEADLINE)
+    for _ in range(7):  # "late" has 5 tokens
+        with pytest.raises(RateLimitExceeded):
+            lab.send("late").get(DEADLINE)
+    assert lab.runs("late") == ["ran"]
+    assert lab.runs("late refunded") == [1] * 7
 
 
 def test_a_pause_that_the_remote_wants(way):

@@ -9,6 +9,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from typing import Any, Final, ParamSpec, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -184,7 +185,11 @@ def _run(
         elif limit in passes:
             due = []
         passes.discard(limit)
-    paid, refused = _pay(due, name, sent, kwargs, request)
+    try:
+        paid, refused = _pay(due, name, sent, kwargs, request)
+    except BaseException:
+        charge.give_back()
+        raise
     if refused is None:
         charge.add(paid)
         return _call(function, args, kwargs, charge, job)
@@ -204,7 +209,8 @@ def _call(
 ) -> Any:
     """Call a function that is paid for; pause its buckets if it says that the remote wants that."""
     try:
-        return function(*args, **kwargs)
+        with charge.current():
+            return function(*args, **kwargs)
     except RetryAfter as pause:
         seconds = float(pause.retry_after or 0.0)
         for limit in charge.pause(seconds):
@@ -234,22 +240,28 @@ def _pay(
 ) -> tuple[list[Demand], tuple[Demand, float] | None]:
     """Take the tokens of all limits; or of none, and return what was refused too, and the delay."""
     headers, eta = (request.headers, request.eta) if request is not None else (None, None)
-    due = [limit.demands(f"task {name}", sent, kwargs, headers) for limit in limits]
-    demands = [demand for each in due for demand in each]
+    each = [limit.demands(f"task {name}", sent, kwargs, headers) for limit in limits]
+    demands = [demand for one in each for demand in one]
     refuse_to_pay_twice([bucket for bucket, _, _ in demands], f"`{name}`")
     with contextlib.ExitStack() as paid:
-        for each in due:
-            bucket, tokens, limit = each[0]
-            if len(each) > 1:
-                bucket = AllOf(*(demand[0] for demand in each))
-            if limit.when_limited == "wait":
-                bucket.wait(tokens, timeout=limit.timeout)
-            elif delay := _take_or_delay((bucket, tokens, limit), eta):
-                return demands, ((bucket, tokens, limit), delay)
+        waits = []
+        for one in each:
+            bucket, tokens, limit = one[0]
+            if len(one) > 1:
+                bucket = AllOf(*(demand[0] for demand in one))
+            if delay := _take_or_delay((bucket, tokens, limit), eta):
+                if limit.when_limited != "wait":
+                    return demands, ((bucket, tokens, limit), delay)
+                waits.append((delay, bucket, tokens, limit))
+            else:
+                paid.callback(bucket.refund, tokens)
+        # The slowest first, so that the others keep what they have for as long as can be.
+        for _, bucket, tokens, limit in sorted(waits, key=itemgetter(0), reverse=True):
+            bucket.wait(tokens, timeout=limit.timeout)
             paid.callback(bucket.refund, tokens)
         paid.pop_all()
-    if len(due) > 1:
-        charge_refilled(demand for each in due[:-1] for demand in each)
+    if waits and len(demands) > 1:
+        charge_refilled(demands)
     return demands, None
 
 
