@@ -344,7 +344,7 @@ def _worker(cls):
         network="{default_pytest_celery_network.name}",
         volumes={"{worker_volume.name}": {"bind": "/app", "mode": "ro"}},
         # The supervisor that workers are to run under: a broken connection may end one.
-        restart_policy={"Name": "on-failure"},
+        restart_policy={"Name": "on-failure", "MaximumRetryCount": 3},
         wrapper_class=cls,
         timeout=60,
         **PER_BROKER,
