@@ -5,7 +5,12 @@ consumer live in this one process. For a real broker name it, as in
 `BROKER=amqp://guest:guest@localhost// uv run examples/kombu_consumer/consumer.py`.
 
 It prints each message as it is handled, then a table of what was set and what was measured, and ends by
-itself after about eight seconds with
+itself after about eight seconds:
+
+              burst  set rate  measured  messages  last after
+    emails        2       2/s    2.00/s        16      7.00 s
+    uploads      20      10/s   10.00/s        24      7.20 s
+    clicks        -         -         -         8      0.01 s
 
     Every limit was held.
 

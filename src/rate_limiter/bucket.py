@@ -1,13 +1,13 @@
 """What every bucket can do, whatever it is one rate for; and several buckets taken as one."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from time import monotonic
 from typing import Any, Protocol, runtime_checkable
 
 from .checks import not_negative
 
-__all__ = ["AllOf", "Bucket", "members", "take_all_or_delay"]
+__all__ = ["AllOf", "Bucket", "charge_refilled", "members", "take_all_or_delay"]
 
 
 @runtime_checkable
@@ -79,9 +79,10 @@ class AllOf:
                 raise TypeError(f"AllOf takes buckets, not {bucket!r}")
         if not buckets:
             raise ValueError("AllOf needs at least one bucket")
-        if len(set(map(id, buckets))) < len(buckets):
-            raise ValueError("AllOf was given the same bucket twice; it would pay twice")
         self.buckets = buckets
+        single = list(map(id, members(self)))
+        if len(set(single)) < len(single):
+            raise ValueError("AllOf was given the same bucket twice; it would pay twice")
 
     def __repr__(self) -> str:
         return f"AllOf({', '.join(map(repr, self.buckets))})"
@@ -121,8 +122,10 @@ class AllOf:
         """Block until all buckets have granted the tokens. See `TokenBucket.wait`.
 
         It stands in the queue of one bucket after the other, the slowest first, and keeps what it has:
-        first come, first served at each, and no two that wait can stop each other. ``timeout`` counts
-        by the real clock, also where a bucket has another one; after it everything is given back.
+        first come, first served at each, and no two that wait can stop each other. So each bucket holds
+        its rate by what it grants; but if a later one stalls, several threads that have the others'
+        tokens already may return at once. ``timeout`` counts by the real clock, also where a bucket has
+        another one; after it everything is given back.
         """
         deadline = math.inf if timeout is None else monotonic() + not_negative(timeout)
         delay, slowest = self._take(tokens)
@@ -138,11 +141,7 @@ class AllOf:
             for bucket in taken:
                 bucket.refund(tokens)
             raise
-        for bucket in taken[:-1]:
-            # It has been refilled since, for all that: as if the tokens were taken only now.
-            refilled = min(tokens, bucket.tokens + tokens - bucket.capacity)
-            if refilled > 0.0:
-                bucket.charge(refilled)
+        charge_refilled([(bucket, tokens) for bucket in taken[:-1]])
 
     def take_or_delay(self, tokens: float = 1) -> float:
         """Take from all buckets, or return the delay of the slowest. See `TokenBucket.take_or_delay`."""
@@ -190,6 +189,19 @@ def members(bucket: Bucket) -> Iterator[Bucket]:
             yield from members(each)
     else:
         yield bucket
+
+
+def charge_refilled(taken: Iterable[tuple[Any, ...]]) -> None:
+    """Charge buckets as if tokens that were taken a while ago were taken only now.
+
+    Args:
+        taken: Tuples that begin with a bucket and the tokens that were taken from it.
+
+    """
+    for bucket, tokens, *_ in taken:
+        refilled = min(tokens, bucket.tokens + tokens - bucket.capacity)
+        if refilled > 0.0:  # it has been full since, for all that
+            bucket.charge(refilled)
 
 
 def take_all_or_delay(demands: Sequence[tuple[Any, ...]]) -> tuple[float, int]:

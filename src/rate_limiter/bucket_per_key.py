@@ -38,8 +38,8 @@ class BucketPerKey:
         per_tenant["acme"].allow()
 
     It forgets full buckets, for a full bucket is a new bucket: little by little, when new ones are
-    made. One that is not full, or that anybody still holds, is never forgotten, so nobody gets more
-    tokens by cycling through keys.
+    made. One that is not full, that anybody still holds, or that was configured, is never forgotten, so
+    nobody gets more tokens by cycling through keys.
 
     Args:
         capacity: The capacity of each bucket. Above 0.
@@ -144,9 +144,20 @@ class BucketPerKey:
             key = next(iter(self._buckets))
             bucket = self._buckets.pop(key)
             # Out of reach now: whoever holds it besides this variable had it before.
-            if _holders(bucket) > _ALONE or bucket.tokens < bucket.capacity:
+            if (
+                _holders(bucket) > _ALONE
+                or bucket.tokens < bucket.capacity
+                or self._is_own(key, bucket)
+            ):
                 self._buckets[key] = bucket  # as the last one
             del bucket
+
+    def _is_own(self, key: Key, bucket: TokenBucket) -> bool:
+        """Whether a bucket was configured: made anew it would be another."""
+        try:
+            return (bucket.capacity, bucket.tokens_per_second) != self._limits_of(key)
+        except Exception:  # noqa: BLE001 - limits=… cannot tell now
+            return True
 
     def _shared_by_the_rest(self) -> TokenBucket:
         if self._overflow is None:

@@ -15,7 +15,7 @@ import itertools
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from .bucket import Bucket, take_all_or_delay
 from .limit import Demand, Limit
@@ -144,7 +144,7 @@ class Holding(Generic[Job]):
         for demand in demands:
             queue = self._queues.get(demand[0])
             if queue is not None:  # behind those who came before
-                self._hold(job, demands, demand, now, max(0.0, queue.forecast() - now))
+                self._hold(job, demands, demand, now, max(math.ulp(now), queue.forecast() - now))
                 return False
         delay, refused = take_all_or_delay(demands)
         if not delay:
@@ -183,6 +183,7 @@ class Holding(Generic[Job]):
                     released.append(held.job)
                 elif demand[0] is queue.bucket:
                     self._schedule(queue, now, delay)
+                    self._give_up_claims(held, now, delay)
                     break
                 else:
                     self._move(held, demand, now, delay)
@@ -224,12 +225,20 @@ class Holding(Generic[Job]):
             return
         self._unlink(held)
         first = self._enqueue(held, demand, now, delay)
-        # What the bucket that it leaves would lose while it waits, against what it would have taken.
-        loses = delay * left.bucket.tokens_per_second
-        takes = sum(tokens for bucket, tokens, _ in held.demands if bucket is left.bucket)
-        if first and left.claimant is None and loses <= takes * _EVEN:
+        self._give_up_claims(held, now, delay)
+        if first and left.claimant is None and _worth_it(held, left, delay):
             left.claimant = held
             held.claims.append(left)
+
+    def _give_up_claims(self, held: _Held[Job], now: float, delay: float) -> None:
+        """Open what a job has claimed, where it has come to wait for longer than that is worth."""
+        for queue in list(held.claims):
+            if not _worth_it(held, queue, delay):
+                held.claims.remove(queue)
+                queue.claimant = None
+                if queue.jobs:
+                    self._schedule(queue, now, 0.0)
+                self._drop_if_empty(queue)
 
     def _enqueue(self, held: _Held[Job], demand: Demand, now: float, delay: float) -> bool:
         """Put a job into a bucket's queue; whether it is the next one there."""
@@ -267,11 +276,17 @@ class Holding(Generic[Job]):
             del self.held_by[held.limit]
 
     def _drop_if_empty(self, queue: _Queue[Job]) -> None:
-        if not queue.jobs and queue.claimant is None:
-            self._queues.pop(queue.bucket, None)
+        if not queue.jobs and queue.claimant is None and self._queues.get(queue.bucket) is queue:
+            del self._queues[queue.bucket]
 
     def _schedule(self, queue: _Queue[Job], now: float, delay: float) -> None:
         # later than now, also where the delay vanishes in rounding
         queue.due = max(now + delay, math.nextafter(now, math.inf)) if delay else now
         queue.look = min(queue.due, now + _LOOK_AGAIN)
         heapq.heappush(self._due, (queue.look, next(self._count), queue))
+
+
+def _worth_it(held: _Held[Any], queue: _Queue[Any], delay: float) -> bool:
+    """Whether a bucket that waits for a job loses no more than the job takes from it."""
+    takes = sum(tokens for bucket, tokens, _ in held.demands if bucket is queue.bucket)
+    return delay * queue.bucket.tokens_per_second <= takes * _EVEN

@@ -6,9 +6,10 @@ from its arguments. It knows neither Celery nor kombu.
 
 import inspect
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import Any, Final
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -16,7 +17,9 @@ from .bucket import Bucket, members
 from .bucket_per_key import BucketPerKey
 from .checks import positive, whole
 
-__all__ = ["AnyBucket", "Demand", "Limit", "refuse_to_pay_twice"]
+__all__ = ["AnyBucket", "Demand", "Limit", "price", "refuse_to_pay_twice"]
+
+logger = logging.getLogger("rate_limiter")
 
 #: What a job is to take: from this bucket, so many tokens, because of this limit.
 Demand = tuple[Bucket, float, "Limit"]
@@ -30,6 +33,9 @@ _HOLD_PER_KEY: Final = 1000
 
 #: How many seconds' worth of a limit a gate holds, unless the user says otherwise.
 _HOLD_SECONDS: Final = 4.0
+
+#: A callable of the user's that takes longer, in seconds, holds up the gate and is told of.
+_SLOW: Final = 0.05
 
 POLICIES: Final = ("wait", "retry", "drop", "raise")
 OVERFLOWS: Final = ("hold", "pause")
@@ -118,6 +124,8 @@ class Limit:
         self.name = name
         self.max_held = max_held
         self.overflow = overflow or "hold"
+        #: Whether it has been told that its callables are slow.
+        self.slow = False
         #: Tells limits apart across a fork.
         self.number = next(_numbers)
         _limits[self.number] = self
@@ -153,7 +161,7 @@ class Limit:
 
     def demands(
         self,
-        task: str,
+        job: str,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         headers: Mapping[str, Any] | None = None,
@@ -161,53 +169,63 @@ class Limit:
         """Return what a job is to take: from one bucket, or from each that an `AllOf` stands for.
 
         Args:
-            task: The task's name, for errors.
+            job: What to call it in errors: ``"task upload"``, ``"queue emails"``.
             args: The positional arguments that the producer sent.
             kwargs: The keyword arguments that the producer sent.
             headers: The headers that the producer sent, for callables that ask for them.
 
         Raises:
             ValueError: The price cannot be computed, or is one that can never be paid. The message
-                names the task, the limit and the value; the job is to fail with it.
+                names the job, the limit and the value; the job is to fail with it.
 
         """
         if self.fixed:
             return self.fixed
-        bucket = self._bucket(task, args, kwargs, headers)
+        bucket = self._bucket(job, args, kwargs, headers)
         tokens: Any = self.tokens
         if callable(tokens):
-            tokens = self._ask("tokens", tokens, task, args, kwargs, headers)
+            tokens = self._ask("tokens", tokens, job, args, kwargs, headers)
         try:
             cost = positive("tokens", tokens)
         except (TypeError, ValueError):
-            raise ValueError(self._complaint("tokens", task, tokens, "a number above 0")) from None
+            raise ValueError(self._complaint("tokens", job, tokens, "a number above 0")) from None
         if cost > bucket.capacity:
             most = f"at most the capacity {bucket.capacity:g}"
-            raise ValueError(self._complaint("tokens", task, tokens, most))
+            raise ValueError(self._complaint("tokens", job, tokens, most))
         return tuple((member, cost, self) for member in members(bucket))
+
+    def buckets_of(
+        self,
+        job: str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        headers: Mapping[str, Any] | None = None,
+    ) -> tuple[Bucket, ...]:
+        """Return the buckets that a job draws on, whatever it costs. See `demands`."""
+        return tuple(members(self._bucket(job, args, kwargs, headers)))
 
     def _bucket(
         self,
-        task: str,
+        job: str,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         headers: Mapping[str, Any] | None,
     ) -> Bucket:
         bucket: Any = self.bucket
         if callable(bucket) and not isinstance(bucket, Bucket):
-            bucket = self._ask("bucket", bucket, task, args, kwargs, headers)
+            bucket = self._ask("bucket", bucket, job, args, kwargs, headers)
         if isinstance(bucket, BucketPerKey) and self.key is not None:
-            key = self._ask("key", self.key, task, args, kwargs, headers)
+            key = self._ask("key", self.key, job, args, kwargs, headers)
             try:
                 return bucket[key]
             except Exception as error:  # a bad key, or its limits cannot be told
-                raise ValueError(f"task {task}, limit {self.name or task}: {error}") from error
+                raise ValueError(f"{self._blamed(job)}: {error}") from error
         if not isinstance(bucket, Bucket):
-            raise ValueError(self._complaint("bucket", task, bucket, "a bucket"))
+            raise ValueError(self._complaint("bucket", job, bucket, "a bucket"))
         if self.buckets and not all(
             any(member is each for each in self.buckets) for member in members(bucket)
         ):
-            raise ValueError(self._complaint("bucket", task, bucket, "one of buckets=…"))
+            raise ValueError(self._complaint("bucket", job, bucket, "one of buckets=…"))
         return bucket
 
     def bound(self, window: int, default: int | None = None) -> int:
@@ -247,7 +265,7 @@ class Limit:
         self,
         argument: str,
         function: Callable[..., Any],
-        task: str,
+        job: str,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         headers: Mapping[str, Any] | None,
@@ -257,12 +275,46 @@ class Limit:
             return function(*args, **kwargs, **extra)
         except Exception as error:
             # Only the text of the error: its object may not survive the result backend.
-            raise ValueError(
-                f"task {task}, limit {self.name or task}: {argument}=… raised {error!r}"
-            ) from error
+            raise ValueError(f"{self._blamed(job)}: {argument}=… raised {error!r}") from error
 
-    def _complaint(self, argument: str, task: str, value: Any, expected: str) -> str:
-        return f"task {task}, limit {self.name or task}: {argument} is {value!r}, expected {expected}"
+    def _complaint(self, argument: str, job: str, value: Any, expected: str) -> str:
+        return f"{self._blamed(job)}: {argument} is {value!r}, expected {expected}"
+
+    def _blamed(self, job: str) -> str:
+        return f"{job}, limit {self.name or job.partition(' ')[2]}"
+
+
+def price(
+    limits: Iterable[Limit],
+    job: str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    headers: Mapping[str, Any] | None = None,
+) -> list[Demand]:
+    """Return what a job is to take under several limits, at a gate.
+
+    The arguments are those of `Limit.demands`. A callable of the user's that holds up the gate is told
+    of, once for each limit.
+
+    Raises:
+        ValueError: As `Limit.demands`, or a bucket would be paid twice.
+
+    """
+    demands: list[Demand] = []
+    for limit in limits:
+        began = perf_counter()
+        demands += limit.demands(job, args, kwargs, headers)
+        took = perf_counter() - began
+        if took > _SLOW and not limit.slow:
+            limit.slow = True
+            logger.warning(
+                "Limit %s: its callable took %.0f ms for one job; it runs in the loop of the worker, and "
+                "holds up all jobs",
+                limit.name,
+                took * 1000,
+            )
+    refuse_to_pay_twice([demand[0] for demand in demands], job)
+    return demands
 
 
 def refuse_to_pay_twice(buckets: Iterable[Any], whose: str) -> None:

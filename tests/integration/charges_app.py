@@ -39,6 +39,30 @@ if not SPAWNED:
         note("twice", "ran")
 
 
+@app.task(name="inner")
+@throttle(NotedBucket("inner tank", 100, 0.001), tokens=50)
+def inner():
+    current_charge().settle(1)
+
+
+@app.task(name="outer")
+@throttle(NotedBucket("outer tank", 100, 0.001), tokens=10)
+def outer():
+    """Pay for what it calls, too, and settle each by itself."""
+    inner.run()
+    inner()
+    current_charge().settle(4)
+
+
+if not SPAWNED:
+
+    @app.task(name="late")
+    @throttle(NotedBucket("busy", 1, 0.001), timeout=0.05)
+    @throttle(NotedBucket("late", 5, 0.001), name="late")
+    def late():
+        note("late", "ran")
+
+
 @app.task(name="remote", bind=True, max_retries=0)
 @throttle(NotedBucket("remote", 5, 20))
 def remote(self, number, pauses=1, seconds=1.0):
@@ -47,6 +71,15 @@ def remote(self, number, pauses=1, seconds=1.0):
     if len([1 for line in tried(number)]) <= pauses:
         raise RetryAfter(seconds)
     note("remote", number)
+    return number
+
+
+@app.task(name="loose remote", bind=True, autoretry_for=(Exception,), max_retries=0)
+def loose_remote(self, number):
+    """Be limited by the gate only, and retried by Celery."""
+    note("remote tried", [number, self.request.retries])
+    if len(tried(number)) == 1:
+        raise RetryAfter(0.3)
     return number
 
 
@@ -91,5 +124,6 @@ if gate or CONFIG["pool"] != "prefork":
 
 if gate:
     gate.limit("loose", bucket=loose_bucket, tokens=5)
+    gate.limit("loose remote", bucket=NotedBucket("loose remote", 5, 20))
     for each in CONFIG["limits"]:
         gate.limit(*each["tasks"], bucket=NotedBucket(*each["bucket"]))

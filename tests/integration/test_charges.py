@@ -5,7 +5,7 @@ import pytest
 from harness import DEADLINE, Lab, wait_for
 from limits import start
 
-from rate_limiter import RetryAfter
+from rate_limiter import RateLimitExceeded, RetryAfter
 
 #: Pool, gate.
 WAYS = {
@@ -75,6 +75,25 @@ def test_what_the_gate_was_paid_is_given_back_where_the_decorator_refuses(way):
         assert lab.runs("twice") == ["ran"] + ["instead"] * (count - 1)
 
 
+def test_what_is_called_inline_settles_its_own_charge(way):
+    """task.run() and task() in a task pay and settle for themselves, the caller for itself."""
+    lab, *_ = way
+    assert lab.send("outer").get(DEADLINE) is None
+    assert lab.runs("inner tank refunded") == [49, 49]
+    assert lab.runs("outer tank refunded") == [6]
+
+
+def test_what_the_gate_was_paid_is_given_back_after_a_timeout(way):
+    """A job whose second limit lets it wait for too long costs the first one nothing."""
+    lab, *_ = way
+    lab.send("late").get(DEADLINE)
+    for _ in range(7):  # "late" has 5 tokens
+        with pytest.raises(RateLimitExceeded):
+            lab.send("late").get(DEADLINE)
+    assert lab.runs("late") == ["ran"]
+    assert lab.runs("late refunded") == [1] * 7
+
+
 def test_a_pause_that_the_remote_wants(way):
     """RetryAfter: nobody is granted anything meanwhile, the job runs again, and it is no retry."""
     lab, *_ = way
@@ -88,6 +107,14 @@ def test_a_pause_that_the_remote_wants(way):
     assert [entry.value for entry in lab.log("remote tried")].count([1, 0]) == 2
     for entry in lab.log("remote"):
         assert entry.at - paused_at >= 1.0
+
+
+def test_a_pause_is_no_failure_that_celery_retries(way):
+    """autoretry_for=(Exception,) of a task that only the gate limits does not take RetryAfter for one."""
+    lab, _, gate = way
+    if gate:
+        assert lab.send("loose remote", 5).get(DEADLINE) == 5
+        assert lab.runs("remote tried").count([5, 0]) == 2
 
 
 def test_a_remote_that_never_ends_its_pauses(way):

@@ -82,6 +82,7 @@ def test_prices_by_body_header_and_routing_key(rabbitmq_broker, price, kind):
 
 def test_callables_that_are_slow_are_told_of(redis_broker, caplog):
     """A price that takes long holds up the loop: it is logged, once."""
+    caplog.set_level(logging.WARNING, "rate_limiter")
     queue = redis_broker.queue()
     redis_broker.send(queue, *range(3))
     with running(

@@ -122,8 +122,9 @@ def test_a_slow_callable_is_told_of_once(shared):
     assert "Limit sluggish" in line
 
 
-def test_a_job_that_cannot_be_ended_stops_nobody(redis_lab):
-    """With the result backend down a job cannot fail or be dropped; others go on, and it is not lost."""
+@pytest.mark.parametrize("ends", ["there", "elsewhere"])
+def test_a_job_that_cannot_be_ended_stops_nobody(redis_lab, ends):
+    """With the result backend down a job cannot fail or be dropped; others go on, and it ends later."""
     lab, down = redis_lab, redis_lab.folder / "runs.down"
     for number in range(2):
         lab.send("dropped", number, ignore_result=True)
@@ -137,9 +138,18 @@ def test_a_job_that_cannot_be_ended_stops_nobody(redis_lab):
             lab.send("job", number)
         assert sorted(lab.wait_for_runs("job", 5)) == list(range(5))
         for name, job in zip(("priced", "dropped", "refused"), jobs, strict=True):
-            wait_for(lambda line=f"Could not end {name}[{job.id}]": line in worker.output)
+            wait_for(lambda line=f"Could not end {name}[{job.id}] yet": line in worker.output)
+        assert unacknowledged(lab) == 3
+        if ends == "there":
+            down.unlink()
+            wait_for(lambda: all(job.ready() for job in jobs))
+            wait_for(lambda: not unacknowledged(lab))
         worker.stop()
-    down.unlink()
-    with start(lab):  # with full buckets
-        wait_for(lambda: all(job.ready() for job in jobs))
-    assert [job.state for job in jobs] == ["FAILURE", "SUCCESS", "SUCCESS"]
+    if ends == "elsewhere":
+        down.unlink()
+        with start(lab):  # with full buckets
+            wait_for(lambda: all(job.ready() for job in jobs))
+    assert [job.state for job in jobs] == {
+        "there": ["FAILURE", "REVOKED", "FAILURE"],
+        "elsewhere": ["FAILURE", "SUCCESS", "SUCCESS"],
+    }[ends]

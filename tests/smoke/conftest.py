@@ -99,6 +99,15 @@ class WorkerContainer(CeleryWorkerContainer):
         """Return a worker with four children."""
         return super().command("-c", "4", "--without-gossip", "--without-mingle", *args, **kwargs)
 
+    @property
+    def ready_prompt(self):
+        """Return nothing: the plugin would wait for it for minutes, after the container has ended too."""
+        return None
+
+    def ready(self):
+        """Whether it consumes. Raises where the container has ended."""
+        return super().ready() and " ready." in self.logs()
+
     def count(self, text):
         """Return how often a text was logged, by earlier lives of the container too."""
         return self.logs().count(text)
@@ -375,7 +384,7 @@ def _worker(cls, files="{worker_volume.name}"):
         network="{default_pytest_celery_network.name}",
         volumes={files: {"bind": "/app", "mode": "ro"}},
         # The supervisor that workers are to run under: a broken connection may end one.
-        restart_policy={"Name": "on-failure"},
+        restart_policy={"Name": "on-failure", "MaximumRetryCount": 3},
         wrapper_class=cls,
         timeout=60,
         **PER_BROKER,

@@ -166,6 +166,8 @@ def test_same_bucket_twice(buckets):
     """One bucket cannot be paid twice for one job by mistake."""
     with pytest.raises(ValueError, match="twice"):
         AllOf(buckets[0], buckets[0])
+    with pytest.raises(ValueError, match="twice"):
+        AllOf(AllOf(*buckets), buckets[0])
 
 
 def test_more_than_capacity(both):

@@ -133,6 +133,18 @@ def test_a_bucket_in_use_is_never_forgotten(clock):
     assert tenants["held"] is held
 
 
+def test_a_bucket_that_was_configured_is_never_forgotten(clock):
+    """What configure() has changed for a key stays so."""
+    tenants = BucketPerKey(1, 1, limits={"free": (2, 2)}.get, clock=clock)
+    tenants["acme"].configure(capacity=9, tokens_per_second=50)
+    assert tenants["free"].allow()
+    for number in range(100):
+        clock.advance(1)
+        tenants[number]
+    assert (tenants["acme"].capacity, tenants["acme"].tokens_per_second) == (9, 50)
+    assert sorted(key for key in tenants if isinstance(key, str)) == ["acme"]
+
+
 def test_beyond_max_keys_new_keys_share_a_bucket(clock, caplog):
     """At max_keys new keys share one bucket at the default rate, until there is room; told once."""
     tenants = BucketPerKey(2, 1, max_keys=3, limits={"vip": (9, 9)}.get, clock=clock)

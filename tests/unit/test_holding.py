@@ -178,6 +178,29 @@ def test_claimed_bucket_without_jobs_serves_nobody_new(holding, clock):
     assert released(holding, clock, 2.5) == [(2.5, ["both"])]
 
 
+@pytest.mark.parametrize("later", ["third bucket", "pause", "debt"])
+def test_claim_is_given_up_when_it_would_cost_much(holding, clock, later):
+    """A job that has come to wait long, at whatever bucket, keeps none of the others from serving."""
+    one, other, third = (TokenBucket(1, rate, clock=clock) for rate in (1, 1, 0.001))
+    one.allow()
+    clock.advance(0.5)
+    other.allow()
+    wants = [demand(one, 1), demand(other, 1)]
+    if later == "third bucket":
+        third.allow()
+        wants.append(demand(third, 1))
+    holding.offer("all", wants, clock())
+    for job in range(3):
+        holding.offer(job, [demand(one, 1)], clock())
+    assert released(holding, clock, 1.2) == []  # it has claimed the one, and waits for the other
+    if later == "pause":
+        other.pause(600)
+    elif later == "debt":
+        other.charge(600)
+    assert [job for _, jobs in released(holding, clock, 10) for job in jobs] == [0, 1, 2]
+    assert released(holding, clock, 2000)[-1][1] == ["all"]
+
+
 PRICES = st.dictionaries(st.integers(0, 2), st.sampled_from([0.5, 1, 2]), min_size=1)
 
 

@@ -37,8 +37,8 @@ def test_demand_is_what_the_callables_say():
     limit = Limit(
         lambda name, size: large if size > 1 else small, tokens=lambda name, size: size, name="uploads"
     )
-    assert limit.demands("upload", ("a.mp4",), {"size": 1}) == ((small, 1, limit),)
-    assert limit.demands("upload", ("a.mp4", 50), {}) == ((large, 50, limit),)
+    assert limit.demands("task upload", ("a.mp4",), {"size": 1}) == ((small, 1, limit),)
+    assert limit.demands("task upload", ("a.mp4", 50), {}) == ((large, 50, limit),)
 
 
 @pytest.mark.parametrize("value", [0, -3, math.nan, math.inf, "2", None, 11])
@@ -46,7 +46,7 @@ def test_impossible_cost_names_task_limit_and_value(value):
     """A cost that can never be paid is an error that names the task, the limit and the value."""
     limit = Limit(bucket, tokens=lambda: value, name="uploads")
     with pytest.raises(ValueError, match=r"task jobs\.upload, limit uploads: tokens is") as raised:
-        limit.demands("jobs.upload", (), {})
+        limit.demands("task jobs.upload", (), {})
     assert repr(value) in str(raised.value)
 
 
@@ -56,7 +56,7 @@ def test_error_of_a_callable_is_named_and_kept():
     with pytest.raises(
         ValueError, match="task upload, limit upload: tokens=… raised KeyError"
     ) as raised:
-        limit.demands("upload", ({},), {})
+        limit.demands("task upload", ({},), {})
     assert isinstance(raised.value.__cause__, KeyError)
 
 
@@ -64,8 +64,8 @@ def test_callable_that_asks_for_headers_gets_them():
     """A keyword-only parameter `headers` gives a callable what the producer sent beside the arguments."""
     limit = Limit(bucket, tokens=lambda size, *, headers: size * headers.get("factor", 1))
     assert limit.asks_headers
-    assert limit.demands("upload", (2,), {}, {"factor": 3})[0][1] == 6
-    assert limit.demands("upload", (2,), {})[0][1] == 2
+    assert limit.demands("task upload", (2,), {}, {"factor": 3})[0][1] == 6
+    assert limit.demands("task upload", (2,), {})[0][1] == 2
 
 
 def test_turns_follow_each_other(monkeypatch):
@@ -79,16 +79,16 @@ def test_callable_that_returns_no_bucket_is_named():
     """A bucket callable that returns something else fails the job with that value."""
     limit = Limit(lambda: "gold")
     with pytest.raises(ValueError, match="bucket is 'gold', expected a bucket"):
-        limit.demands("upload", (), {})
+        limit.demands("task upload", (), {})
 
 
 def test_key_picks_the_bucket():
     """key=… is asked with the job's arguments; its bucket counts, capacity and all."""
     tenants = BucketPerKey(2, 1, limits={"large": (50, 5)}.get)
     limit = Limit(tenants, key=lambda tenant, _size: tenant, tokens=lambda _tenant, size: size)
-    assert limit.demands("upload", ("large", 40), {}) == ((tenants["large"], 40, limit),)
+    assert limit.demands("task upload", ("large", 40), {}) == ((tenants["large"], 40, limit),)
     with pytest.raises(ValueError, match="tokens is 40, expected at most the capacity 2"):
-        limit.demands("upload", ("small", 40), {})
+        limit.demands("task upload", ("small", 40), {})
 
 
 @pytest.mark.parametrize("key", [1.5, None, ["a"], "x" * 201])
@@ -96,23 +96,25 @@ def test_bad_key_names_task_and_limit(key):
     """A key that is none is the job's own fault, and its error says where."""
     limit = Limit(BucketPerKey(1, 1), key=lambda: key, name="tenants")
     with pytest.raises(ValueError, match="task upload, limit tenants: key must "):
-        limit.demands("upload", (), {})
+        limit.demands("task upload", (), {})
 
 
 def test_all_of_counts_as_its_buckets():
     """A job takes from each bucket of an AllOf by itself, so that it waits in their queues."""
     one, other, third = TokenBucket(5, 1), TokenBucket(5, 1), TokenBucket(5, 1)
     limit = Limit(AllOf(one, AllOf(other, third)), tokens=2)
-    assert limit.demands("upload", (), {}) == tuple((each, 2, limit) for each in (one, other, third))
+    assert limit.demands("task upload", (), {}) == tuple(
+        (each, 2, limit) for each in (one, other, third)
+    )
 
 
 def test_buckets_says_what_a_callable_may_return():
     """What buckets=[…] does not name is refused, for it was not shared."""
     one, other = TokenBucket(5, 1), TokenBucket(5, 1)
     limit = Limit(lambda which: which, buckets=[one])
-    assert limit.demands("upload", (one,), {}) == ((one, 1, limit),)
+    assert limit.demands("task upload", (one,), {}) == ((one, 1, limit),)
     with pytest.raises(ValueError, match="expected one of buckets=…"):
-        limit.demands("upload", (AllOf(one, other),), {})
+        limit.demands("task upload", (AllOf(one, other),), {})
 
 
 @pytest.mark.parametrize(

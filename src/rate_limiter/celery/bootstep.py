@@ -10,7 +10,8 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from time import monotonic, perf_counter
+from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -21,7 +22,7 @@ from celery.exceptions import ImproperlyConfigured
 from celery.worker import state
 
 from ..holding import Holding
-from ..limit import Demand, Limit, refuse_to_pay_twice
+from ..limit import Demand, Limit, price
 from . import receipt
 from .lease import Lease
 from .outcome import fail, refuse_at_gate
@@ -38,8 +39,8 @@ __all__ = ["GateStep"]
 
 logger = logging.getLogger("rate_limiter")
 
-#: A callable of the user's that takes longer holds up the worker, and is told of.
-_SLOW: Final = 0.05
+#: Seconds until what could not be ended is tried again.
+_END_AGAIN: Final = 1.0
 
 #: While a job with an ETA is about, the consumer of a worker without event loop looks up this often:
 #: the timer thread that brings the job cannot wake it.
@@ -68,15 +69,17 @@ class GateStep(bootsteps.StartStopStep):
             )
         self.consumer = consumer
         self.forward: Callable[[Any], None] = consumer.on_task_request
-        self.held: Holding[Any] = Holding(refuse=self._refuse, fail=fail, skip=_revoked)
+        self.held: Holding[Any] = Holding(refuse=self._refuse, fail=self._fail, skip=self._skip)
         self.plans = _Plans(gate)
         #: What jobs are to take whose price depends on their arguments, until they go.
         self.priced: WeakKeyDictionary[Any, Sequence[Demand]] = WeakKeyDictionary()
         self.bounds: dict[Limit, int] = {}
-        self.slow: set[Limit] = set()
         # Celery fires timers from a second thread while a warm shutdown waits for the pool.
         self.lock = threading.RLock()
         self.open = False
+        #: What could not be ended, and when that is tried again.
+        self.unended: list[Callable[[], Any]] = []
+        self.end_again_at = 0.0
         self.wake_up: Any = None
         self.wake_up_at = 0.0
         tasks_of = self._check_and_announce()
@@ -112,6 +115,7 @@ class GateStep(bootsteps.StartStopStep):
         with self.lock:
             was_open, self.open = self.open, False
             self._cancel_wake_up()
+            self.unended.clear()
             forgotten = self.held.clear()
             for request in forgotten:  # else `inspect reserved` goes on showing it
                 state.reserved_requests.discard(request)
@@ -191,7 +195,7 @@ class GateStep(bootsteps.StartStopStep):
             with self.lock:
                 goes = self.held.offer(request, demands, monotonic())
         except Exception as error:  # noqa: BLE001 - a callable of the user's, or its result
-            fail(request, error)
+            self._fail(request, error)
             return
         if goes:
             self._let_go(request, plan)
@@ -207,29 +211,22 @@ class GateStep(bootsteps.StartStopStep):
         headers = None
         if any(limit.asks_headers for limit in limits):
             headers = Context(request.request_dict).headers
-        demands: list[Demand] = []
-        for limit in limits:
-            began = perf_counter()
-            demands += limit.demands(request.type, request.args, request.kwargs, headers)
-            took = perf_counter() - began
-            if took > _SLOW and limit not in self.slow:
-                self.slow.add(limit)
-                logger.warning(
-                    "Limit %s: its callable took %.0f ms for one job; it runs in the worker's main "
-                    "process and holds up all jobs",
-                    limit.name,
-                    took * 1000,
-                )
-        refuse_to_pay_twice([demand[0] for demand in demands], f"`{request.type}`")
-        return demands
+        return price(limits, f"task {request.type}", request.args, request.kwargs, headers)
 
     def _refuse(self, request: Any, demand: Demand, delay: float) -> bool:
         limit = demand[2]
         room = self.held.held_by[limit] < self._bound(limit)
         if limit.when_limited == "retry" and request.eta and room:
             return False  # it comes when its turn is due, and waits for what little is missing
-        refuse_at_gate(request, demand, delay)
+        self._end(request, partial(refuse_at_gate, request, demand, delay))
         return True
+
+    def _fail(self, request: Any, error: Exception) -> None:
+        self._end(request, partial(fail, request, error))
+
+    def _skip(self, request: Any) -> bool:
+        """Whether a held job was revoked or has expired; then it is announced and acknowledged here."""
+        return bool(self._end(request, request.revoked))
 
     def _let_go(self, request: Any, plan: "_Plan") -> None:
         paid = plan.paid or receipt.paid(request.task, self.priced.pop(request))
@@ -251,6 +248,37 @@ class GateStep(bootsteps.StartStopStep):
         self._after_change()
         if self.queues.paused:
             self._pause_or_resume()
+
+    # -- what ends here ---------------------------------------------------------------------------
+
+    def _end(self, request: Any, end: Callable[[], Any]) -> Any:
+        """End a job; or go on, and try again later, where the result backend or the broker is down.
+
+        Until then it stays unacknowledged, so the broker has it still.
+        """
+        try:
+            return end()
+        except Exception:
+            logger.exception("Could not end %s[%s] yet", request.name, request.id)
+            self._end_later(end)
+            return True
+
+    def _end_later(self, end: Callable[[], Any]) -> None:
+        with self.lock:
+            self.unended.append(end)
+            if len(self.unended) == 1:
+                self.end_again_at = monotonic() + _END_AGAIN
+                if self.has_timer:
+                    self.consumer.timer.call_after(_END_AGAIN, self._end_again)
+
+    def _end_again(self) -> None:
+        with self.lock:
+            unended, self.unended = self.unended, []
+        for end in unended:
+            try:
+                end()
+            except Exception:  # noqa: BLE001 - it has been logged
+                self._end_later(end)
 
     # -- when to look again -----------------------------------------------------------------------
 
@@ -322,6 +350,10 @@ class GateStep(bootsteps.StartStopStep):
                 self.window.update()
                 due = self.held.next_due
                 at = end if due is None else min(end, due)
+                if self.unended:
+                    at = min(at, self.end_again_at)
+                    if at <= monotonic():
+                        self._end_again()
                 left = max(0.001, at - monotonic())
                 if getattr(state, "scheduled_requests", True):  # Celery 5.5 does not tell
                     left = min(left, _ETA_POLL)
@@ -376,13 +408,3 @@ def _refuse_prefetch_without_bound(consumer: Any, limits: list[Limit]) -> None:
             "worker_disable_prefetch is set: a worker with as many jobs in hand as it has slots then "
             "stops consuming, and the jobs that the gate holds count; unset it, or remove the gate"
         )
-
-
-def _revoked(request: Any) -> bool:
-    """Whether a held job was revoked or has expired; then it is announced and acknowledged here."""
-    try:
-        return bool(request.revoked())
-    except Exception:
-        # The result backend is down. The job stays unacknowledged, so the broker has it still.
-        logger.exception("Could not announce that %s[%s] was revoked", request.name, request.id)
-        return True

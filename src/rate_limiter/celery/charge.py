@@ -1,8 +1,9 @@
 """What a job was charged, and settling it once the true cost is known."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any, Final, NamedTuple
-from weakref import WeakKeyDictionary
 
 from celery import Task
 from celery._state import get_current_task
@@ -17,8 +18,8 @@ from .settings import enabled
 
 __all__ = ["Charge", "collect", "confine", "current_charge"]
 
-#: The charge of each execution, by its request.
-_charges: Final[WeakKeyDictionary[Any, "Charge"]] = WeakKeyDictionary()
+#: The charge of the execution that runs now.
+_current: Final[ContextVar["Charge | None"]] = ContextVar("rate_limiter_charge", default=None)
 
 #: Whether tasks run in processes that the gate does not run in.
 _confined = False
@@ -134,6 +135,18 @@ class Charge:
                     bucket.pause(seconds)
         return [limit for limit, paid in self._paid.items() if not paid.reachable]
 
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Be the charge of what runs in the block; unless nothing was paid: then the caller's stays."""
+        if not self:
+            yield
+            return
+        before = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(before)
+
     def _find(self, name: str | None) -> Limit | None:
         if not self._paid:
             return None
@@ -145,7 +158,7 @@ class Charge:
 
 
 def current_charge() -> Charge:
-    """Return what the job that runs now was charged. To be called in a task.
+    """Return what the execution that runs now was charged. To be called in a task.
 
     Raises:
         RuntimeError: No task runs here, or nothing limits it. (Where limits are lifted, by
@@ -153,12 +166,12 @@ def current_charge() -> Charge:
             eagerly, it is an empty charge instead.)
 
     """
+    charge = _current.get()
+    if charge is not None:
+        return charge
     task = get_current_task()
     if task is None:
         raise RuntimeError("current_charge() is for the body of a task: no task runs here")
-    charge = _charges.get(task.request)
-    if charge is not None:
-        return charge
     if not enabled(task.app) or task.request.called_directly or task.request.is_eager:
         return Charge()
     raise RuntimeError(f"{task.name} was charged nothing: no limit is declared for it")
@@ -166,11 +179,14 @@ def current_charge() -> Charge:
 
 def collect(task: Task, request: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Charge:
     """Begin the charge of an execution with what the gate was paid for it."""
-    charge = _charges[request] = Charge()
+    charge = Charge()
     for limit, tokens in receipt.consume(task, request):
-        demands = limit.demands(task.name, args, kwargs, request.headers)
-        buckets = tuple(demand[0] for demand in demands)
-        charge._paid[limit] = _Payment(tokens, buckets, all(map(_reachable, buckets)))
+        buckets: tuple[Bucket, ...] = ()
+        if isinstance(limit.bucket, Bucket) or limit.buckets or not _apart():
+            # The job has paid, so it runs, even if its bucket cannot be told any more.
+            with contextlib.suppress(Exception):
+                buckets = limit.buckets_of(f"task {task.name}", args, kwargs, request.headers)
+        charge._paid[limit] = _Payment(tokens, buckets, bool(buckets) and all(map(_reachable, buckets)))
     return charge
 
 
@@ -180,7 +196,10 @@ def confine() -> None:
     _confined = True
 
 
+def _apart() -> bool:
+    return _confined or receipt.is_spawned()
+
+
 def _reachable(bucket: Bucket) -> bool:
     """Whether a task can reach what the gate takes from. An own class of the user's is believed to."""
-    apart = _confined or receipt.is_spawned()
-    return not apart or is_shared(bucket) or not isinstance(bucket, TokenBucket)
+    return not _apart() or is_shared(bucket) or not isinstance(bucket, TokenBucket)

@@ -6,7 +6,6 @@ run ends with ``Ignore``. That alone stores no result, and ``get()`` and a chord
 """
 
 import logging
-from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
 from billiard.einfo import ExceptionInfo
@@ -31,13 +30,13 @@ def refuse_at_gate(request: Any, demand: Demand, delay: float) -> None:
     bucket, tokens, limit = demand
     reason = f"rate limit exceeded: {limit.name or request.type}"
     if limit.when_limited == "raise":
-        logger.info("Refused %s[%s]: %s", request.name, request.id, reason)
         fail(request, RateLimitExceeded(reason, delay))
+        logger.info("Refused %s[%s]: %s", request.name, request.id, reason)
     elif limit.when_limited == "drop":
+        request._announce_revoked(reason, False, None, False)
         logger.info("Dropped %s[%s]: %s", request.name, request.id, reason)
-        _or_log(request, lambda: request._announce_revoked(reason, False, None, False))
     else:
-        _or_log(request, lambda: _send_back(request, limit.turn(bucket, tokens, delay)))
+        _send_back(request, limit.turn(bucket, tokens, delay))
 
 
 def fail(request: Any, error: Exception) -> None:
@@ -46,12 +45,8 @@ def fail(request: Any, error: Exception) -> None:
         raise error
     except Exception:  # noqa: BLE001 - caught at once, for its traceback
         einfo = ExceptionInfo(internal=True)
-
-    def end() -> None:
-        request.on_failure(einfo)
-        request.acknowledge()
-
-    _or_log(request, end)
+    request.on_failure(einfo)
+    request.acknowledge()
 
 
 def refuse_in_task(demand: Demand, delay: float, name: str, job: Task | None) -> NoReturn:
@@ -125,12 +120,3 @@ def _drop(job: Task, reason: str) -> None:
         store_result=not request.ignore_result or job.store_errors_even_if_ignored,
     )
     signals.task_revoked.send(sender=job, request=request, terminated=False, signum=None, expired=False)
-
-
-def _or_log(request: Any, end: Callable[[], None]) -> None:
-    # The broker or the result backend may be down. The job then stays unacknowledged, so the broker
-    # has it still; the gate goes on with the others.
-    try:
-        end()
-    except Exception:
-        logger.exception("Could not end %s[%s]", request.name, request.id)

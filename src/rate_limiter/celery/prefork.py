@@ -45,7 +45,7 @@ class _Prefork(bootsteps.Step):
             return
         children = max(worker.concurrency, worker.max_concurrency or 0)
         # A child that takes another's place starts anew: with a full bucket.
-        replaced = bool(worker.max_tasks_per_child or worker.max_memory_per_child)
+        replaced = bool(worker.max_tasks_per_child or worker.max_memory_per_child or worker.time_limit)
         spawned = is_spawned(worker)
         for task in app.tasks.values():
             for limit in limits_of(task):

@@ -1,22 +1,14 @@
-"""Which queue a job came from, and pausing the consumption of a queue.
+"""Which queue a job came from, and pausing the consumption of a queue."""
 
-The routing key of a message does not tell its queue: a topic exchange or an alias may lie in between.
-AMQP names the consumer with each delivery. The virtual transports (Redis) do not, so there the channel
-is made to leave a mark on each message.
-"""
-
-import functools
 import logging
-from typing import Any, Final
+from typing import Any
 
 from ..limit import Limit
+from ..origin import MARK, mark_messages
 
 __all__ = ["Queues"]
 
 logger = logging.getLogger("rate_limiter")
-
-#: Where the mark is kept, in ``message.delivery_info``.
-_MARK: Final = "rate_limiter_queue"
 
 
 class Queues:
@@ -35,19 +27,13 @@ class Queues:
         self._entities: dict[str, Any] = {}
         if mark:
             # for the queues that `celery control add_consumer` brings, too
-            channel = consumer.task_consumer.channel
-            channel.basic_consume = functools.partial(_consume, channel.basic_consume)
+            mark_messages(consumer.task_consumer.channel)
 
     def of(self, request: Any) -> str | None:
         """Return the name of the queue that a job was consumed from."""
         info = request.message.delivery_info or {}
-        if (name := info.get(_MARK)) is not None:
-            return str(name)
-        tag = info.get("consumer_tag")
-        for name, active in self._consumer.task_consumer._active_tags.items():
-            if active == tag:
-                return str(name)
-        return info.get("routing_key")
+        name = info.get(MARK, info.get("routing_key"))
+        return None if name is None else str(name)
 
     def pause(self, name: str, limit: Limit) -> None:
         """Stop consuming a queue. What was delivered already still arrives."""
@@ -85,21 +71,3 @@ class Queues:
         consumer.add_queue(queue)
         consumer.consume()
         logger.info("Resumed queue %s", name)
-
-
-def _consume(
-    consume: Any,
-    queue: str,
-    no_ack: bool = False,
-    consumer_tag: str = "",
-    callback: Any = None,
-    **kwargs: Any,
-) -> Any:
-    """Stand in for a channel's ``basic_consume``: mark each message with its queue."""
-
-    def marked(message: Any) -> Any:
-        if message.delivery_info is not None:
-            message.delivery_info[_MARK] = queue
-        return callback(message)
-
-    return consume(queue=queue, no_ack=no_ack, consumer_tag=consumer_tag, callback=marked, **kwargs)

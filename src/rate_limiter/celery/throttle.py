@@ -9,6 +9,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from typing import Any, Final, ParamSpec, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -16,7 +17,7 @@ from celery import Task, signals
 from celery._state import get_current_task
 from celery.local import Proxy
 
-from ..bucket import Bucket
+from ..bucket import AllOf, Bucket, charge_refilled
 from ..exceptions import RateLimitExceeded, RetryAfter
 from ..limit import AnyBucket, Demand, Limit, refuse_to_pay_twice
 from .charge import Charge, collect
@@ -125,7 +126,9 @@ def throttle(
 
 def watch(task: Task) -> None:
     """Let a task that only the gate limits settle its charge, and pause its bucket."""
-    run = task.run
+    # With autoretry_for, task.run is Celery's (celery/app/autoretry.py): it would retry RetryAfter.
+    body = "_orig_run" if hasattr(task, "_orig_run") else "run"
+    run = getattr(task, body)
     if limits_of(task) or hasattr(run, _WATCHED):
         return
 
@@ -139,7 +142,7 @@ def watch(task: Task) -> None:
         return _call(run, args, kwargs, charge, None if _is_inline(task) else task)
 
     setattr(watched, _WATCHED, True)
-    task.run = watched
+    setattr(task, body, watched)
 
 
 def _refuse_what_is_not_a_function(function: Any) -> None:
@@ -182,7 +185,11 @@ def _run(
         elif limit in passes:
             due = []
         passes.discard(limit)
-    paid, refused = _pay(due, name, sent, kwargs, request)
+    try:
+        paid, refused = _pay(due, name, sent, kwargs, request)
+    except BaseException:
+        charge.give_back()
+        raise
     if refused is None:
         charge.add(paid)
         return _call(function, args, kwargs, charge, job)
@@ -202,7 +209,8 @@ def _call(
 ) -> Any:
     """Call a function that is paid for; pause its buckets if it says that the remote wants that."""
     try:
-        return function(*args, **kwargs)
+        with charge.current():
+            return function(*args, **kwargs)
     except RetryAfter as pause:
         seconds = float(pause.retry_after or 0.0)
         for limit in charge.pause(seconds):
@@ -232,17 +240,28 @@ def _pay(
 ) -> tuple[list[Demand], tuple[Demand, float] | None]:
     """Take the tokens of all limits; or of none, and return what was refused too, and the delay."""
     headers, eta = (request.headers, request.eta) if request is not None else (None, None)
-    demands = [demand for limit in limits for demand in limit.demands(name, sent, kwargs, headers)]
+    each = [limit.demands(f"task {name}", sent, kwargs, headers) for limit in limits]
+    demands = [demand for one in each for demand in one]
     refuse_to_pay_twice([bucket for bucket, _, _ in demands], f"`{name}`")
     with contextlib.ExitStack() as paid:
-        for demand in demands:
-            bucket, tokens, limit = demand
-            if limit.when_limited == "wait":
-                bucket.wait(tokens, timeout=limit.timeout)
-            elif delay := _take_or_delay(demand, eta):
-                return demands, (demand, delay)
+        waits = []
+        for one in each:
+            bucket, tokens, limit = one[0]
+            if len(one) > 1:
+                bucket = AllOf(*(demand[0] for demand in one))
+            if delay := _take_or_delay((bucket, tokens, limit), eta):
+                if limit.when_limited != "wait":
+                    return demands, ((bucket, tokens, limit), delay)
+                waits.append((delay, bucket, tokens, limit))
+            else:
+                paid.callback(bucket.refund, tokens)
+        # The slowest first, so that the others keep what they have for as long as can be.
+        for _, bucket, tokens, limit in sorted(waits, key=itemgetter(0), reverse=True):
+            bucket.wait(tokens, timeout=limit.timeout)
             paid.callback(bucket.refund, tokens)
         paid.pop_all()
+    if waits and len(demands) > 1:
+        charge_refilled(demands)
     return demands, None
 
 

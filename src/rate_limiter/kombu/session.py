@@ -17,12 +17,13 @@ import logging
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from time import monotonic, perf_counter
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ..exceptions import RateLimitExceeded
 from ..holding import Holding
-from ..limit import Demand, Limit, refuse_to_pay_twice
+from ..limit import Demand, Limit, price
+from ..origin import MARK, mark_messages
 from .copies import Copies, restore_origin
 from .window import DEFAULT, Window
 
@@ -32,12 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["Session"]
 
 logger = logging.getLogger("rate_limiter")
-
-#: Where a message carries its queue's name, in ``delivery_info``, on its way from channel to callback.
-_MARK: Final = "rate_limiter_queue"
-
-#: A callable of the user's that takes longer holds up the loop, and is told of.
-_SLOW: Final = 0.05
 
 #: When to try again what the broker did not do, in seconds.
 _TRY_AGAIN: Final = 1.0
@@ -69,7 +64,7 @@ class _Job:
         #: Whether it was sent back before.
         self.copy = restore_origin(self.message)
         info = self.message.delivery_info
-        queue = info.pop(_MARK, queue)
+        queue = info.pop(MARK, queue)
         #: The queue it came from; if nobody knows that, what comes nearest to it.
         self.queue: str = queue or info.get("routing_key") or ""
         #: Whether a copy can go to the end of its queue. On Redis a fanout has only subscribers.
@@ -126,7 +121,6 @@ class Session:
         self._bounds: dict[Limit, int] = {}
         self._consumers: dict[str, Any] = {}
         self._paused: dict[str, _Paused] = {}
-        self._slow: set[Limit] = set()
         self._announced: set[Limit] = set()
         #: Whether limited messages are taken in. They are not while the consumers are cancelled.
         self.open = True
@@ -146,8 +140,7 @@ class Session:
         if limits:
             channel = consumer.channel
             window = self._window(channel)
-            if not isinstance(channel.basic_consume, functools.partial):
-                channel.basic_consume = functools.partial(_consume, channel.basic_consume)
+            mark_messages(channel)
             own = consumer.prefetch_count or DEFAULT
             room = sum(limit.bound(own, self._gate.max_held) for limit in limits)
             with self._occupied():
@@ -264,25 +257,8 @@ class Session:
         return plan
 
     def _demands(self, job: _Job, limits: Sequence[Limit]) -> Sequence[Demand]:
-        began = perf_counter()
         body = job.args[0] if len(job.args) > 1 else job.message.payload
-        demands: list[Demand] = []
-        for limit in limits:
-            try:
-                demands += limit.demands(job.queue, (body, job.message), {}, job.message.headers)
-            except ValueError as error:
-                raise ValueError(f"queue {str(error).removeprefix('task ')}") from error
-            took, began = perf_counter() - began, perf_counter()
-            if took > _SLOW and limit not in self._slow:
-                self._slow.add(limit)
-                logger.warning(
-                    "Limit %s: its callable took %.0f ms for one message; it runs in the consumer's "
-                    "loop and holds up all messages",
-                    limit.name,
-                    took * 1000,
-                )
-        refuse_to_pay_twice([demand[0] for demand in demands], f"queue {job.queue}")
-        return demands
+        return price(limits, f"queue {job.queue}", (body, job.message), {}, job.message.headers)
 
     def _enter(self, job: _Job) -> None:
         self._unsettled = True
@@ -507,21 +483,3 @@ def _check(queue: Any, consumer: Any, limits: Sequence[Limit]) -> None:
             f"queue {queue.name} is auto_delete, so overflow='pause' of {pausing.name} would delete it: "
             "use overflow='hold'"
         )
-
-
-def _consume(
-    consume: Any,
-    queue: str,
-    no_ack: bool = False,
-    consumer_tag: str = "",
-    callback: Any = None,
-    **kwargs: Any,
-) -> Any:
-    """Stand in for a channel's ``basic_consume``: mark each message with its queue."""
-
-    def marked(message: Any) -> Any:
-        if message.delivery_info is not None:
-            message.delivery_info[_MARK] = queue
-        return callback(message)
-
-    return consume(queue=queue, no_ack=no_ack, consumer_tag=consumer_tag, callback=marked, **kwargs)
