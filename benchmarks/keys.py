@@ -25,11 +25,12 @@ def main() -> None:
     tenants = BucketPerKey(10, 5, max_keys=KEYS, clock=ManualClock())
     for number in range(KEYS):
         tenants[f"tenant-{number}"].allow()
-    assert len(tenants) == KEYS
-    report(f"memory of {KEYS:,} live keys", (process.memory_info().rss - before) / 1e6, "MB", 60)
+    report(
+        f"memory of {len(tenants):,} live keys", (process.memory_info().rss - before) / 1e6, "MB", 60
+    )
     per_key, plain = BucketPerKey(1e9, 1e9), TokenBucket(1e9, 1e9)
-    one = min(repeat(lambda: per_key["acme"].allow(), number=100_000))
-    other = min(repeat(lambda: plain.allow(), number=100_000))
+    one = min(repeat('per_key["acme"].allow()', number=100_000, globals={"per_key": per_key}))
+    other = min(repeat("plain.allow()", number=100_000, globals={"plain": plain}))
     report("allow() on a key, against a plain bucket's", one / other, "x", 2)
 
 
