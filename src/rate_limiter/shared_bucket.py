@@ -35,7 +35,7 @@ import time
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, cast
 
 from .checks import positive
 from .token_bucket import _GIL, _NOTHING_REFUSED, TokenBucket, _Waiter
@@ -416,17 +416,11 @@ def _shared_kind(kind: type[TokenBucket]) -> type[SharedTokenBucket]:
 def _move_to_shared_memory(bucket: TokenBucket, kind: type[SharedTokenBucket] | None = None) -> None:
     common = _Common()
     weakref.finalize(bucket, os.close, common.file).atexit = False
-    cells, record = common.cells, _RECORDS[0]
     with bucket._lock:
-        cells[record] = bucket._full_at
-        cells[record + 1] = bucket._used
-        cells[record + 2] = bucket._paused_until
-        cells[record + 3] = bucket._capacity
-        cells[record + 4] = bucket._rate
-        cells[_RECORD] = record
+        bucket._common = common
         if kind is not None:
             bucket.__class__ = kind
-        bucket._common = common
+        cast("SharedTokenBucket", bucket)._store()
         bucket._refused = _NOTHING_REFUSED
 
 
