@@ -3,7 +3,8 @@
 `rate_limiter.celery` and `rate_limiter.kombu` enforce them in workers and consumers.
 """
 
-from .bucket import AllOf, Bucket
+from .all_of import AllOf
+from .bucket import Bucket
 from .bucket_per_key import BucketPerKey
 from .exceptions import RateLimitExceeded, RetryAfter
 from .shared_bucket import SharedTokenBucket

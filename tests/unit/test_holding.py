@@ -5,13 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rate_limiter import TokenBucket
-from rate_limiter.holding import Holding
-from rate_limiter.limit import Limit
+from rate_limiter.gating.holding import Holding
+from rate_limiter.gating.limit import Demand, Limit
 from rate_limiter.testing import ManualClock
 
 
 def demand(bucket, tokens, when_limited="wait"):
-    return bucket, tokens, Limit(bucket, tokens=tokens, when_limited=when_limited)
+    return Demand(bucket, tokens, Limit(bucket, tokens=tokens, when_limited=when_limited))
 
 
 def raise_error(job, *error):

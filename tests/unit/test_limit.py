@@ -5,7 +5,7 @@ import math
 import pytest
 
 from rate_limiter import AllOf, BucketPerKey, TokenBucket
-from rate_limiter.limit import Limit
+from rate_limiter.gating.limit import Limit
 
 bucket = TokenBucket(10, 1)
 
@@ -70,7 +70,7 @@ def test_callable_that_asks_for_headers_gets_them():
 
 def test_turns_follow_each_other(monkeypatch):
     """Those sent away get a moment each, at the bucket's rate, and do not come back all at once."""
-    monkeypatch.setattr("rate_limiter.limit.monotonic", lambda: 100.0)
+    monkeypatch.setattr("rate_limiter.gating.limit.monotonic", lambda: 100.0)
     limit = Limit(TokenBucket(1, 2), when_limited="retry")
     assert [limit.turn(limit.bucket, 1, 0.5) for _ in range(3)] == [0.5, 1.0, 1.5]
 

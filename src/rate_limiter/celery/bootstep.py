@@ -21,13 +21,13 @@ from celery.concurrency.prefork import TaskPool
 from celery.exceptions import ImproperlyConfigured
 from celery.worker import state
 
-from ..holding import Holding
-from ..limit import Demand, Limit, price
+from ..broker.lease import Lease
+from ..gating.holding import Holding
+from ..gating.limit import Demand, Limit, price
 from . import receipt
-from .lease import Lease
-from .outcome import fail, refuse_at_gate
+from .ending import fail, refuse_at_gate
+from .pausing import Queues
 from .prefork import is_spawned, share_all
-from .queues import Queues
 from .settings import enabled
 from .throttle import watch
 from .window import Window
@@ -214,7 +214,7 @@ class GateStep(bootsteps.StartStopStep):
         return price(limits, f"task {request.type}", request.args, request.kwargs, headers)
 
     def _refuse(self, request: Any, demand: Demand, delay: float) -> bool:
-        limit = demand[2]
+        limit = demand.limit
         room = self.held.held_by[limit] < self._bound(limit)
         if limit.when_limited == "retry" and request.eta and room:
             return False  # it comes when its turn is due, and waits for what little is missing

@@ -10,7 +10,7 @@ from celery._state import get_current_task
 
 from ..bucket import Bucket
 from ..checks import positive
-from ..limit import Demand, Limit
+from ..gating.limit import Demand, Limit
 from ..shared_bucket import is_shared
 from ..token_bucket import TokenBucket
 from . import receipt

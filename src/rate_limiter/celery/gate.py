@@ -14,10 +14,9 @@ from celery.local import Proxy
 
 from ..bucket import Bucket
 from ..checks import whole
-from ..limit import AnyBucket, Limit, refuse_to_pay_twice
+from ..gating.limit import AnyBucket, Limit, refuse_to_pay_twice
 from .bootstep import GateStep
-from .prefork import gates, held_at_gate
-from .receipt import limits_of
+from .declarations import gates, held_at_gate, limits_of
 from .settings import limit_from, limits_in_settings
 
 __all__ = ["Gate"]

@@ -7,26 +7,23 @@ Tasks run in the pool's processes there. A bucket in plain memory would be one p
 import logging
 from collections.abc import Iterable
 from typing import Any
-from weakref import WeakKeyDictionary
 
-from celery import Celery, bootsteps
+from celery import bootsteps
 from celery.concurrency.prefork import TaskPool
 from celery.exceptions import ImproperlyConfigured
 
-from ..bucket import Bucket, members
-from ..limit import Limit
+from ..all_of import members
+from ..bucket import Bucket
+from ..gating.limit import Limit
 from ..shared_bucket import is_shared, share
 from ..token_bucket import TokenBucket
 from . import charge
-from .receipt import limits_of
+from .declarations import gates, held_at_gate, limits_of
 from .settings import enabled
 
-__all__ = ["gates", "held_at_gate", "is_spawned", "share_all", "share_before_fork"]
+__all__ = ["is_spawned", "share_all", "share_before_fork"]
 
 logger = logging.getLogger("rate_limiter")
-
-#: The apps that have a gate.
-gates: WeakKeyDictionary[Celery, Any] = WeakKeyDictionary()
 
 
 def share_before_fork(sender: Any, **_: Any) -> None:
@@ -85,11 +82,6 @@ def share_all(limits: Iterable[Limit]) -> None:
                 if isinstance(member, TokenBucket) and not is_shared(member):
                     share(member)
                     logger.info("Shared with all pool processes: %r of limit %s", member, limit.name)
-
-
-def held_at_gate(limit: Limit) -> bool:
-    """Whether a gate enforces the limit, rather than the decorator."""
-    return not callable(limit.when_limited) and limit.timeout is None
 
 
 def _not_to_be_shared(limit: Limit) -> str:

@@ -13,18 +13,16 @@ from typing import Any, Final
 
 from celery import Task
 
-from ..limit import Demand, Limit
+from ..gating.limit import Demand, Limit
+from .declarations import limits_of
 
-__all__ = ["LIMITS", "consume", "is_spawned", "issue", "limits_of", "open_office", "paid", "strip"]
+__all__ = ["consume", "is_spawned", "issue", "open_office", "paid", "strip"]
 
 #: Where it is kept in the request.
 KEY: Final = "rate_limiter_receipt"
 
 #: How spawned pool processes, which inherit no memory, learn the secret.
 _VARIABLE: Final = "RATE_LIMITER_RECEIPT"
-
-#: The attribute of a decorated function that holds its limits.
-LIMITS: Final = "__rate_limits__"
 
 #: The place of a limit among those of the task's decorator, its number, and the tokens.
 _Paid = tuple[int | None, int, float]
@@ -88,8 +86,3 @@ def consume(task: Task, request: Any) -> list[tuple[Limit, float]]:
 def is_spawned() -> bool:
     """Whether this is a spawned pool process: it shares no memory with the gate."""
     return _secret is None and _VARIABLE in os.environ
-
-
-def limits_of(task: Task) -> tuple[Limit, ...]:
-    """Return the limits that ``@throttle`` declared on a task."""
-    return getattr(task.run, LIMITS, ())

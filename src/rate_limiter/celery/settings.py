@@ -19,7 +19,7 @@ from celery.utils.imports import symbol_by_name
 from celery.utils.time import rate as parse_rate
 
 from ..checks import positive
-from ..limit import Limit
+from ..gating.limit import Limit
 from ..token_bucket import TokenBucket
 
 __all__ = ["enabled", "limit_from", "limits_in_settings"]

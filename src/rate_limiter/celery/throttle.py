@@ -17,13 +17,14 @@ from celery import Task, signals
 from celery._state import get_current_task
 from celery.local import Proxy
 
-from ..bucket import AllOf, Bucket, charge_refilled
+from ..all_of import AllOf, charge_refilled
+from ..bucket import Bucket
 from ..exceptions import RateLimitExceeded, RetryAfter
-from ..limit import AnyBucket, Demand, Limit, refuse_to_pay_twice
+from ..gating.limit import AnyBucket, Demand, Limit, refuse_to_pay_twice
 from .charge import Charge, collect
-from .outcome import postpone, refuse_in_task
+from .declarations import LIMITS, limits_of
+from .ending import postpone, refuse_in_task
 from .prefork import share_before_fork
-from .receipt import LIMITS, limits_of
 from .settings import enabled
 
 __all__ = ["throttle", "watch"]
@@ -195,9 +196,9 @@ def _run(
         return _call(function, args, kwargs, charge, job)
     charge.give_back()  # what the gate was paid
     demand, delay = refused
-    if callable(demand[2].when_limited):
-        return demand[2].when_limited(*sent, **kwargs)
-    return refuse_in_task(demand, delay, demand[2].name or name, job)
+    if callable(demand.limit.when_limited):
+        return demand.limit.when_limited(*sent, **kwargs)
+    return refuse_in_task(demand, delay, demand.limit.name or name, job)
 
 
 def _call(
@@ -248,10 +249,10 @@ def _pay(
         for one in each:
             bucket, tokens, limit = one[0]
             if len(one) > 1:
-                bucket = AllOf(*(demand[0] for demand in one))
-            if delay := _take_or_delay((bucket, tokens, limit), eta):
+                bucket = AllOf(*(demand.bucket for demand in one))
+            if delay := _take_or_delay(Demand(bucket, tokens, limit), eta):
                 if limit.when_limited != "wait":
-                    return demands, ((bucket, tokens, limit), delay)
+                    return demands, (Demand(bucket, tokens, limit), delay)
                 waits.append((delay, bucket, tokens, limit))
             else:
                 paid.callback(bucket.refund, tokens)

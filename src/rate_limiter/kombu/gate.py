@@ -11,7 +11,7 @@ from kombu.messaging import Consumer
 
 from ..bucket import Bucket
 from ..checks import whole
-from ..limit import AnyBucket, Limit, refuse_to_pay_twice
+from ..gating.limit import AnyBucket, Limit, refuse_to_pay_twice
 from .session import Session
 
 __all__ = ["Gate"]

@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterator, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from ..broker.origin import MARK, mark_messages
+from ..broker.relay import Copies, restore_origin
 from ..exceptions import RateLimitExceeded
-from ..holding import Holding
-from ..limit import Demand, Limit, price
-from ..origin import MARK, mark_messages
-from .copies import Copies, restore_origin
+from ..gating.holding import Holding
+from ..gating.limit import Demand, Limit, price
 from .window import DEFAULT, Window
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Generic, TypeVar
 
-from .bucket import Bucket, take_all_or_delay
+from ..all_of import take_all_or_delay
+from ..bucket import Bucket
 from .limit import Demand, Limit
 
 __all__ = ["Holding"]
@@ -142,7 +143,7 @@ class Holding(Generic[Job]):
 
         """
         for demand in demands:
-            queue = self._queues.get(demand[0])
+            queue = self._queues.get(demand.bucket)
             if queue is not None:  # behind those who came before
                 self._hold(job, demands, demand, now, max(math.ulp(now), queue.forecast() - now))
                 return False
@@ -181,7 +182,7 @@ class Holding(Generic[Job]):
                 if not delay:
                     self._leave(held, now)
                     released.append(held.job)
-                elif demand[0] is queue.bucket:
+                elif demand.bucket is queue.bucket:
                     self._schedule(queue, now, delay)
                     self._give_up_claims(held, now, delay)
                     break
@@ -202,16 +203,16 @@ class Holding(Generic[Job]):
         self, job: Job, demands: Sequence[Demand], demand: Demand, now: float, delay: float
     ) -> None:
         """Hold a job that has just come, or refuse it."""
-        if demand[2].when_limited == "wait" or not self._refuse(job, demand, delay):
+        if demand.limit.when_limited == "wait" or not self._refuse(job, demand, delay):
             self._enqueue(_Held(next(self._count), job, demands), demand, now, delay)
 
     def _take(self, held: _Held[Job], now: float) -> tuple[float, Demand]:
         """Take the tokens of a job whose turn has come; or return the delay, and who refused."""
         first = held.demands[0]
         if len(held.demands) == 1:
-            return first[0].take_or_delay(first[1]), first
+            return first.bucket.take_or_delay(first.tokens), first
         for demand in held.demands:
-            queue = self._queues.get(demand[0])
+            queue = self._queues.get(demand.bucket)
             if queue is not None and queue is not held.queue and not queue.serves(held):
                 return max(math.ulp(now), queue.forecast() - now), demand
         delay, refused = take_all_or_delay(held.demands)
@@ -220,7 +221,7 @@ class Holding(Generic[Job]):
     def _move(self, held: _Held[Job], demand: Demand, now: float, delay: float) -> None:
         """Let a job whose turn has come wait at another bucket, which has refused it."""
         left = held.queue
-        if demand[2].when_limited != "wait" and self._refuse(held.job, demand, delay):
+        if demand.limit.when_limited != "wait" and self._refuse(held.job, demand, delay):
             self._leave(held, now)
             return
         self._unlink(held)

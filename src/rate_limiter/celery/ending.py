@@ -14,7 +14,7 @@ from celery.exceptions import Ignore, TaskRevokedError
 from celery.worker import state
 
 from ..exceptions import RateLimitExceeded, RetryAfter
-from ..limit import Demand
+from ..gating.limit import Demand
 
 __all__ = ["fail", "postpone", "refuse_at_gate", "refuse_in_task"]
 

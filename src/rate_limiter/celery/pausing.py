@@ -3,8 +3,8 @@
 import logging
 from typing import Any
 
-from ..limit import Limit
-from ..origin import MARK, mark_messages
+from ..broker.origin import MARK, mark_messages
+from ..gating.limit import Limit
 
 __all__ = ["Queues"]
 

@@ -10,19 +10,17 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import monotonic, perf_counter
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from .bucket import Bucket, members
-from .bucket_per_key import BucketPerKey
-from .checks import positive, whole
+from ..all_of import members
+from ..bucket import Bucket
+from ..bucket_per_key import BucketPerKey
+from ..checks import positive, whole
 
 __all__ = ["AnyBucket", "Demand", "Limit", "price", "refuse_to_pay_twice"]
 
 logger = logging.getLogger("rate_limiter")
-
-#: What a job is to take: from this bucket, so many tokens, because of this limit.
-Demand = tuple[Bucket, float, "Limit"]
 
 #: What a limit may be given as its bucket.
 AnyBucket = Bucket | BucketPerKey | Callable[..., Bucket | BucketPerKey]
@@ -39,6 +37,14 @@ _SLOW: Final = 0.05
 
 POLICIES: Final = ("wait", "retry", "drop", "raise")
 OVERFLOWS: Final = ("hold", "pause")
+
+
+class Demand(NamedTuple):
+    """What a job is to take: so many tokens from this bucket, because of this limit."""
+
+    bucket: Bucket
+    tokens: float
+    limit: "Limit"
 
 
 _numbers = itertools.count()
@@ -144,7 +150,7 @@ class Limit:
                     "such a job could never run"
                 )
             if isinstance(bucket, Bucket):
-                self.fixed = tuple((member, cost, self) for member in members(bucket))
+                self.fixed = tuple(Demand(member, cost, self) for member in members(bucket))
 
     def __repr__(self) -> str:
         return f"<Limit {self.name or '(unnamed)'}: {self.bucket!r}>"
@@ -192,7 +198,7 @@ class Limit:
         if cost > bucket.capacity:
             most = f"at most the capacity {bucket.capacity:g}"
             raise ValueError(self._complaint("tokens", job, tokens, most))
-        return tuple((member, cost, self) for member in members(bucket))
+        return tuple(Demand(member, cost, self) for member in members(bucket))
 
     def buckets_of(
         self,
@@ -313,7 +319,7 @@ def price(
                 limit.name,
                 took * 1000,
             )
-    refuse_to_pay_twice([demand[0] for demand in demands], job)
+    refuse_to_pay_twice([demand.bucket for demand in demands], job)
     return demands
 
 

@@ -1,0 +1,1 @@
+"""Facts about brokers, for both gates. It knows kombu, and no Celery."""

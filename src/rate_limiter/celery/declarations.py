@@ -1,0 +1,26 @@
+"""Where an app's limits are found: on its tasks, and at its gate."""
+
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+from celery import Celery, Task
+
+from ..gating.limit import Limit
+
+__all__ = ["LIMITS", "gates", "held_at_gate", "limits_of"]
+
+#: The attribute of a decorated function that holds its limits.
+LIMITS: Final = "__rate_limits__"
+
+#: The gate of each app that has one.
+gates: WeakKeyDictionary[Celery, Any] = WeakKeyDictionary()
+
+
+def limits_of(task: Task) -> tuple[Limit, ...]:
+    """Return the limits that ``@throttle`` declared on a task."""
+    return getattr(task.run, LIMITS, ())
+
+
+def held_at_gate(limit: Limit) -> bool:
+    """Tell whether a gate enforces the limit, rather than the decorator."""
+    return not callable(limit.when_limited) and limit.timeout is None
