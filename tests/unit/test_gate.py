@@ -50,7 +50,7 @@ def test_finds_limits_by_queue(app):
 
 
 def test_finds_what_throttle_declares(app):
-    """The decorator's limits are enforced at the gate, but for those with a fallback or a timeout."""
+    """The decorator's limits are enforced at the gate, but for those with a timeout."""
 
     @app.task(shared=False, name="jobs.sms")
     @throttle(TokenBucket(1, 1), name="fallback", when_limited=print)
@@ -59,7 +59,7 @@ def test_finds_what_throttle_declares(app):
     @throttle(TokenBucket(1, 1), name="wait")
     def sms(to): ...
 
-    assert names(Gate(app), "jobs.sms") == ["drop", "wait"]
+    assert names(Gate(app), "jobs.sms") == ["fallback", "drop", "wait"]
 
 
 def test_reads_the_settings(app):

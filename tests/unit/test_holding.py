@@ -28,12 +28,16 @@ def holding():
     return Holding(fail=raise_error, refuse=raise_error)
 
 
+def jobs_of(held):
+    return [each.job for each in held]
+
+
 def released(holding, clock, until):
     """Walk from due moment to due moment, and return (moment, jobs) for each that lets some go."""
     steps = []
     while holding.next_due is not None and holding.next_due <= until:
         clock.now = holding.next_due
-        if jobs := holding.release(clock.now):
+        if jobs := jobs_of(holding.release(clock.now)):
             steps.append((clock.now, jobs))
     return steps
 
@@ -61,7 +65,7 @@ def test_releases_all_that_is_due_in_one_go(holding, clock):
     for job in range(9):
         holding.offer(job, [demand(bucket, 1)], clock())
     clock.advance(2.5)
-    assert holding.release(clock()) == [3, 4]
+    assert jobs_of(holding.release(clock())) == [3, 4]
     assert holding.next_due == pytest.approx(3.0)
 
 
@@ -230,7 +234,7 @@ def test_every_job_goes_and_none_overtakes_its_like(jobs):
 
 def test_revoked_job_is_skipped_free_of_charge(clock):
     """A job that is gone when its turn comes costs nothing, and the next one takes its moment."""
-    holding = Holding(skip=lambda job: job == "revoked", fail=raise_error, refuse=raise_error)
+    holding = Holding(skip=lambda held: held.job == "revoked", fail=raise_error, refuse=raise_error)
     bucket = TokenBucket(1, 1, clock=clock)
     for job in ["first", "revoked", "next"]:
         holding.offer(job, [demand(bucket, 1)], clock())
@@ -249,7 +253,7 @@ def test_error_of_a_bucket_ends_that_job_alone(clock):
             return super().take_or_delay(tokens)
 
     failed = []
-    holding = Holding(fail=lambda job, error: failed.append((job, str(error))), refuse=raise_error)
+    holding = Holding(fail=lambda held, error: failed.append((held.job, str(error))), refuse=raise_error)
     bucket = Poisoned(2, 1, clock=clock)
     bucket.allow(2)
     holding.offer("bad", [demand(bucket, 2)], clock())
@@ -290,7 +294,7 @@ def test_clear_forgets_everything(holding, clock):
     bucket = TokenBucket(1, 1, clock=clock)
     for job in "abc":
         holding.offer(job, [demand(bucket, 1)], clock())
-    assert sorted(holding.clear()) == ["b", "c"]
+    assert sorted(jobs_of(holding.clear())) == ["b", "c"]
     assert (len(holding), holding.next_due) == (0, None)
     clock.advance(1)
     assert holding.offer("d", [demand(bucket, 1)], clock())
@@ -327,7 +331,7 @@ def test_releases_no_more_than_asked_for(holding, clock):
     clock.advance(5)
     out = []
     while (due := holding.next_due) is not None and due <= clock():
-        taken = holding.release(clock(), 1)
+        taken = jobs_of(holding.release(clock(), 1))
         assert len(taken) <= 1
         out += taken
     assert ([job for job in out if job in "abc"], sorted(out)) == (

@@ -6,26 +6,25 @@ unacknowledged: whatever happens to the worker, the broker has it still.
 """
 
 import logging
-import math
-import threading
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, Final
 
-from celery import Task, bootsteps
+from celery import bootsteps
 from celery.app.task import Context
 from celery.concurrency.prefork import TaskPool
 from celery.exceptions import ImproperlyConfigured
 from celery.worker import state
 
 from ..broker.lease import Lease
-from ..gating.holding import Holding
-from ..gating.limit import Demand, Limit, price
+from ..gating.engine import Call, Engine, Host
+from ..gating.limit import Demand, Limit
+from ..gating.tally import tally_of
 from . import receipt
-from .ending import fail, refuse_at_gate
+from .ending import refuse_at_gate
+from .loop import Loop
 from .pausing import Queues
 from .prefork import is_spawned, share_all
 from .settings import enabled
@@ -42,13 +41,9 @@ logger = logging.getLogger("rate_limiter")
 #: Seconds until what could not be ended is tried again.
 _END_AGAIN: Final = 1.0
 
-#: While a job with an ETA is about, the consumer of a worker without event loop looks up this often:
-#: the timer thread that brings the job cannot wake it.
-_ETA_POLL: Final = 0.1
 
-
-class GateStep(bootsteps.StartStopStep):
-    """The gate in one worker's consumer."""
+class GateStep(bootsteps.StartStopStep, Host[Any]):
+    """The gate in one worker's consumer. Jobs are Celery's requests."""
 
     label = "Gate"
     requires = ("celery.worker.consumer.tasks:Tasks",)
@@ -69,21 +64,15 @@ class GateStep(bootsteps.StartStopStep):
             )
         self.consumer = consumer
         self.forward: Callable[[Any], None] = consumer.on_task_request
-        self.held: Holding[Any] = Holding(refuse=self._refuse, fail=self._fail, skip=self._skip)
-        self.plans = _Plans(gate)
-        #: What jobs are to take whose price depends on their arguments, until they go.
-        self.priced: WeakKeyDictionary[Any, Sequence[Demand]] = WeakKeyDictionary()
-        self.bounds: dict[Limit, int] = {}
-        # Celery fires timers from a second thread while a warm shutdown waits for the pool.
-        self.lock = threading.RLock()
+        self.engine: Engine[Any] = Engine(self, self._limits_for, max_held=gate.max_held)
+        #: Jobs that are to go to the pool to end there. Not from within the engine, which is locked.
+        self.refused: deque[Any] = deque()
         self.open = False
         #: What could not be ended, and when that is tried again.
         self.unended: list[Callable[[], Any]] = []
         self.end_again_at = 0.0
-        self.wake_up: Any = None
-        self.wake_up_at = 0.0
         tasks_of = self._check_and_announce()
-        limits = list(tasks_of)
+        self.limits = limits = list(tasks_of)
         _refuse_prefetch_without_bound(consumer, limits)
         self.by_queue = any(limit.overflow == "pause" for limit in limits) or any(
             declared.queue for declared in gate.declared
@@ -99,28 +88,25 @@ class GateStep(bootsteps.StartStopStep):
 
     def start(self, consumer: Any) -> None:
         """Begin with nothing held: the broker delivers again what an earlier connection held."""
-        self.thread = threading.get_ident()
-        # The other timers are threads: what they release would run beside the consumer's own thread.
-        self.has_timer = consumer.hub is not None or getattr(consumer.pool, "is_green", False)
+        self.engine.window = lambda _limit: int(consumer.initial_prefetch_count)
         self.window = Window(consumer)
         self.queues = Queues(consumer, self.by_queue)
-        self.bounds.clear()
-        self.lease = Lease(consumer, self._held_now)
+        self.lease = Lease(consumer, self.engine.jobs)
+        self.loop = Loop(consumer, self._next_due, self._work)
         self.open = True
-        if consumer.hub is None:
-            self._work_between_messages(consumer)
 
     def stop(self, consumer: Any) -> None:
         """Forget what is held. It was never acknowledged, so the broker gives it out again."""
-        with self.lock:
+        with self.engine.lock:
             was_open, self.open = self.open, False
-            self._cancel_wake_up()
             self.unended.clear()
-            forgotten = self.held.clear()
+            self.refused.clear()
+            forgotten = self.engine.clear()
             for request in forgotten:  # else `inspect reserved` goes on showing it
                 state.reserved_requests.discard(request)
                 state.requests.pop(request.id, None)
         if was_open:
+            self.loop.stop()
             self.lease.stop()
             self.queues.stop()
             self.window.stop()
@@ -135,15 +121,13 @@ class GateStep(bootsteps.StartStopStep):
 
     def info(self, consumer: Any) -> dict[str, Any]:
         """Return what ``celery inspect stats`` shows of the gate."""
-        with self.lock:
+        with self.engine.lock:
             held: Counter[str] = Counter()
-            for limit, count in self.held.held_by.items():
+            for limit, count in self.engine.held_by.items():
                 held[limit.name] += count
-            return {"rate_limiter": {"held": dict(held), "paused": sorted(self.queues.paused)}}
-
-    def _held_now(self) -> list[Any]:
-        with self.lock:
-            return self.held.jobs()
+            paused = sorted(self.engine.paused)
+        limits = {limit.name: tally_of(limit).snapshot() for limit in self.limits}
+        return {"rate_limiter": {"held": dict(held), "paused": paused, "limits": limits}}
 
     def _check_and_announce(self) -> dict[Limit, list[str]]:
         tasks_of: dict[Limit, list[str]] = {declared.limit: [] for declared in self.gate.declared}
@@ -154,7 +138,7 @@ class GateStep(bootsteps.StartStopStep):
                 limit.name = limit.name or name
                 tasks_of.setdefault(limit, []).append(name)
             if limits:
-                watch(task)
+                watch(task, self.gate.limits_for(task))
             if limits and task.rate_limit and not self.gate.app.conf.worker_disable_rate_limits:
                 logger.warning(
                     "%s also has Celery's rate_limit=%r, which blocks its whole queue while it "
@@ -177,77 +161,112 @@ class GateStep(bootsteps.StartStopStep):
     def on_task_request(self, request: Any) -> None:
         """Let a job go, or hold it. Stands in for ``consumer.on_task_request``."""
         receipt.strip(request.request_dict)
-        plan = self._plan(request)
+        queue = self.queues.of(request) if self.by_queue else None
+        plan = self.engine.plan(request.task, queue)
         if not plan.limits:
             self.forward(request)
             return
         if not self.open:
             return  # the consumer is stopping; the broker has the job
-        if not self.has_timer and threading.get_ident() != self.thread:
+        if not self.loop.is_own_thread:
             # Celery's timer thread brings a job whose ETA has come. On the solo pool it would run
             # here, beside the job that the consumer runs.
             self.consumer.call_soon(self.on_task_request, request)
             return
-        try:
-            demands = plan.demands or self._demands(request, plan.limits)
-            if not plan.demands:
-                self.priced[request] = demands
-            with self.lock:
-                goes = self.held.offer(request, demands, monotonic())
-        except Exception as error:  # noqa: BLE001 - a callable of the user's, or its result
-            self._fail(request, error)
+        decision, demands = self.engine.offer(request, plan, queue)
+        if decision == "go":
+            receipt.issue(request.task, request.request_dict, demands)
+            self.forward(request)
             return
-        if goes:
-            self._let_go(request, plan)
-            return
-        self._after_change()
-        if self.by_queue:
-            self._pause_or_resume(request)
-
-    def _plan(self, request: Any) -> "_Plan":
-        return self.plans[request.task, self.queues.of(request) if self.by_queue else None]
-
-    def _demands(self, request: Any, limits: Sequence[Limit]) -> Sequence[Demand]:
-        headers = None
-        if any(limit.asks_headers for limit in limits):
-            headers = Context(request.request_dict).headers
-        return price(limits, f"task {request.type}", request.args, request.kwargs, headers)
-
-    def _refuse(self, request: Any, demand: Demand, delay: float) -> bool:
-        limit = demand.limit
-        room = self.held.held_by[limit] < self._bound(limit)
-        if limit.when_limited == "retry" and request.eta and room:
-            return False  # it comes when its turn is due, and waits for what little is missing
-        self._end(request, partial(refuse_at_gate, request, demand, delay))
-        return True
-
-    def _fail(self, request: Any, error: Exception) -> None:
-        self._end(request, partial(fail, request, error))
-
-    def _skip(self, request: Any) -> bool:
-        """Whether a held job was revoked or has expired; then it is announced and acknowledged here."""
-        return bool(self._end(request, request.revoked))
-
-    def _let_go(self, request: Any, plan: "_Plan") -> None:
-        paid = plan.paid or receipt.paid(request.task, self.priced.pop(request))
-        receipt.issue(request.request_dict, paid)
-        self.forward(request)
+        self._forward_refused()
+        self.loop.look()
 
     def release(self) -> None:
-        """Let all jobs go whose moment has come."""
-        with self.lock:
-            due = self.held.next_due
-            if not self.open or due is None or due > monotonic():
-                return
-            released = self.held.release(monotonic())
-        for request in released:
-            try:
-                self._let_go(request, self._plan(request))
-            except Exception:  # it stays unacknowledged; the others are to go on
-                logger.exception("Could not hand %s[%s] to the pool", request.name, request.id)
-        self._after_change()
-        if self.queues.paused:
-            self._pause_or_resume()
+        """Let the jobs go whose moment has come."""
+        if not self.open or self.engine.next_due > monotonic():
+            return
+        released = self.engine.release()
+        self._forward_refused()
+        for held in released:
+            request = held.job
+            receipt.issue(request.task, request.request_dict, held.demands)
+            self._forward(request)
+        self.engine.settle()
+
+    def _forward_refused(self) -> None:
+        """Hand over what a limit has refused: the tasks end by themselves, each in its own way."""
+        while self.refused:
+            self._forward(self.refused.popleft())
+
+    def _forward(self, request: Any) -> None:
+        try:
+            self.forward(request)
+        except Exception:  # it stays unacknowledged; the others are to go on
+            logger.exception("Could not hand %s[%s] to the pool", request.name, request.id)
+
+    def _limits_for(self, task: Any, queue: str | None) -> tuple[Limit, ...]:
+        """Return the limits of a task's jobs. Asked at its first job: a task may be imported late."""
+        limits = self.gate.limits_for(task, queue)
+        if limits:
+            watch(task, self.gate.limits_for(task))
+        return limits
+
+    def _next_due(self) -> float:
+        due = self.engine.next_due
+        return min(due, self.end_again_at) if self.unended else due
+
+    def _work(self) -> None:
+        self.release()
+        if self.unended and self.end_again_at <= monotonic():
+            self._end_again()
+        self.window.update()
+
+    # -- what the engine asks for -----------------------------------------------------------------
+
+    def call_of(self, request: Any) -> Call:
+        """Return the arguments that a job was sent with."""
+        headers = Context(request.request_dict).headers
+        return Call(f"task {request.type}", request.args, request.kwargs, headers)
+
+    def refuse(self, request: Any, demand: Demand, delay: float) -> bool:
+        """End a job, or send it back, as ``when_limited`` says."""
+        limit = demand.limit
+        how = limit.when_limited
+        if how == "retry" and request.eta and self.engine.has_room(limit):
+            return False  # it was sent back before and comes at its turn: a few tokens are missing
+        if how in ("retry", "drop"):
+            self._end(request, partial(refuse_at_gate, request, demand, delay))
+        else:
+            receipt.refuse(request.task, request.request_dict, demand.limit, delay)
+            self.refused.append(request)
+        return True
+
+    def fail(self, request: Any, error: Exception) -> None:
+        """End a job with an error as its result: its task raises it."""
+        receipt.fail(request.request_dict, error)
+        self.refused.append(request)
+
+    def gone(self, request: Any) -> bool:
+        """Tell whether a held job was revoked or has expired; it is announced and acknowledged here."""
+        return bool(self._end(request, request.revoked))
+
+    def follow(self, held: int, most: int) -> None:
+        """Raise or lower the prefetch count."""
+        if self.open:
+            self.window.follow(held, most)
+
+    def pause(self, queue: str, limit: Limit) -> None:
+        """Stop consuming a queue."""
+        self.queues.pause(queue, limit)
+
+    def resume(self, queue: str) -> None:
+        """Consume a queue again."""
+        self.queues.resume(queue)
+
+    def wake(self) -> None:
+        """See that what is due goes soon."""
+        if self.open:
+            self.loop.wake()
 
     # -- what ends here ---------------------------------------------------------------------------
 
@@ -261,137 +280,23 @@ class GateStep(bootsteps.StartStopStep):
         except Exception:
             logger.exception("Could not end %s[%s] yet", request.name, request.id)
             self._end_later(end)
+            self.loop.look()
             return True
 
     def _end_later(self, end: Callable[[], Any]) -> None:
-        with self.lock:
+        with self.engine.lock:
             self.unended.append(end)
             if len(self.unended) == 1:
                 self.end_again_at = monotonic() + _END_AGAIN
-                if self.has_timer:
-                    self.consumer.timer.call_after(_END_AGAIN, self._end_again)
 
     def _end_again(self) -> None:
-        with self.lock:
+        with self.engine.lock:
             unended, self.unended = self.unended, []
         for end in unended:
             try:
                 end()
             except Exception:  # noqa: BLE001 - it has been logged
                 self._end_later(end)
-
-    # -- when to look again -----------------------------------------------------------------------
-
-    def _after_change(self) -> None:
-        """Follow what is held: with the prefetch window, and with the one timer."""
-        with self.lock:
-            if not self.open:
-                return
-            held = most = 0
-            for limit, count in self.held.held_by.items():
-                bound = self._bound(limit)
-                most += bound
-                held += min(count, bound)
-            self.window.follow(held, most)
-            due = self.held.next_due
-            if not self.has_timer or due == self.wake_up_at:
-                return
-            self._cancel_wake_up()
-            if due is not None:
-                self.wake_up_at = due
-                self.wake_up = self.consumer.timer.call_at(due, self._on_wake_up)
-
-    def _on_wake_up(self) -> None:
-        with self.lock:
-            self.wake_up, self.wake_up_at = None, 0.0
-            due = self.held.next_due
-        if due is not None and due > monotonic():
-            self._after_change()  # it came early
-        else:
-            self.release()
-
-    def _cancel_wake_up(self) -> None:
-        if self.wake_up is not None:
-            self.consumer.timer.cancel(self.wake_up)
-        self.wake_up, self.wake_up_at = None, 0.0
-
-    def _bound(self, limit: Limit) -> int:
-        bound = self.bounds.get(limit)
-        if bound is None:
-            window = int(self.consumer.initial_prefetch_count)
-            bound = self.bounds[limit] = limit.bound(window, self.gate.max_held)
-        return bound
-
-    def _pause_or_resume(self, request: Any = None) -> None:
-        """Stop consuming a queue whose limit holds enough; take it up again at half of that."""
-        with self.lock:
-            held_by = self.held.held_by
-            if request is not None and (queue := self.queues.of(request)):
-                for limit in self.plans[request.task, queue].limits:
-                    if limit.overflow == "pause" and held_by[limit] >= self._bound(limit):
-                        self.queues.pause(queue, limit)
-            for queue, limit in list(self.queues.paused.items()):
-                if held_by[limit] <= self._bound(limit) // 2:
-                    self.queues.resume(queue)
-
-    def _work_between_messages(self, consumer: Any) -> None:
-        """Without an event loop, do what is due around the consumer's own wait for messages.
-
-        Celery's loop there (celery.worker.loops.synloop) blocks in ``drain_events`` until a message
-        has come, for up to two seconds. On green pools each of its turns costs another 0.1 s, so this
-        stays in for the two seconds, and does in between what a turn of that loop does.
-        """
-        drain = consumer.connection.drain_events
-
-        def drain_events(timeout: float | None = None) -> None:
-            end = math.inf if timeout is None else monotonic() + timeout
-            while consumer.connection and consumer.blueprint.state == bootsteps.RUN:
-                self.release()
-                self.window.update()
-                due = self.held.next_due
-                at = end if due is None else min(end, due)
-                if self.unended:
-                    at = min(at, self.end_again_at)
-                    if at <= monotonic():
-                        self._end_again()
-                left = max(0.001, at - monotonic())
-                if getattr(state, "scheduled_requests", True):  # Celery 5.5 does not tell
-                    left = min(left, _ETA_POLL)
-                try:
-                    drain(timeout=None if left == math.inf else left)
-                except TimeoutError:
-                    if monotonic() >= end:
-                        raise
-                state.maybe_shutdown()
-                consumer.perform_pending_operations()
-
-        consumer.connection.drain_events = drain_events
-
-
-class _Plan(NamedTuple):
-    """What the gate does with the jobs of one task from one queue."""
-
-    limits: tuple[Limit, ...]
-    #: What each of them is to take, where that is the same for all.
-    demands: tuple[Demand, ...]
-    #: And what their receipts say then.
-    paid: list[Any]
-
-
-class _Plans(dict[tuple[Task, str | None], _Plan]):
-    """Made at a task's first job, so that tasks imported late are found too."""
-
-    def __init__(self, gate: "Gate") -> None:
-        self._gate = gate
-
-    def __missing__(self, job: tuple[Task, str | None]) -> _Plan:
-        limits = self._gate.limits_for(*job)
-        if limits:
-            watch(job[0])
-        fixed = all(limit.fixed for limit in limits)
-        demands = tuple(demand for limit in limits for demand in limit.fixed) if fixed else ()
-        plan = self[job] = _Plan(limits, demands, receipt.paid(job[0], demands))
-        return plan
 
 
 def _refuse_prefetch_without_bound(consumer: Any, limits: list[Limit]) -> None:

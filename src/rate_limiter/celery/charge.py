@@ -177,15 +177,15 @@ def current_charge() -> Charge:
     raise RuntimeError(f"{task.name} was charged nothing: no limit is declared for it")
 
 
-def collect(task: Task, request: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Charge:
+def collect(task: Task, what: receipt.Receipt, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Charge:
     """Begin the charge of an execution with what the gate was paid for it."""
     charge = Charge()
-    for limit, tokens in receipt.consume(task, request):
+    for limit, tokens in what.paid:
         buckets: tuple[Bucket, ...] = ()
         if isinstance(limit.bucket, Bucket) or limit.buckets or not _apart():
             # The job has paid, so it runs, even if its bucket cannot be told any more.
             with contextlib.suppress(Exception):
-                buckets = limit.buckets_of(f"task {task.name}", args, kwargs, request.headers)
+                buckets = limit.buckets_of(f"task {task.name}", args, kwargs, task.request.headers)
         charge._paid[limit] = _Payment(tokens, buckets, bool(buckets) and all(map(_reachable, buckets)))
     return charge
 

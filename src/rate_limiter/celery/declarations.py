@@ -7,13 +7,16 @@ from celery import Celery, Task
 
 from ..gating.limit import Limit
 
-__all__ = ["LIMITS", "gates", "held_at_gate", "limits_of"]
+__all__ = ["LIMITS", "at_gate", "gates", "held_at_gate", "limits_of"]
 
 #: The attribute of a decorated function that holds its limits.
 LIMITS: Final = "__rate_limits__"
 
 #: The gate of each app that has one.
 gates: WeakKeyDictionary[Celery, Any] = WeakKeyDictionary()
+
+#: The limits that the gate of this worker enforces for a task from whatever queue, and no decorator.
+at_gate: WeakKeyDictionary[Task, tuple[Limit, ...]] = WeakKeyDictionary()
 
 
 def limits_of(task: Task) -> tuple[Limit, ...]:
@@ -23,4 +26,4 @@ def limits_of(task: Task) -> tuple[Limit, ...]:
 
 def held_at_gate(limit: Limit) -> bool:
     """Tell whether a gate enforces the limit, rather than the decorator."""
-    return not callable(limit.when_limited) and limit.timeout is None
+    return limit.timeout is None

@@ -8,7 +8,6 @@ run ends with ``Ignore``. That alone stores no result, and ``get()`` and a chord
 import logging
 from typing import Any, Final, NoReturn
 
-from billiard.einfo import ExceptionInfo
 from celery import Task, signals
 from celery.exceptions import Ignore, TaskRevokedError
 from celery.worker import state
@@ -16,7 +15,7 @@ from celery.worker import state
 from ..exceptions import RateLimitExceeded, RetryAfter
 from ..gating.limit import Demand
 
-__all__ = ["fail", "postpone", "refuse_at_gate", "refuse_in_task"]
+__all__ = ["postpone", "refuse_at_gate", "refuse_in_task"]
 
 #: The header that counts how often a job has been paused, and how often it may be.
 _PAUSES: Final = "rate_limiter_pauses"
@@ -26,27 +25,14 @@ logger = logging.getLogger("rate_limiter")
 
 
 def refuse_at_gate(request: Any, demand: Demand, delay: float) -> None:
-    """End a job, or send it back, as the limit's ``when_limited`` wants."""
+    """End a job as a revoked one (``"drop"``), or send it back (``"retry"``)."""
     bucket, tokens, limit = demand
     reason = f"rate limit exceeded: {limit.name or request.type}"
-    if limit.when_limited == "raise":
-        fail(request, RateLimitExceeded(reason, delay))
-        logger.info("Refused %s[%s]: %s", request.name, request.id, reason)
-    elif limit.when_limited == "drop":
+    if limit.when_limited == "drop":
         request._announce_revoked(reason, False, None, False)
         logger.info("Dropped %s[%s]: %s", request.name, request.id, reason)
     else:
         _send_back(request, limit.turn(bucket, tokens, delay))
-
-
-def fail(request: Any, error: Exception) -> None:
-    """End a job at the gate with an error as its result."""
-    try:
-        raise error
-    except Exception:  # noqa: BLE001 - caught at once, for its traceback
-        einfo = ExceptionInfo(internal=True)
-    request.on_failure(einfo)
-    request.acknowledge()
 
 
 def refuse_in_task(demand: Demand, delay: float, name: str, job: Task | None) -> NoReturn:

@@ -1,22 +1,22 @@
-"""The receipt: how a job that has paid at the gate shows that in the pool, to its task.
+"""The receipt: what the gate has decided about a job, as its task in the pool learns it.
 
-The gate runs in the worker's main process, the task in the pool. The receipt travels with the request.
-It carries a secret of this worker, made before the pool starts, so no message can forge one, and a
-worker without a gate believes none. It is consumed once, before the task's body runs: neither
-``retry()`` nor a nested call inherits it.
+The gate runs in the worker's main process, the task in the pool. The receipt travels with the request
+and says what was paid, or why the job is not to run. It carries a secret of this worker, made before
+the pool starts, so no message can forge one, and a worker without a gate believes none. It is consumed
+once, before the task's body runs: neither ``retry()`` nor a nested call inherits it.
 """
 
 import os
 import secrets
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from celery import Task
 
 from ..gating.limit import Demand, Limit
 from .declarations import limits_of
 
-__all__ = ["consume", "is_spawned", "issue", "open_office", "paid", "strip"]
+__all__ = ["Receipt", "consume", "fail", "is_spawned", "issue", "open_office", "refuse", "strip"]
 
 #: Where it is kept in the request.
 KEY: Final = "rate_limiter_receipt"
@@ -24,14 +24,26 @@ KEY: Final = "rate_limiter_receipt"
 #: How spawned pool processes, which inherit no memory, learn the secret.
 _VARIABLE: Final = "RATE_LIMITER_RECEIPT"
 
-#: The place of a limit among those of the task's decorator, its number, and the tokens.
-_Paid = tuple[int | None, int, float]
-
 _secret: str | None = None
+
+#: A limit as the pool's process finds it: its place among those of the task's decorator, or a number.
+#: (A spawned process numbers limits anew, and only the decorator's are found there.)
+_Reference = tuple[int | None, int]
+
+
+class Receipt(NamedTuple):
+    """What the gate has decided about a job."""
+
+    #: The limits that it has paid, and how many tokens.
+    paid: list[tuple[Limit, float]]
+    #: The limit that has refused it, and the seconds until that will have its tokens.
+    refused: tuple[Limit, float] | None = None
+    #: Why it cannot be paid for.
+    error: Exception | None = None
 
 
 def open_office(*, spawned: bool = False) -> None:
-    """Make receipts of this process and of its future children believed. The gate calls it."""
+    """Create this worker's secret. Called before the pool starts, whose processes inherit it."""
     global _secret  # noqa: PLW0603 - one per process, by design
     if _secret is None:
         _secret = secrets.token_hex(16)
@@ -44,20 +56,25 @@ def strip(request: dict[str, Any]) -> None:
     request.pop(KEY, None)
 
 
-def paid(task: Task, demands: Iterable[Demand]) -> list[_Paid]:
-    """Return what a receipt says of a job that has paid."""
-    # What the decorator declared goes by its place: a spawned process numbers limits anew.
-    declared = {limit: place for place, limit in enumerate(limits_of(task))}
-    tokens_of = {limit: tokens for _, tokens, limit in demands}
-    return [(declared.get(limit), limit.number, tokens) for limit, tokens in tokens_of.items()]
+def issue(task: Task, request: dict[str, Any], demands: Iterable[Demand]) -> None:
+    """Put into a job's request that it has paid."""
+    paid = {demand.limit: demand.tokens for demand in demands}
+    request[KEY] = (_secret, [(*_refer(task, limit), tokens) for limit, tokens in paid.items()])
 
 
-def issue(request: dict[str, Any], what: list[_Paid]) -> None:
-    """Put a receipt into the request of a job that has `paid`."""
-    request[KEY] = (_secret, what)
+def refuse(task: Task, request: dict[str, Any], limit: Limit, delay: float) -> None:
+    """Put into a job's request that a limit has refused it."""
+    request[KEY] = (_secret, [], (*_refer(task, limit), delay))
 
 
-def consume(task: Task, request: Any) -> list[tuple[Limit, float]]:
+def fail(request: dict[str, Any], error: Exception) -> None:
+    """Put into a job's request that it cannot be paid for."""
+    # Only an error that is known everywhere, and whole: this may go to another process.
+    plain = error if type(error) in (ValueError, TypeError) else ValueError(f"{error!r}")
+    request[KEY] = (_secret, [], None, type(plain)(str(plain)))
+
+
+def consume(task: Task, request: Any) -> Receipt:
     """Take the receipt out of a running task's request.
 
     Args:
@@ -65,24 +82,45 @@ def consume(task: Task, request: Any) -> list[tuple[Limit, float]]:
         request: ``task.request``, a ``celery.app.task.Context``.
 
     Returns:
-        The limits that were paid, and how much; none without a valid receipt.
+        What the gate has decided. Nothing was paid without a valid receipt.
 
     """
     receipt = request.__dict__.pop(KEY, None)
     # Context copies each key it does not know into `headers`, which retry() sends along.
-    if request.headers:
+    if isinstance(request.headers, dict):
         request.headers.pop(KEY, None)
     secret = _secret or os.environ.get(_VARIABLE)
     if not secret or not isinstance(receipt, tuple | list) or receipt[:1] not in ((secret,), [secret]):
-        return []
-    found = []
-    for place, number, tokens in receipt[1]:
-        limit = Limit.numbered(number) if place is None else limits_of(task)[place]
+        return Receipt([])
+    _, what, *verdict = receipt
+    paid = []
+    for *reference, tokens in what:
+        limit = _find(task, *reference)
         if limit is not None:
-            found.append((limit, tokens))
-    return found
+            paid.append((limit, tokens))
+    if not verdict:
+        return Receipt(paid)
+    refused, *error = verdict
+    if error:
+        return Receipt(paid, error=error[0])
+    *reference, delay = refused
+    limit = _find(task, *reference)
+    if limit is None:  # it cannot be told any more; but the job has not paid
+        return Receipt(
+            paid, error=ValueError(f"{task.name}: refused by a limit that is not known here")
+        )
+    return Receipt(paid, refused=(limit, delay))
 
 
 def is_spawned() -> bool:
-    """Whether this is a spawned pool process: it shares no memory with the gate."""
+    """Tell whether this is a spawned pool process: it shares no memory with the gate."""
     return _secret is None and _VARIABLE in os.environ
+
+
+def _refer(task: Task, limit: Limit) -> _Reference:
+    declared = limits_of(task)
+    return (declared.index(limit) if limit in declared else None), limit.number
+
+
+def _find(task: Task, place: int | None, number: int) -> Limit | None:
+    return Limit.numbered(number) if place is None else limits_of(task)[place]

@@ -10,6 +10,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable
 from operator import itemgetter
+from time import monotonic
 from typing import Any, Final, ParamSpec, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -21,10 +22,12 @@ from ..all_of import AllOf, charge_refilled
 from ..bucket import Bucket
 from ..exceptions import RateLimitExceeded, RetryAfter
 from ..gating.limit import AnyBucket, Demand, Limit, refuse_to_pay_twice
+from ..gating.tally import observers
 from .charge import Charge, collect
-from .declarations import LIMITS, limits_of
+from .declarations import LIMITS, at_gate, limits_of
 from .ending import postpone, refuse_in_task
 from .prefork import share_before_fork
+from .receipt import consume
 from .settings import enabled
 
 __all__ = ["throttle", "watch"]
@@ -125,8 +128,16 @@ def throttle(
     return decorate
 
 
-def watch(task: Task) -> None:
-    """Let a task that only the gate limits settle its charge, and pause its bucket."""
+def watch(task: Task, limits: Iterable[Limit] = ()) -> None:
+    """Let a task obey its receipt, where only the gate limits it; and let inline calls pay.
+
+    Args:
+        task: The task.
+        limits: The limits that the gate enforces for it from whatever queue. An execution that comes
+            without a receipt pays them here: an inline call, an element of ``chunks`` or ``starmap``.
+
+    """
+    at_gate[task] = tuple(limit for limit in limits if limit not in limits_of(task))
     # With autoretry_for, task.run is Celery's (celery/app/autoretry.py): it would retry RetryAfter.
     body = "_orig_run" if hasattr(task, "_orig_run") else "run"
     run = getattr(task, body)
@@ -135,12 +146,9 @@ def watch(task: Task) -> None:
 
     @functools.wraps(run)
     def watched(*args: Any, **kwargs: Any) -> Any:
-        request = task.request
-        if request in _passes or not enabled(task.app):
+        if not enabled(task.app):
             return run(*args, **kwargs)
-        _passes[request] = set()
-        charge = collect(task, request, _without_self(args), kwargs)
-        return _call(run, args, kwargs, charge, None if _is_inline(task) else task)
+        return _begin(task, None, run, args, kwargs)
 
     setattr(watched, _WATCHED, True)
     setattr(task, body, watched)
@@ -164,41 +172,85 @@ def _refuse_what_is_not_a_function(function: Any) -> None:
 def _run(
     limit: Limit, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Pay, then call the function, or do what the policy wants instead."""
-    sent = _without_self(args)
+    """Pay for a limit of the decorator, then call the function, or do what the policy wants instead."""
     task: Task | None = get_current_task()
-    due: list[Limit] = [limit]
-    charge = Charge()
-    name, request, job = function.__qualname__, None, None
-    if task is not None and limit in limits_of(task):  # else something other than its task calls it
-        if not enabled(task.app):
-            return function(*args, **kwargs)
-        # A job pays for all limits of its task as it enters the first, and passes each of them once:
-        # a nested task.run(), which finds the request of the job that calls it, pays for itself.
-        request = task.request
-        name = task.name
-        passes = _passes.get(request)
-        if passes is None:
-            _passes[request] = passes = set(limits_of(task))
-            charge = collect(task, request, sent, kwargs)
-            due = [each for each in limits_of(task) if each not in charge]
-            job = None if _is_inline(task) else task
-        elif limit in passes:
-            due = []
+    if task is None or limit not in limits_of(task):  # something other than its task calls it
+        return _pay_and_call([limit], Charge(), None, function, args, kwargs)
+    if not enabled(task.app):
+        return function(*args, **kwargs)
+    return _begin(task, limit, function, args, kwargs)
+
+
+def _begin(
+    task: Task,
+    limit: Limit | None,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Enter a task's body, or one of the decorators around it.
+
+    A job pays for all limits of its task as it enters the outermost, and passes each of them once. A
+    nested ``task.run()``, which finds the request of the job that calls it, pays for itself.
+    """
+    request = task.request
+    passes = _passes.get(request)
+    if passes is not None and limit in passes:
         passes.discard(limit)
+        return _call(function, args, kwargs, Charge(), None)
+    due = (*limits_of(task), *at_gate.get(task, ()))
+    charge = Charge()
+    job = None
+    if passes is None:
+        _passes[request] = passes = set(limits_of(task))
+        passes.discard(limit)
+        receipt = consume(task, request)
+        job = None if _is_inline(task) else task
+        if receipt.error is not None:
+            raise receipt.error
+        if receipt.refused is not None:
+            limit, delay = receipt.refused
+            if callable(limit.when_limited):
+                return limit.when_limited(*_without_self(args), **kwargs)
+            raise RateLimitExceeded(f"rate limit exceeded: {limit.name or task.name}", delay)
+        charge = collect(task, receipt, _without_self(args), kwargs)
+        due = tuple(each for each in due if each not in charge)
+    elif limit is not None:
+        due = (limit,)
+    return _pay_and_call(due, charge, job, function, args, kwargs, task)
+
+
+def _pay_and_call(
+    due: Iterable[Limit],
+    charge: Charge,
+    job: Task | None,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    task: Task | None = None,
+) -> Any:
+    """Pay what the gate was not paid, and call the function; or do what the policy wants instead."""
+    name = function.__qualname__ if task is None else task.name
+    began = monotonic()
     try:
-        paid, refused = _pay(due, name, sent, kwargs, request)
+        paid, refused = _pay(due, name, _without_self(args), kwargs, task and task.request)
     except BaseException:
         charge.give_back()
         raise
-    if refused is None:
-        charge.add(paid)
-        return _call(function, args, kwargs, charge, job)
-    charge.give_back()  # what the gate was paid
-    demand, delay = refused
-    if callable(demand.limit.when_limited):
-        return demand.limit.when_limited(*sent, **kwargs)
-    return refuse_in_task(demand, delay, demand.limit.name or name, job)
+    if refused is not None:
+        charge.give_back()  # what the gate was paid
+        demand, delay = refused
+        how = demand.limit.when_limited
+        for observer in observers:
+            observer.refused(name, demand, delay, how if isinstance(how, str) else "fallback")
+        if callable(how):
+            return how(*_without_self(args), **kwargs)
+        return refuse_in_task(demand, delay, demand.limit.name or name, job)
+    if paid:
+        for observer in observers:
+            observer.admitted(name, paid, monotonic() - began, paid[0].limit)
+    charge.add(paid)
+    return _call(function, args, kwargs, charge, job)
 
 
 def _call(

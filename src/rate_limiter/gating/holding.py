@@ -1,69 +1,84 @@
-"""The engine of the gates: which jobs wait, in what order, and when the next one may go.
-
-It knows no Celery, kombu, timer or thread. A gate offers it each job, sleeps until `next_due`, and
-asks it for the jobs that may go then.
+"""Which jobs wait for which bucket, in what order, and when the next one may go.
 
 Jobs wait first come, first served per bucket. A job with several limits takes from all their buckets
-or from none, and waits in the queue of the one that refused, at the place of its arrival: it stands in
-nobody's way at the others, and nobody who came later overtakes it there for ever. If its turn has come
-at one bucket, and another refuses for no longer than the first needs to make up for it, it claims the
-first: that one then serves nobody else until the job has gone.
+or from none. It waits in the queue of the bucket that refused it, at the place of its arrival: it
+stands in nobody's way at the other buckets, and no later job overtakes it there for ever.
+
+If bucket A can serve such a job and bucket B cannot yet, and waiting for B costs A no more tokens than
+the job takes from it, the job claims A. A then serves no other job until this one has gone.
+
+Nothing here asks a bucket before the moment that the bucket has forecast. A bucket that was refunded,
+paused or configured in this process says so (`Holding.poke`); one that other processes change is
+compared with its counter of changes twice a second; only a bucket class that offers neither is asked
+again twice a second.
 """
 
 import heapq
 import itertools
 import math
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Generic, TypeVar
 
 from ..all_of import take_all_or_delay
 from ..bucket import Bucket
+from ..shared_bucket import is_shared
 from .limit import Demand, Limit
 
-__all__ = ["Holding"]
+__all__ = ["Held", "Holding"]
 
 Job = TypeVar("Job")
 
-
-#: What is held is looked at again after so many seconds at the latest: a bucket may have been
-#: configured, refunded or emptied meanwhile, by another process too.
+#: Seconds after which a bucket is looked at again that cannot tell this process of every change.
 _LOOK_AGAIN: Final = 0.5
 
+#: How many times buckets are asked in one call of `release`. The loop of a worker or consumer has
+#: other work to do too.
+_ASKS_AT_ONCE: Final = 50
 
-#: So much that rounding does not tell one from the other.
+#: Two numbers of tokens whose ratio is below this are the same but for rounding.
 _EVEN: Final = 1.000001
 
 
-class _Held(Generic[Job]):
-    __slots__ = ("arrival", "claims", "demands", "job", "limit", "queue")
+class Held(Generic[Job]):
+    """A job that waits."""
+
+    __slots__ = ("arrival", "claims", "demands", "job", "limit", "queue", "since")
 
     queue: "_Queue[Job]"
 
-    def __init__(self, arrival: int, job: Job, demands: Sequence[Demand]) -> None:
+    def __init__(self, arrival: int, job: Job, demands: Sequence[Demand], since: float) -> None:
         self.arrival = arrival
         self.job = job
         self.demands = demands
-        #: The queues that serve nobody else until this job has gone.
+        #: When it came, by the caller's clock.
+        self.since = since
+        #: The queues that it has claimed.
         self.claims: list[_Queue[Job]] = []
-        #: The limit that makes it wait now, and the queue of its bucket.
-        self.limit: Limit | None = None
+        #: The limit that makes it wait now.
+        self.limit: Limit = demands[0].limit
 
 
 class _Queue(Generic[Job]):
     """The jobs that one bucket makes wait, by arrival."""
 
-    __slots__ = ("bucket", "claimant", "due", "jobs", "look")
+    __slots__ = ("bucket", "changes", "claimant", "due", "jobs", "look", "sees_all", "shared")
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
-        self.jobs: deque[_Held[Job]] = deque()
-        #: When its head may go, as far as can be foreseen, and when to look.
+        self.jobs: deque[Held[Job]] = deque()
+        #: When its first job may go, as the bucket has forecast, and when to look at it.
         self.due = self.look = 0.0
-        #: The job, in another queue, for which this one waits.
-        self.claimant: _Held[Job] | None = None
+        #: The job, in another queue, that has claimed this bucket.
+        self.claimant: Held[Job] | None = None
+        self.shared = is_shared(bucket)
+        #: Whether the bucket tells this process of every change.
+        self.sees_all = hasattr(bucket, "subscribe") and not self.shared
+        #: The bucket's counter of changes just before it was last asked.
+        self.changes = math.nan
 
-    def insert(self, held: _Held[Job]) -> None:
+    def insert(self, held: Held[Job]) -> None:
         later = []
         while self.jobs and self.jobs[-1].arrival > held.arrival:
             later.append(self.jobs.pop())
@@ -71,28 +86,33 @@ class _Queue(Generic[Job]):
         self.jobs.extend(reversed(later))
         held.queue = self
 
-    def serves(self, held: _Held[Job]) -> bool:
-        """Whether the job may ask the bucket: nobody has claimed it, or came before."""
+    def serves(self, held: Held[Job]) -> bool:
+        """Tell whether the job may ask the bucket: no other job has claimed it, or came before."""
         if self.claimant is not None and self.claimant is not held:
             return False
         return not self.jobs or self.jobs[0].arrival >= held.arrival
 
     def forecast(self) -> float:
-        """When the bucket serves again."""
+        """Return the moment at which the bucket serves again."""
         return self.due if self.claimant is None else self.claimant.queue.due
+
+    def has_changed(self) -> bool:
+        """Tell whether another process may have changed the bucket since it was asked."""
+        return not self.shared or getattr(self.bucket, "changes", math.nan) != self.changes
 
 
 class Holding(Generic[Job]):
-    """Jobs that wait for tokens.
+    """Jobs that wait for tokens. It knows no Celery, kombu, broker or timer.
 
     Args:
-        refuse: Called with a job, the demand and the delay, when a limit that does not let jobs wait
-            (``when_limited`` other than ``"wait"``) has no tokens for it. ``True``: that job is gone.
-            ``False``: it is to be held all the same.
-        fail: Called with a held job and the error when its turn has come and a bucket raises, say
-            because the job now costs more than the capacity. That job is gone.
-        skip: Called with a held job when its turn has come, before it takes tokens; ``True``: it is
-            gone (revoked, expired) and costs nothing.
+        refuse: Called with a job, the demand and the delay, when a limit whose ``when_limited`` is not
+            ``"wait"`` has no tokens for it. ``True``: that job is gone. ``False``: hold it.
+        fail: Called with a job, its limit and the error, when its turn has come and a bucket raises,
+            say because the job now costs more than the capacity. That job is gone.
+        skip: Called with a job when its turn has come, before it takes tokens. ``True``: it is gone
+            (revoked, expired) and costs nothing.
+        hold: Called with a job that begins to wait, the demand that makes it wait, and the delay.
+        poked: Called when a bucket that jobs wait for was changed, in the thread that changed it.
 
     """
 
@@ -100,20 +120,29 @@ class Holding(Generic[Job]):
         self,
         *,
         refuse: Callable[[Job, Demand, float], bool],
-        fail: Callable[[Job, Exception], None],
-        skip: Callable[[Job], bool] = lambda _job: False,
+        fail: Callable[["Held[Job]", Exception], None],
+        skip: Callable[["Held[Job]"], bool] = lambda _held: False,
+        hold: Callable[["Held[Job]", Demand, float], None] = lambda *_: None,
+        poked: Callable[[], None] = lambda: None,
     ) -> None:
         self._refuse = refuse
         self._fail = fail
         self._skip = skip
+        self._on_hold = hold
+        self._on_poke = poked
         self._count = itertools.count()
         self._queues: dict[Bucket, _Queue[Job]] = {}
+        #: Queues by the moment of their next look. An entry is void if its queue has another moment.
         self._due: list[tuple[float, int, _Queue[Job]]] = []
+        #: Buckets that have said that they were changed.
+        self._poked: deque[Bucket] = deque()
+        #: The thread that takes from several buckets now, and refunds those that granted in vain.
+        self._asks_in = 0
         #: How many jobs each limit makes wait.
         self.held_by: Counter[Limit] = Counter()
 
     def __len__(self) -> int:
-        return sum(len(queue.jobs) for queue in self._queues.values())
+        return self.held_by.total()
 
     def jobs(self) -> list[Job]:
         """Return the jobs that are held."""
@@ -122,10 +151,21 @@ class Holding(Generic[Job]):
     @property
     def next_due(self) -> float | None:
         """The moment, by the caller's clock, at which `release` is to be called next."""
+        while self._poked:
+            queue = self._queues.get(self._poked.popleft())
+            if queue is not None and queue.jobs:
+                queue.changes = math.nan
+                self._look(queue, 0.0)
         due = self._due
         while due and due[0][2].look != due[0][0]:
-            heapq.heappop(due)  # its queue was given another moment
+            heapq.heappop(due)
         return due[0][0] if due else None
+
+    def poke(self, bucket: Bucket) -> None:
+        """Note that a bucket was changed, so that `next_due` is now. Safe from any thread."""
+        if self._asks_in != threading.get_ident():  # else it is given back what was just taken from it
+            self._poked.append(bucket)
+            self._on_poke()
 
     def offer(self, job: Job, demands: Sequence[Demand], now: float) -> bool:
         """Let a job go at once, or hold or refuse it.
@@ -147,41 +187,53 @@ class Holding(Generic[Job]):
             if queue is not None:  # behind those who came before
                 self._hold(job, demands, demand, now, max(math.ulp(now), queue.forecast() - now))
                 return False
-        delay, refused = take_all_or_delay(demands)
+        delay, refused = self._take_all(demands)
         if not delay:
             return True
         self._hold(job, demands, demands[refused], now, delay)
         return False
 
-    def release(self, now: float, most: float = math.inf) -> list[Job]:
+    def release(self, now: float, most: float = math.inf) -> list[Held[Job]]:
         """Return the jobs that may go now, in order. They have taken their tokens.
+
+        It may leave some for its next call, which is then due at once: it asks buckets 50 times at most.
 
         Args:
             now: The caller's clock, in seconds.
             most: How many at most, for callers that run each job before they ask for the next.
 
         """
-        released: list[Job] = []
-        while len(released) < most and (look := self.next_due) is not None and look <= now:
+        released: list[Held[Job]] = []
+        asks = 0
+        while len(released) < most and asks < _ASKS_AT_ONCE:
+            look = self.next_due
+            if look is None or look > now:
+                break
             queue = heapq.heappop(self._due)[2]
             queue.look = math.nan  # no moment is set
+            if now < queue.due and queue.claimant is None and not queue.has_changed():
+                self._schedule(queue, now, queue.due - now)
+                continue
             while queue.jobs and queue.serves(queue.jobs[0]):
-                if len(released) >= most:
+                if len(released) >= most or asks >= _ASKS_AT_ONCE:
                     self._schedule(queue, now, 0.0)
                     break
                 held = queue.jobs[0]
-                if self._skip(held.job):
+                if self._skip(held):
                     self._leave(held, now)
                     continue
+                asks += len(held.demands)
+                if queue.shared:
+                    queue.changes = getattr(queue.bucket, "changes", math.nan)
                 try:
                     delay, demand = self._take(held, now)
                 except Exception as error:  # noqa: BLE001 - whatever it is, it is that job's
                     self._leave(held, now)
-                    self._fail(held.job, error)
+                    self._fail(held, error)
                     continue
                 if not delay:
                     self._leave(held, now)
-                    released.append(held.job)
+                    released.append(held)
                 elif demand.bucket is queue.bucket:
                     self._schedule(queue, now, delay)
                     self._give_up_claims(held, now, delay)
@@ -191,34 +243,44 @@ class Holding(Generic[Job]):
             self._drop_if_empty(queue)
         return released
 
-    def clear(self) -> list[Job]:
+    def clear(self) -> list[Held[Job]]:
         """Forget every job, and return them."""
-        jobs = self.jobs()
-        self._queues.clear()
+        forgotten = [held for queue in self._queues.values() for held in queue.jobs]
+        for queue in list(self._queues.values()):
+            self._drop(queue)
         self._due.clear()
+        self._poked.clear()
         self.held_by.clear()
-        return jobs
+        return forgotten
 
     def _hold(
         self, job: Job, demands: Sequence[Demand], demand: Demand, now: float, delay: float
     ) -> None:
         """Hold a job that has just come, or refuse it."""
         if demand.limit.when_limited == "wait" or not self._refuse(job, demand, delay):
-            self._enqueue(_Held(next(self._count), job, demands), demand, now, delay)
+            held = Held(next(self._count), job, demands, now)
+            self._enqueue(held, demand, now, delay)
+            self._on_hold(held, demand, delay)
 
-    def _take(self, held: _Held[Job], now: float) -> tuple[float, Demand]:
+    def _take(self, held: Held[Job], now: float) -> tuple[float, Demand]:
         """Take the tokens of a job whose turn has come; or return the delay, and who refused."""
-        first = held.demands[0]
-        if len(held.demands) == 1:
-            return first.bucket.take_or_delay(first.tokens), first
-        for demand in held.demands:
+        for demand in held.demands if len(held.demands) > 1 else ():
             queue = self._queues.get(demand.bucket)
             if queue is not None and queue is not held.queue and not queue.serves(held):
                 return max(math.ulp(now), queue.forecast() - now), demand
-        delay, refused = take_all_or_delay(held.demands)
+        delay, refused = self._take_all(held.demands)
         return delay, held.demands[refused]
 
-    def _move(self, held: _Held[Job], demand: Demand, now: float, delay: float) -> None:
+    def _take_all(self, demands: Sequence[Demand]) -> tuple[float, int]:
+        if len(demands) == 1:
+            return demands[0].bucket.take_or_delay(demands[0].tokens), 0
+        self._asks_in = threading.get_ident()
+        try:
+            return take_all_or_delay(demands)
+        finally:
+            self._asks_in = 0
+
+    def _move(self, held: Held[Job], demand: Demand, now: float, delay: float) -> None:
         """Let a job whose turn has come wait at another bucket, which has refused it."""
         left = held.queue
         if demand.limit.when_limited != "wait" and self._refuse(held.job, demand, delay):
@@ -231,7 +293,7 @@ class Holding(Generic[Job]):
             left.claimant = held
             held.claims.append(left)
 
-    def _give_up_claims(self, held: _Held[Job], now: float, delay: float) -> None:
+    def _give_up_claims(self, held: Held[Job], now: float, delay: float) -> None:
         """Open what a job has claimed, where it has come to wait for longer than that is worth."""
         for queue in list(held.claims):
             if not _worth_it(held, queue, delay):
@@ -241,13 +303,15 @@ class Holding(Generic[Job]):
                     self._schedule(queue, now, 0.0)
                 self._drop_if_empty(queue)
 
-    def _enqueue(self, held: _Held[Job], demand: Demand, now: float, delay: float) -> bool:
-        """Put a job into a bucket's queue; whether it is the next one there."""
-        bucket, _, held.limit = demand
+    def _enqueue(self, held: Held[Job], demand: Demand, now: float, delay: float) -> bool:
+        """Put a job into a bucket's queue, and tell whether it is the next one there."""
+        bucket, held.limit = demand.bucket, demand.limit
         self.held_by[held.limit] += 1
         queue = self._queues.get(bucket)
         if queue is None:
             queue = self._queues[bucket] = _Queue(bucket)
+            if hasattr(bucket, "subscribe"):
+                bucket.subscribe(self.poke)
         queue.insert(held)
         claimant = queue.claimant
         if claimant is not None and claimant.arrival > held.arrival:
@@ -258,7 +322,7 @@ class Holding(Generic[Job]):
             self._schedule(queue, now, delay)
         return first
 
-    def _leave(self, held: _Held[Job], now: float) -> None:
+    def _leave(self, held: Held[Job], now: float) -> None:
         """Take a job out, and open what it has claimed."""
         self._unlink(held)
         for queue in held.claims:
@@ -267,27 +331,34 @@ class Holding(Generic[Job]):
                 self._schedule(queue, now, 0.0)
             self._drop_if_empty(queue)
 
-    def _unlink(self, held: _Held[Job]) -> None:
+    def _unlink(self, held: Held[Job]) -> None:
         jobs = held.queue.jobs
         assert jobs[0] is held  # noqa: S101 - only the one whose turn has come leaves
         jobs.popleft()
-        assert held.limit is not None  # noqa: S101 - for mypy
         self.held_by[held.limit] -= 1
         if not self.held_by[held.limit]:
             del self.held_by[held.limit]
 
     def _drop_if_empty(self, queue: _Queue[Job]) -> None:
         if not queue.jobs and queue.claimant is None and self._queues.get(queue.bucket) is queue:
-            del self._queues[queue.bucket]
+            self._drop(queue)
+
+    def _drop(self, queue: _Queue[Job]) -> None:
+        del self._queues[queue.bucket]
+        if hasattr(queue.bucket, "unsubscribe"):
+            queue.bucket.unsubscribe(self.poke)
 
     def _schedule(self, queue: _Queue[Job], now: float, delay: float) -> None:
         # later than now, also where the delay vanishes in rounding
         queue.due = max(now + delay, math.nextafter(now, math.inf)) if delay else now
-        queue.look = min(queue.due, now + _LOOK_AGAIN)
-        heapq.heappush(self._due, (queue.look, next(self._count), queue))
+        self._look(queue, queue.due if queue.sees_all else min(queue.due, now + _LOOK_AGAIN))
+
+    def _look(self, queue: _Queue[Job], moment: float) -> None:
+        queue.look = moment
+        heapq.heappush(self._due, (moment, next(self._count), queue))
 
 
-def _worth_it(held: _Held[Any], queue: _Queue[Any], delay: float) -> bool:
-    """Whether a bucket that waits for a job loses no more than the job takes from it."""
-    takes = sum(tokens for bucket, tokens, _ in held.demands if bucket is queue.bucket)
+def _worth_it(held: Held[Any], queue: _Queue[Any], delay: float) -> bool:
+    """Tell whether a bucket that waits for a job loses no more than the job takes from it."""
+    takes = sum(each.tokens for each in held.demands if each.bucket is queue.bucket)
     return delay * queue.bucket.tokens_per_second <= takes * _EVEN

@@ -11,20 +11,20 @@ They are put aside here, so that nothing is handled inside something else, or be
 
 import contextlib
 import functools
-import heapq
-import itertools
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from ..broker.origin import MARK, mark_messages
-from ..broker.relay import Copies, restore_origin
+from ..broker.relay import restore_origin
 from ..exceptions import RateLimitExceeded
-from ..gating.holding import Holding
-from ..gating.limit import Demand, Limit, price
+from ..gating.engine import Call, Engine, Host
+from ..gating.limit import Demand, Limit
+from .pausing import Pausing, check
+from .returning import Returning
 from .window import DEFAULT, Window
 
 if TYPE_CHECKING:
@@ -34,24 +34,19 @@ __all__ = ["Session"]
 
 logger = logging.getLogger("rate_limiter")
 
-#: When to try again what the broker did not do, in seconds.
-_TRY_AGAIN: Final = 1.0
-
-#: What is due so soon, in seconds, is waited for as a whole.
+#: A moment that is closer than this, in seconds, is waited for as a whole, see `Session.timeout`.
 _EXACT: Final = 0.004
 
-#: How long to wait for the last confirmations, in seconds: without them messages run twice.
-_FAREWELL: Final = 0.5
-
-#: How often to look for confirmations while copies wait for theirs, in seconds.
-_CONFIRM: Final = 0.02
+#: While messages are held, the loop waits no longer, in seconds: another thread that refunds or
+#: configures a bucket cannot interrupt it.
+_THREAD_POLL: Final = 0.5
 
 
 class _Job:
     """A message on its way through the gate."""
 
     __slots__ = (
-        *("args", "callback", "can_return", "copy", "ended"),
+        *("args", "callback", "can_return", "copy"),
         *("held", "limit", "message", "queue", "window"),
     )
 
@@ -74,26 +69,14 @@ class _Job:
         self.window = window
         #: Whether it counts among what its window holds.
         self.held = False
-        #: Whether it was refused; by which limit, if it waits for a turn to be sent back.
-        self.ended = False
+        #: The limit because of which it waits to be sent back.
         self.limit: Limit | None = None
 
-
-class _Plan(NamedTuple):
-    """What the gate does with the messages of one queue."""
-
-    limits: tuple[Limit, ...]
-    #: What each of them is to take, where that is the same for all.
-    demands: tuple[Demand, ...]
+    def __str__(self) -> str:
+        return f"a message of queue {self.queue}"
 
 
-class _Paused(NamedTuple):
-    consumer: Any
-    queue: Any
-    limit: Limit
-
-
-class Session:
+class Session(Host[_Job]):
     """What one loop holds back.
 
     Args:
@@ -105,22 +88,22 @@ class Session:
     def __init__(self, gate: "Gate", on_refused: Callable[[Any, Exception], Any]) -> None:
         self._gate = gate
         self._on_refused = on_refused
-        self._held: Holding[_Job] = Holding(refuse=self._refuse, fail=self._fail, skip=self._skip)
-        self._copies = Copies(done=self._copied, failed=self._await_turn)
-        self._count = itertools.count()
-        #: Messages to be sent to the end of their queue, and when.
-        self._turns: list[tuple[float, int, _Job]] = []
-        self._turns_of: Counter[Limit] = Counter()
+        self._engine: Engine[_Job] = Engine(self, gate.limits_for, max_held=gate.max_held)
+        self._engine.window = self._window_of
+        self._returning = Returning(gone=self.gone, sent=self._on_sent)
+        self._pausing = Pausing()
         self._inbox: deque[_Job] = deque()
+        #: Commands to the broker, for the next `poll`.
+        self._orders: deque[Callable[[], None]] = deque()
         self._busy = False
         #: Whether there is anything for `poll` to do apart from the inbox.
         self._unsettled = False
-        self._plans: dict[str, _Plan] = {}
         self._windows: dict[Any, Window] = {}
+        #: The prefetch counts that the consumers of queues have without a gate.
         self._own: dict[str, int] = {}
-        self._bounds: dict[Limit, int] = {}
-        self._consumers: dict[str, Any] = {}
-        self._paused: dict[str, _Paused] = {}
+        self._own_of: dict[Limit, int] = {}
+        #: For how many held messages there is to be room, and for how many at most.
+        self._room = 0, 0
         self._announced: set[Limit] = set()
         #: Whether limited messages are taken in. They are not while the consumers are cancelled.
         self.open = True
@@ -133,10 +116,10 @@ class Session:
     def attach(self, consumer: Any) -> None:
         """Gate all messages of a consumer that has not begun to consume."""
         self.open = True
-        plans = {queue.name: self._plan(queue.name) for queue in consumer.queues}
-        limits = {limit for plan in plans.values() for limit in plan.limits}
+        limits_of = {queue.name: self._engine.plan(queue.name).limits for queue in consumer.queues}
+        limits = {limit for each in limits_of.values() for limit in each}
         for queue in consumer.queues:
-            _check(queue, consumer, plans[queue.name].limits)
+            check(queue, consumer, limits_of[queue.name])
         if limits:
             channel = consumer.channel
             window = self._window(channel)
@@ -145,13 +128,11 @@ class Session:
             room = sum(limit.bound(own, self._gate.max_held) for limit in limits)
             with self._occupied():
                 own = window.add(consumer, room)
-            for name in plans:
-                self._own[name] = own
-                self._consumers[name] = consumer
-                self._paused.pop(name, None)
-            self._bounds.clear()
+            self._own.update(dict.fromkeys(limits_of, own))
+            self._own_of.clear()
+            self._pausing.add(consumer)
         for limit in limits - self._announced:
-            names = [name for name, plan in plans.items() if limit in plan.limits]
+            names = [name for name, each in limits_of.items() if limit in each]
             logger.info("Limit %s: %r for queue %s", limit.name, limit.bucket, ", ".join(names))
         self._announced |= limits
         if consumer.on_message:
@@ -181,15 +162,13 @@ class Session:
 
     def forget(self) -> int:
         """Forget what is held, with the connection: the broker has it still. Return how many."""
-        forgotten = len(self._held) + self._turns_of.total()
-        self._held.clear()
-        self._copies.close()
-        self._turns.clear()
-        self._turns_of.clear()
+        forgotten = self.held_by.total()
+        self._engine.clear()
+        self._returning.forget()
         self._inbox.clear()
+        self._orders.clear()
         self._windows.clear()
-        self._consumers.clear()
-        self._paused.clear()
+        self._pausing.forget()
         if forgotten:
             logger.info("Gave %d held messages back to the broker", forgotten)
         return forgotten
@@ -198,7 +177,7 @@ class Session:
         """Take nothing in any more, while the connection is still there."""
         self.open = False
         with self._occupied():
-            self._copies.wait(_FAREWELL)
+            self._returning.wait()
             messages = list(self._messages())
             for window in self._windows.values():
                 window.give_back([m for m in messages if m.channel is window.channel])
@@ -211,54 +190,36 @@ class Session:
     @property
     def held_by(self) -> Counter[Limit]:
         """How many messages are held because of each limit."""
-        return self._held.held_by + self._turns_of
+        return self._engine.held_by
 
     @property
     def connections(self) -> list[Any]:
         """The connections that it has opened itself, and whose heartbeats are to go on."""
-        return [self._copies.connection] if self._copies.connection is not None else []
+        return self._returning.connections
 
     def lost(self) -> None:
         """Close the connections that it has opened itself."""
-        self._copies.close()
+        self._returning.lost()
 
     # -- the way of a message ---------------------------------------------------------------------
 
     def _pass(self, job: _Job) -> None:
-        plan = self._plan(job.queue)
+        plan = self._engine.plan(job.queue)
         if not plan.limits:
             self._run(job)
             return
         if not self.open:
             return  # the consumers are stopping; the broker has the message
         with self._occupied():
-            try:
-                demands = plan.demands or self._demands(job, plan.limits)
-                goes = self._held.offer(job, demands, monotonic())
-            except Exception as error:  # noqa: BLE001 - a callable of the user's, or its result
-                self._fail(job, error)
-                return
-            if not goes and not job.ended:
+            decision, _ = self._engine.offer(job, plan, job.queue)
+            if decision == "held":
                 self._enter(job)
-        if goes:
+        if decision == "go":
             self._run(job)
 
     def _run(self, job: _Job) -> None:
         with self._occupied():
             job.callback(*job.args)
-
-    def _plan(self, queue: str) -> _Plan:
-        plan = self._plans.get(queue)
-        if plan is None:
-            limits = self._gate.limits_for(queue)
-            fixed = all(limit.fixed for limit in limits)
-            plan = _Plan(limits, tuple(d for limit in limits for d in limit.fixed) if fixed else ())
-            self._plans[queue] = plan
-        return plan
-
-    def _demands(self, job: _Job, limits: Sequence[Limit]) -> Sequence[Demand]:
-        body = job.args[0] if len(job.args) > 1 else job.message.payload
-        return price(limits, f"queue {job.queue}", (body, job.message), {}, job.message.headers)
 
     def _enter(self, job: _Job) -> None:
         self._unsettled = True
@@ -271,13 +232,6 @@ class Session:
             job.held = False
             job.window.held -= 1
 
-    def _skip(self, job: _Job) -> bool:
-        """Whether a message's channel is closed. Then the broker has given it out again."""
-        if job.message.channel.connection is not None:
-            return False
-        self._leave(job)
-        return True
-
     def _window(self, channel: Any) -> Window:
         window = self._windows.get(channel)
         if window is None:
@@ -286,36 +240,69 @@ class Session:
             window = self._windows[channel] = Window(channel, self.static)
         return window
 
-    # -- those that do not wait -------------------------------------------------------------------
+    def _window_of(self, limit: Limit) -> int:
+        own = self._own_of.get(limit)
+        if own is None:
+            plan = self._engine.plan
+            owns = [count for name, count in self._own.items() if limit in plan(name).limits]
+            own = self._own_of[limit] = max(owns, default=DEFAULT)
+        return own
 
-    def _refuse(self, job: _Job, demand: Demand, delay: float) -> bool:
+    # -- what the engine asks for -----------------------------------------------------------------
+
+    def call_of(self, job: _Job) -> Call:
+        """Return a message as callables of the user's are given it."""
+        body = job.args[0] if len(job.args) > 1 else job.message.payload
+        return Call(f"queue {job.queue}", (body, job.message), {}, job.message.headers)
+
+    def refuse(self, job: _Job, demand: Demand, delay: float) -> bool:
+        """End a message, or let it wait for its turn to the end of its queue."""
         bucket, tokens, limit = demand
         if limit.when_limited == "retry":
             if not job.can_return:
                 return False
-            if job.copy and self.held_by[limit] < self._bound(limit):
-                return False  # it comes when its turn is due, and waits for what little is missing
-            # Held until its turn: back in its queue it would come again at once, and again.
-            job.ended, job.limit = True, limit
+            if job.copy and self._engine.has_room(limit):
+                return False  # it was sent back before and comes at its turn: a few tokens are missing
+            job.limit = limit
+            self._engine.kept[limit] += 1
             self._enter(job)
-            self._turns_of[limit] += 1
-            self._await_turn(job, limit.turn(bucket, tokens, delay))
+            self._returning.add(job, limit.turn(bucket, tokens, delay))
         elif limit.when_limited == "drop":
             logger.info("Dropped a message of queue %s: rate limit exceeded: %s", job.queue, limit.name)
             self._end(job)
         else:
             reason = f"rate limit exceeded: {limit.name}"
-            logger.info("Refused a message of queue %s: %s", job.queue, reason)
+            logger.debug("Refused a message of queue %s: %s", job.queue, reason)
             self._end(job, RateLimitExceeded(reason, delay))
         return True
 
-    def _fail(self, job: _Job, error: Exception) -> None:
+    def fail(self, job: _Job, error: Exception) -> None:
+        """End a message with an error."""
         logger.error("Rejected a message of queue %s: %s", job.queue, error)
         self._end(job, error)
 
+    def gone(self, job: _Job) -> bool:
+        """Tell whether a message's channel is closed: the broker has given it out again."""
+        if job.message.channel.connection is not None:
+            return False
+        self._leave(job)
+        return True
+
+    def follow(self, held: int, most: int) -> None:
+        """Note for how many held messages there is to be room, for the next `poll`."""
+        self._unsettled = True
+        self._room = held, most
+
+    def pause(self, queue: str, limit: Limit) -> None:
+        """Stop consuming a queue, with the next `poll`."""
+        self._orders.append(functools.partial(self._pausing.pause, queue, limit))
+
+    def resume(self, queue: str) -> None:
+        """Consume a queue again, with the next `poll`."""
+        self._orders.append(functools.partial(self._pausing.resume, queue))
+
     def _end(self, job: _Job, error: Exception | None = None) -> None:
         """Let a message end without having run: the broker discards it, or dead-letters it."""
-        job.ended = True
         self._leave(job)
         if error is not None:
             try:
@@ -325,33 +312,14 @@ class Session:
         if not job.message.acknowledged:
             job.message.reject()
 
-    def _await_turn(self, job: _Job, delay: float = _TRY_AGAIN) -> None:
-        heapq.heappush(self._turns, (monotonic() + delay, next(self._count), job))
-
-    def _send_back(self) -> None:
-        now = monotonic()
-        while self._turns and self._turns[0][0] <= now and not self._copies.full:
-            job = heapq.heappop(self._turns)[2]
-            if self._skip(job):
-                self._uncount_turn(job)
-                continue
-            try:
-                self._copies.send(job)
-            except Exception:
-                logger.warning("Could not send back a message of queue %s", job.queue, exc_info=True)
-                self._await_turn(job)
-        self._copies.collect()
-
-    def _copied(self, job: _Job) -> None:
-        self._uncount_turn(job)
-        if not self._skip(job):
-            self._leave(job)
-            job.message.ack()
-            logger.debug("Sent a message to the end of queue %s", job.queue)
-
-    def _uncount_turn(self, job: _Job) -> None:
+    def _on_sent(self, job: _Job, gone: bool) -> None:
+        """Let go of a message whose copy is at the end of its queue."""
         assert job.limit is not None  # noqa: S101 - for mypy
-        self._turns_of[job.limit] -= 1
+        self._engine.kept[job.limit] -= 1
+        if not self._engine.kept[job.limit]:
+            del self._engine.kept[job.limit]
+        if not gone:
+            self._leave(job)
 
     # -- between messages -------------------------------------------------------------------------
 
@@ -368,7 +336,7 @@ class Session:
         if self._busy or not (self._inbox or self._unsettled):  # called by a callback; nothing to do
             return 0
         handled = 0
-        now = monotonic()
+        now = monotonic()  # what becomes due meanwhile waits for the next call, behind new messages
         while handled < most:
             if self._inbox:
                 self._pass(self._inbox.popleft())
@@ -378,40 +346,37 @@ class Session:
                 break
             handled += 1
         with self._occupied():
-            self._send_back()
-            self._pause_and_resume()
+            self._returning.send()
+            self._engine.settle()
+            while self._orders:
+                self._orders.popleft()()
             self._follow()
-        self._unsettled = bool(self._held.held_by or self._turns_of.total() or self._paused)
+        self._unsettled = bool(self.held_by or self._engine.paused or self._engine.next_due < math.inf)
         return handled
 
     def timeout(self, most: float) -> float:
         """Return after how many seconds, of at most so many, `poll` is to be called."""
         if self._inbox:
             return 0.0
-        moments = [self._held.next_due] if self._held.held_by else []
-        if self._turns and not self._copies.full:
-            moments.append(self._turns[0][0])
-        now = monotonic()
-        if self._copies.pending:
-            moments.append(now + _CONFIRM)
-        moments += [window.renewal for window in self._windows.values() if window.held]
-        left = min((moment for moment in moments if moment is not None), default=math.inf) - now
+        moments = [self._engine.next_due, self._returning.next_due]
+        moments += [window.renewal or math.inf for window in self._windows.values() if window.held]
+        left = min(moments) - monotonic()
+        if self._unsettled:
+            left = min(left, _THREAD_POLL)
         # drain_events waits for as long once more when something came that was no message, on AMQP
         # the broker's heartbeat, on Redis an empty reply. Half of the time leaves room for that.
         return min(most, max(0.0, left if left < _EXACT else left / 2))
 
     def _release(self, now: float) -> _Job | None:
         with self._occupied():
-            for job in self._held.release(now, 1):
-                self._leave(job)
-                return job
+            for held in self._engine.release(1, now):
+                self._leave(held.job)
+                return held.job
         return None
 
     def _follow(self) -> None:
         """Follow what is held: with the prefetch windows, and with the leases."""
-        held_by = self.held_by
-        held = sum(min(held, self._bound(limit)) for limit, held in held_by.items())
-        most = sum(map(self._bound, held_by))
+        held, most = self._room
         for window in self._windows.values():
             if window.channel.connection is None:
                 continue  # it was lost, and what is held of it goes when its turn comes
@@ -420,44 +385,8 @@ class Session:
                 window.renew([m.delivery_tag for m in self._messages() if m.channel is window.channel])
 
     def _messages(self) -> Iterator[Any]:
-        for job in self._held.jobs():
+        for job in (*self._engine.jobs(), *self._returning):
             yield job.message
-        for _, _, job in self._turns:
-            yield job.message
-
-    def _bound(self, limit: Limit) -> int:
-        bound = self._bounds.get(limit)
-        if bound is None:
-            owns = [own for name, own in self._own.items() if limit in self._plan(name).limits]
-            bound = limit.bound(max(owns, default=DEFAULT), self._gate.max_held)
-            self._bounds[limit] = bound
-        return bound
-
-    def _pause_and_resume(self) -> None:
-        """Stop consuming a queue whose limit holds enough; take it up again at half of that."""
-        held_by = self.held_by
-        for limit, held in held_by.items():
-            if limit.overflow == "pause" and held >= self._bound(limit):
-                for name in [name for name in self._consumers if limit in self._plan(name).limits]:
-                    self._pause(name, limit)
-        for name, paused in list(self._paused.items()):
-            if held_by[paused.limit] <= self._bound(paused.limit) // 2:
-                self._resume(name)
-
-    def _pause(self, name: str, limit: Limit) -> None:
-        consumer = self._consumers[name]
-        if name in self._paused or not consumer.consuming_from(name):
-            return
-        queue = next(queue for queue in consumer.queues if queue.name == name)
-        consumer.cancel_by_queue(name)
-        self._paused[name] = _Paused(consumer, queue, limit)
-        logger.info("Paused queue %s: enough of %s is held", name, limit.name)
-
-    def _resume(self, name: str) -> None:
-        consumer, queue, _ = self._paused.pop(name)
-        consumer.add_queue(queue)
-        consumer.consume()
-        logger.info("Resumed queue %s", name)
 
     @contextlib.contextmanager
     def _occupied(self) -> Iterator[None]:
@@ -466,20 +395,3 @@ class Session:
             yield
         finally:
             self._busy = busy
-
-
-def _check(queue: Any, consumer: Any, limits: Sequence[Limit]) -> None:
-    """Refuse what cannot be held, or not be paused."""
-    if not limits:
-        return
-    if consumer.no_ack or queue.no_ack:
-        raise ValueError(
-            f"queue {queue.name} is consumed with no_ack, and limited by {limits[0].name}: the broker "
-            "would forget what is held; consume it with acknowledgements"
-        )
-    pausing = next((limit for limit in limits if limit.overflow == "pause"), None)
-    if pausing is not None and queue.auto_delete:
-        raise ValueError(
-            f"queue {queue.name} is auto_delete, so overflow='pause' of {pausing.name} would delete it: "
-            "use overflow='hold'"
-        )

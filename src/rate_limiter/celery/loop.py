@@ -1,0 +1,123 @@
+"""When the gate looks at what it holds: in the worker's loop, whatever kind of loop that is.
+
+On prefork and threads pools Celery has an event loop, and on green pools a timer that runs in the
+consumer's own thread: the gate keeps one timer there, for all that it holds. On the solo pool, and where
+the broker has no event loop (``memory://``, Windows), Celery's timer is a second thread, which would run
+jobs beside the consumer's: there the gate works around the consumer's own wait for messages.
+"""
+
+import math
+import threading
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, Final
+
+from celery import bootsteps
+from celery.worker import state
+
+__all__ = ["Loop"]
+
+#: The least seconds that the timer is set ahead. The event loop fires a timer that is due already once
+#: more in the same turn, and reads no messages in between.
+_LEAST: Final = 0.001
+
+#: Without an event loop: seconds between two looks while a job with an ETA is in the worker, which
+#: Celery's timer thread brings; it cannot interrupt the wait for messages.
+_ETA_POLL: Final = 0.1
+
+#: Seconds between two looks where another thread cannot interrupt the wait (kombu before 5.7, and no
+#: event loop) to tell that a bucket was refunded or configured.
+_THREAD_POLL: Final = 0.5
+
+
+class Loop:
+    """The loop of one connection.
+
+    Args:
+        consumer: Celery's consumer.
+        due: Returns the moment, by the monotonic clock, of the next `work`. It may be infinite.
+        work: Does what is due; does nothing if nothing is.
+
+    """
+
+    def __init__(self, consumer: Any, due: Callable[[], float], work: Callable[[], None]) -> None:
+        self._consumer = consumer
+        self._due = due
+        self._work = work
+        self._thread = threading.get_ident()
+        self._timer: Any = None
+        self._timer_at = math.inf
+        #: Whether `work` may be called by a timer.
+        self.has_timer = consumer.hub is not None or getattr(consumer.pool, "is_green", False)
+        self._longest = _THREAD_POLL
+        if getattr(consumer.hub, "_waker", self) is not self:  # kombu 5.7: call_soon wakes the loop
+            self._longest = math.inf
+        if consumer.hub is None:
+            self._work_between_messages()
+
+    @property
+    def is_own_thread(self) -> bool:
+        """Whether this is the thread in which jobs may be let go."""
+        return self.has_timer or threading.get_ident() == self._thread
+
+    def look(self) -> None:
+        """See that `work` is called when something is due. For the loop's own thread."""
+        if not self.has_timer:
+            return
+        due = self._due()
+        if due < self._timer_at:
+            self._cancel()
+            now = monotonic()
+            self._timer_at = min(max(due, now + _LEAST), now + self._longest)
+            self._timer = self._consumer.timer.call_at(self._timer_at, self._on_timer)
+
+    def wake(self) -> None:
+        """See that `work` is called soon. For any thread."""
+        if threading.get_ident() == self._thread:
+            self.look()
+        elif self.has_timer:
+            self._consumer.call_soon(self.look)
+
+    def stop(self) -> None:
+        """End it, with the connection."""
+        self._cancel()
+
+    def _cancel(self) -> None:
+        if self._timer is not None:
+            self._consumer.timer.cancel(self._timer)
+        self._timer, self._timer_at = None, math.inf
+
+    def _on_timer(self) -> None:
+        self._timer, self._timer_at = None, math.inf
+        self._work()
+        self.look()
+
+    def _work_between_messages(self) -> None:
+        """Without an event loop, do what is due around the consumer's own wait for messages.
+
+        Celery's loop there (celery.worker.loops.synloop) blocks in ``drain_events`` until a message
+        has come, for up to two seconds. On green pools each of its turns costs another 0.1 s, so this
+        stays in for the two seconds, and does in between what a turn of that loop does.
+        """
+        consumer = self._consumer
+        drain = consumer.connection.drain_events
+
+        def drain_events(timeout: float | None = None) -> None:
+            end = math.inf if timeout is None else monotonic() + timeout
+            while consumer.connection and consumer.blueprint.state == bootsteps.RUN:
+                self._work()
+                due = self._due()
+                left = max(0.001, min(end, due) - monotonic())
+                if due < math.inf:
+                    left = min(left, self._longest)
+                if getattr(state, "scheduled_requests", True):  # Celery 5.5 does not tell
+                    left = min(left, _ETA_POLL)
+                try:
+                    drain(timeout=None if left == math.inf else left)
+                except TimeoutError:
+                    if monotonic() >= end:
+                        raise
+                state.maybe_shutdown()
+                consumer.perform_pending_operations()
+
+        consumer.connection.drain_events = drain_events

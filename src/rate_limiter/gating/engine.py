@@ -1,0 +1,344 @@
+"""What both gates decide alike: which limits a job is under, its price, whether it goes, waits or ends.
+
+A gate gives each job to `Engine.offer`, sleeps until `Engine.next_due`, and then calls `Engine.release`.
+It runs the jobs that these two let go. The engine decides and tells the observers; what is to be done in
+a broker, a worker or a pool it asks of the gate, its `Host`.
+"""
+
+import logging
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from time import monotonic, perf_counter
+from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
+
+from .holding import Held, Holding
+from .limit import Demand, Limit, refuse_to_pay_twice
+from .tally import observers
+
+__all__ = ["Call", "Decision", "Engine", "Host", "Plan"]
+
+logger = logging.getLogger("rate_limiter")
+
+Job = TypeVar("Job")
+
+#: What the engine says of a job: it may run, it is held, or it has ended without running.
+Decision = Literal["go", "held", "ended"]
+
+#: A callable of the user's that takes longer, in seconds, is logged: it holds up the gate's loop.
+_SLOW: Final = 0.05
+
+#: Seconds without a job that waits, after which a limit has stopped to make jobs wait.
+_QUIET: Final = 10.0
+
+
+class Call(NamedTuple):
+    """What a job's price depends on."""
+
+    #: What to call the job in errors: "task upload", "queue emails".
+    job: str
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    headers: Mapping[str, Any] | None
+
+
+class Plan:
+    """What a gate does with the jobs of one task from one queue."""
+
+    __slots__ = ("demands", "limits")
+
+    def __init__(self, limits: tuple[Limit, ...]) -> None:
+        self.limits = limits
+        #: What each job is to take, where that is the same for all.
+        self.demands: tuple[Demand, ...] = ()
+        if all(limit.fixed for limit in limits):
+            self.demands = tuple(demand for limit in limits for demand in limit.fixed)
+
+
+class Host(Generic[Job]):
+    """What a gate does for its engine. Those methods that do something here may be left out."""
+
+    def call_of(self, job: Job) -> Call:
+        """Return the arguments that a job was sent with."""
+        raise NotImplementedError
+
+    def refuse(self, job: Job, demand: Demand, delay: float) -> bool:
+        """End a job as ``when_limited`` says. ``False``: that cannot be done, so hold it."""
+        raise NotImplementedError
+
+    def fail(self, job: Job, error: Exception) -> None:
+        """End a job with an error as its result."""
+        raise NotImplementedError
+
+    def gone(self, job: Job) -> bool:
+        """Tell whether a held job was revoked, has expired, or is the broker's again; end it then."""
+        return False
+
+    def follow(self, held: int, most: int) -> None:
+        """Make room for other jobs beside those held now, and for at most so many held ones."""
+
+    def pause(self, queue: str, limit: Limit) -> None:
+        """Stop consuming a queue: enough of its jobs are held for the limit."""
+
+    def resume(self, queue: str) -> None:
+        """Consume a paused queue again."""
+
+    def wake(self) -> None:
+        """Call `Engine.release` soon: a bucket has changed. It may be called from any thread."""
+
+
+class Engine(Generic[Job]):
+    """The decisions of one gate in one worker or consumer.
+
+    Args:
+        host: The gate.
+        limits_for: Returns the limits of a job, given what the gate tells kinds of jobs apart by.
+        max_held: The most jobs to hold for a limit that says nothing itself. ``None``: see `Limit.bound`.
+        clock: Returns the time in seconds.
+
+    """
+
+    def __init__(
+        self,
+        host: Host[Job],
+        limits_for: Callable[..., tuple[Limit, ...]],
+        *,
+        max_held: int | None = None,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self._host = host
+        self._limits_for = limits_for
+        self._max_held = max_held
+        self._clock = clock
+        self._holding: Holding[Job] = Holding(
+            refuse=self._refuse,
+            fail=self._fail_held,
+            skip=self._skip,
+            hold=self._on_hold,
+            poked=host.wake,
+        )
+        self._plans: dict[Hashable, Plan] = {}
+        #: The prefetch count that the consumer of a limit's jobs has without a gate.
+        self.window: Callable[[Limit], int] = lambda _limit: 1
+        #: Jobs that the host keeps unacknowledged for each limit besides those held: they are to be sent
+        #: back, and take up the consumer's window meanwhile.
+        self.kept: Counter[Limit] = Counter()
+        #: The queues that are not consumed now, and because of which limit.
+        self.paused: dict[str, Limit] = {}
+        #: The limits that make jobs wait, and since when no job waits any more.
+        self._waiting: dict[Limit, float] = {}
+        #: When the first of them has been without such a job for long.
+        self._quiet_at = math.inf
+        self._has_held = False
+        #: Celery fires timers from a second thread while a warm shutdown waits for the pool.
+        self.lock = threading.RLock()
+
+    # -- what is there ----------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """How many jobs are held."""
+        return len(self._holding)
+
+    def jobs(self) -> list[Job]:
+        """Return the jobs that are held."""
+        with self.lock:
+            return self._holding.jobs()
+
+    @property
+    def held_by(self) -> Counter[Limit]:
+        """How many jobs each limit keeps in this worker or consumer."""
+        return self._holding.held_by + self.kept if self.kept else self._holding.held_by
+
+    @property
+    def next_due(self) -> float:
+        """The moment, by the clock, at which `release` is to be called next. It may be infinite."""
+        with self.lock:
+            due = self._holding.next_due
+        return self._quiet_at if due is None else min(due, self._quiet_at)
+
+    def plan(self, *kind: Hashable) -> Plan:
+        """Return what is done with the jobs of a kind. Worked out at the first of them."""
+        plan = self._plans.get(kind)
+        if plan is None:
+            plan = self._plans[kind] = Plan(self._limits_for(*kind))
+        return plan
+
+    def bound(self, limit: Limit) -> int:
+        """Return how many jobs are held for a limit before the broker is to keep the rest."""
+        return limit.bound(self.window(limit), self._max_held)
+
+    def has_room(self, limit: Limit) -> bool:
+        """Tell whether one more job may be held for a limit."""
+        return self.held_by[limit] < self.bound(limit)
+
+    # -- the way of a job -------------------------------------------------------------------------
+
+    def offer(
+        self, job: Job, plan: Plan, queue: str | None = None
+    ) -> tuple[Decision, Sequence[Demand]]:
+        """Decide about a job that has come.
+
+        Args:
+            job: The job.
+            plan: What `plan` returned for its kind. It has limits.
+            queue: The name of the queue that it came from, if that may be paused.
+
+        Returns:
+            ``"go"``: it has paid; the caller runs it. ``"held"``: `release` returns it later.
+            ``"ended"``: the host has ended it. And what it has paid, or is to pay.
+
+        """
+        demands: Sequence[Demand] = plan.demands
+        limit = plan.limits[0]
+        try:
+            if not demands:
+                call = self._host.call_of(job)
+                for limit in plan.limits:
+                    demands = [*demands, *self._price(call, limit)]
+                refuse_to_pay_twice([demand.bucket for demand in demands], call.job)
+            with self.lock:
+                self._has_held = False
+                goes = self._holding.offer(job, demands, self._clock())
+                held = self._has_held
+        except Exception as error:  # noqa: BLE001 - of a callable or a bucket of the user's
+            self._fail(job, limit, error)
+            return "ended", demands
+        if goes:
+            self._admit(job, demands, 0.0, None)
+            return "go", demands
+        self._follow()
+        if not held:
+            return "ended", demands
+        if queue is not None:
+            self._pause(queue, plan)
+        return "held", demands
+
+    def release(self, most: float = math.inf, now: float | None = None) -> list[Held[Job]]:
+        """Return the jobs whose moment has come, in order. They have paid; the caller runs them.
+
+        Args:
+            most: How many at most.
+            now: The moment, by the clock, up to which jobs are due. By default it is asked.
+
+        """
+        with self.lock:
+            if now is None:
+                now = self._clock()
+            if self.next_due > now:
+                return []
+            released = self._holding.release(now, most)
+            self._note_quiet(now)
+        for held in released:
+            self._admit(held.job, held.demands, now - held.since, held.limit)
+        return released
+
+    def settle(self) -> None:
+        """Follow what `release` has changed: make room for as many as are held, and resume queues."""
+        self._follow()
+        if self.paused:
+            self._resume()
+
+    def clear(self) -> list[Job]:
+        """Forget every job that is held, and return them: they are the broker's again."""
+        with self.lock:
+            jobs = [held.job for held in self._holding.clear()]
+            self.kept.clear()
+            self.paused.clear()
+            self._waiting.clear()
+            self._quiet_at = math.inf
+        if jobs:
+            for observer in observers:
+                observer.forgotten(jobs)
+        return jobs
+
+    def _price(self, call: Call, limit: Limit) -> Sequence[Demand]:
+        """Return what a job is to take under a limit. A slow callable is logged, once a limit."""
+        began = perf_counter()
+        demands = limit.demands(call.job, call.args, call.kwargs, call.headers)
+        took = perf_counter() - began
+        if took > _SLOW and not limit.slow:
+            limit.slow = True
+            logger.warning(
+                "Limit %s: its callable took %.0f ms for one job. It runs in the loop of the worker, "
+                "and holds up all jobs",
+                limit.name,
+                took * 1000,
+            )
+        return demands
+
+    def _admit(self, job: Job, demands: Sequence[Demand], waited: float, limit: Limit | None) -> None:
+        for observer in observers:
+            observer.admitted(job, demands, waited, limit)
+
+    def _refuse(self, job: Job, demand: Demand, delay: float) -> bool:
+        if not self._host.refuse(job, demand, delay):
+            return False
+        how = demand.limit.when_limited
+        for observer in observers:
+            observer.refused(job, demand, delay, how if isinstance(how, str) else "fallback")
+        return True
+
+    def _fail(self, job: Job, limit: Limit, error: Exception) -> None:
+        for observer in observers:
+            observer.failed(job, limit, error)
+        self._host.fail(job, error)
+
+    def _fail_held(self, held: Held[Job], error: Exception) -> None:
+        self._fail(held.job, held.limit, error)
+
+    def _skip(self, held: Held[Job]) -> bool:
+        if not self._host.gone(held.job):
+            return False
+        for observer in observers:
+            observer.skipped(held.job, held.limit)
+        return True
+
+    # -- what follows from a change ---------------------------------------------------------------
+
+    def _on_hold(self, held: Held[Job], demand: Demand, delay: float) -> None:
+        limit = demand.limit
+        self._has_held = True
+        if limit not in self._waiting:
+            logger.info("Limit %s: jobs begin to wait, the first for %.3g s", limit.name, delay)
+        self._waiting[limit] = math.inf
+        logger.debug("Held %s: limit %s has tokens for it in %.3g s", held.job, limit.name, delay)
+        for observer in observers:
+            observer.held(held.job, demand, delay)
+
+    def _note_quiet(self, now: float) -> None:
+        """Tell once of each limit that has stopped to make jobs wait."""
+        for limit, since in list(self._waiting.items()):
+            if limit in self._holding.held_by:
+                self._waiting[limit] = math.inf
+            elif since == math.inf:
+                self._waiting[limit] = now
+            elif now >= since + _QUIET:
+                del self._waiting[limit]
+                logger.info("Limit %s: no job has waited for %g s", limit.name, _QUIET)
+        self._quiet_at = min(self._waiting.values(), default=math.inf) + _QUIET
+
+    def _follow(self) -> None:
+        with self.lock:
+            held = most = 0
+            for limit, count in self.held_by.items():
+                bound = self.bound(limit)
+                most += bound
+                held += min(count, bound)
+            self._host.follow(held, most)
+
+    def _pause(self, queue: str, plan: Plan) -> None:
+        """Stop consuming a queue that has brought enough for one of its limits."""
+        with self.lock:
+            for limit in plan.limits:
+                if limit.overflow == "pause" and queue not in self.paused and not self.has_room(limit):
+                    self.paused[queue] = limit
+                    self._host.pause(queue, limit)
+
+    def _resume(self) -> None:
+        """Consume a paused queue again once half of its limit's jobs are gone."""
+        with self.lock:
+            for queue, limit in list(self.paused.items()):
+                if self.held_by[limit] <= self.bound(limit) // 2:
+                    del self.paused[queue]
+                    self._host.resume(queue)

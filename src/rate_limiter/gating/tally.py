@@ -1,0 +1,248 @@
+"""What happened under each limit: observers are told of every outcome, and a tally counts them.
+
+The engine of a gate and the payment of the decorator tell the observers, and nothing else does.
+"""
+
+import os
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from mmap import mmap
+from typing import Any, Final
+
+from .limit import Demand, Limit
+
+try:
+    from fcntl import LOCK_EX, LOCK_NB, lockf
+except ImportError:  # Windows
+    lockf = None  # type: ignore[assignment]
+
+__all__ = ["Observer", "Tally", "observers", "share_tallies", "tally_of"]
+
+
+class Observer:
+    """Is told what becomes of the jobs under limits. Each method does nothing: override those you need.
+
+    Methods are called in the loop of the worker or consumer, or in the task's own thread, so they are
+    to be quick. ``job`` is what the gate knows the job by (``str(job)`` names it), or the task's name
+    where the decorator pays.
+    """
+
+    def held(self, job: Any, demand: Demand, delay: float) -> None:
+        """Take note of a job that begins to wait.
+
+        Args:
+            job: The job.
+            demand: What the limit that makes it wait wants.
+            delay: The seconds until its bucket serves again, as far as known now.
+
+        """
+
+    def admitted(self, job: Any, demands: Sequence[Demand], waited: float, limit: Limit | None) -> None:
+        """Take note of a job that has paid and may run.
+
+        Args:
+            job: The job.
+            demands: What it has paid, and under which limits.
+            waited: The seconds for which it was held, or waited in the decorator.
+            limit: The limit that made it wait last. ``None``: it did not wait.
+
+        """
+
+    def refused(self, job: Any, demand: Demand, delay: float, how: str) -> None:
+        """Take note of a job that a limit does not let wait.
+
+        Args:
+            job: The job.
+            demand: What the limit wants.
+            delay: The seconds until its bucket will have as much.
+            how: ``"raise"``, ``"drop"``, ``"retry"`` or ``"fallback"``.
+
+        """
+
+    def skipped(self, job: Any, limit: Limit) -> None:
+        """Take note of a job that was revoked, or has expired, while a limit made it wait."""
+
+    def failed(self, job: Any, limit: Limit, error: Exception) -> None:
+        """Take note of a job whose cost cannot be computed, or can never be granted."""
+
+    def forgotten(self, jobs: Sequence[Any]) -> None:
+        """Take note of held jobs that are the broker's again: the worker stops or has reconnected."""
+
+    def given_back(self, limit: Limit, tokens: float) -> None:
+        """Take note of tokens that a paid job gave back. Below 0: it was charged for more."""
+
+
+#: All that are told, in order.
+observers: Final[list[Observer]] = []
+
+_NAMES: Final = ("admitted", "tokens", "refused", "failed", "skipped", "waited", "longest")
+_ADMITTED, _TOKENS, _REFUSED, _FAILED, _SKIPPED, _WAITED, _LONGEST = range(len(_NAMES))
+
+#: How many processes have a row of their own in shared memory. More of them use the last one together.
+_ROWS: Final = 256
+
+#: One for all tallies of the process.
+_lock = threading.Lock()
+
+
+class Tally:
+    """The numbers of one limit, since the worker or consumer began.
+
+    - ``admitted``: jobs that have paid.
+    - ``tokens``: what they have paid, as settled so far.
+    - ``refused``: jobs that the limit did not let wait.
+    - ``failed``: jobs whose cost could not be computed, or could never be granted.
+    - ``skipped``: jobs that were revoked, or expired, while held.
+    - ``waited``, ``longest``: the seconds that admitted jobs have waited, in all and at the longest.
+    """
+
+    __slots__ = ("__weakref__", "_cells", "_column", "_table")
+
+    def __init__(self) -> None:
+        self._cells: Any = [0.0] * len(_NAMES)
+        #: Where the numbers are once other processes share them.
+        self._table: _Table | None = None
+        self._column = 0
+
+    def snapshot(self) -> dict[str, float]:
+        """Return the numbers by their names, those of all processes together."""
+        with _lock:
+            if self._table is None:
+                return dict(zip(_NAMES, self._cells, strict=True))
+            rows = self._table.rows(self._column)
+        columns = zip(*rows, strict=True)
+        numbers: dict[str, float] = dict(zip(_NAMES, map(sum, columns), strict=True))
+        numbers["longest"] = max(row[_LONGEST] for row in rows)
+        return numbers
+
+    def _count(self, field: int, amount: float = 1.0, tokens: float = 0.0) -> None:
+        with _lock:
+            cells, first = self._cells, 0
+            if self._table is not None:
+                cells, first = self._table.own_row(), self._column
+            cells[first + field] += amount
+            if tokens:
+                cells[first + _TOKENS] += tokens
+            if field == _WAITED and cells[first + _LONGEST] < amount:
+                cells[first + _LONGEST] = amount
+
+
+class _Table:
+    """Tallies in memory that a process shares with all that are forked from it.
+
+    Each process counts in a row of its own, so none waits for another. It locks one byte of an unlinked
+    file for its row, which the kernel unlocks when the process ends, however it ends. Another process
+    then goes on in that row from the numbers that are there, so nothing is lost with a process.
+    """
+
+    def __init__(self, tallies: Sequence[Tally]) -> None:
+        self._width = len(_NAMES) * len(tallies)
+        # A mark for each row that is used, then the rows. Pages that nobody touches take no memory.
+        self._memory = memoryview(mmap(-1, 8 * _ROWS * (1 + self._width))).cast("d")
+        if hasattr(os, "memfd_create"):
+            self._file = os.memfd_create("rate_limiter_tally")
+        else:
+            with tempfile.TemporaryFile() as unlinked:
+                self._file = os.dup(unlinked.fileno())
+        weakref.finalize(self, os.close, self._file).atexit = False
+        self._own: Any = None
+        own = self.own_row()
+        for number, tally in enumerate(tallies):
+            column = number * len(_NAMES)
+            for field, value in enumerate(tally._cells):
+                own[column + field] = value
+            tally._table, tally._column, tally._cells = self, column, None
+
+    def own_row(self) -> Any:
+        """Return the row of this process."""
+        if self._own is None:
+            number = next((row for row in range(_ROWS) if self._lock(row)), _ROWS - 1)
+            self._memory[number] = 1.0
+            self._own = self._row(number)
+        return self._own
+
+    def rows(self, column: int) -> list[list[float]]:
+        """Return the numbers of the tally that begins at a column, of each process."""
+        used = (number for number in range(_ROWS) if self._memory[number])
+        return [self._row(number)[column : column + len(_NAMES)].tolist() for number in used]
+
+    def forget_row(self) -> None:
+        """Let a forked child take a row of its own."""
+        self._own = None
+
+    def _row(self, number: int) -> Any:
+        begin = _ROWS + number * self._width
+        return self._memory[begin : begin + self._width]
+
+    def _lock(self, row: int) -> bool:
+        try:
+            lockf(self._file, LOCK_EX | LOCK_NB, 1, row)
+        except OSError:
+            return False
+        return True
+
+
+_tallies: "weakref.WeakKeyDictionary[Limit, Tally]" = weakref.WeakKeyDictionary()
+_tables: "weakref.WeakSet[_Table]" = weakref.WeakSet()
+
+
+def tally_of(limit: Limit) -> Tally:
+    """Return the tally of a limit."""
+    tally = _tallies.get(limit)
+    if tally is None:
+        tally = _tallies.setdefault(limit, Tally())
+    return tally
+
+
+def share_tallies(limits: Iterable[Limit]) -> None:
+    """Share the tallies of limits with all processes that are forked from this one from now on.
+
+    A tally that is shared already stays as it is. Without ``fork`` and ``lockf`` each process counts
+    for itself.
+    """
+    tallies = [tally for tally in map(tally_of, dict.fromkeys(limits)) if tally._table is None]
+    if tallies and lockf is not None and hasattr(os, "fork"):
+        with _lock:
+            _tables.add(_Table(tallies))
+
+
+def _after_fork_in_child() -> None:
+    global _lock  # noqa: PLW0603 - another thread may have held it
+    _lock = threading.Lock()
+    for table in list(_tables):
+        table.forget_row()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class _Counting(Observer):
+    """Keeps the tallies."""
+
+    def admitted(self, job: Any, demands: Sequence[Demand], waited: float, limit: Limit | None) -> None:
+        if len(demands) == 1:
+            demand = demands[0]
+            tally_of(demand.limit)._count(_ADMITTED, 1.0, demand.tokens)
+        else:  # one limit may take the same from several buckets
+            for each, tokens in {demand.limit: demand.tokens for demand in demands}.items():
+                tally_of(each)._count(_ADMITTED, 1.0, tokens)
+        if limit is not None:
+            tally_of(limit)._count(_WAITED, waited)
+
+    def refused(self, job: Any, demand: Demand, delay: float, how: str) -> None:
+        tally_of(demand.limit)._count(_REFUSED)
+
+    def skipped(self, job: Any, limit: Limit) -> None:
+        tally_of(limit)._count(_SKIPPED)
+
+    def failed(self, job: Any, limit: Limit, error: Exception) -> None:
+        tally_of(limit)._count(_FAILED)
+
+    def given_back(self, limit: Limit, tokens: float) -> None:
+        tally_of(limit)._count(_TOKENS, -tokens)
+
+
+observers.append(_Counting())

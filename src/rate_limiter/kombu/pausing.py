@@ -1,0 +1,73 @@
+"""Stopping to consume a queue for a while, and taking it up again."""
+
+import logging
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from ..gating.limit import Limit
+
+__all__ = ["Pausing", "check"]
+
+logger = logging.getLogger("rate_limiter")
+
+
+class _Paused(NamedTuple):
+    consumer: Any
+    queue: Any
+
+
+class Pausing:
+    """The queues of one loop's consumers."""
+
+    def __init__(self) -> None:
+        self._consumers: dict[str, Any] = {}
+        self._paused: dict[str, _Paused] = {}
+
+    def add(self, consumer: Any) -> None:
+        """Take note of a consumer that is about to consume its queues."""
+        for queue in consumer.queues:
+            self._consumers[queue.name] = consumer
+            self._paused.pop(queue.name, None)
+
+    def pause(self, name: str, limit: Limit) -> None:
+        """Stop consuming a queue. What was delivered already still arrives."""
+        consumer = self._consumers.get(name)
+        if consumer is None or name in self._paused or not consumer.consuming_from(name):
+            return
+        queue = next(queue for queue in consumer.queues if queue.name == name)
+        consumer.cancel_by_queue(name)
+        self._paused[name] = _Paused(consumer, queue)
+        logger.info("Paused queue %s: enough of %s is held", name, limit.name)
+
+    def resume(self, name: str) -> None:
+        """Consume a paused queue again."""
+        paused = self._paused.pop(name, None)
+        if paused is not None:
+            paused.consumer.add_queue(paused.queue)
+            paused.consumer.consume()
+            logger.info("Resumed queue %s", name)
+
+    def forget(self) -> None:
+        """Forget all consumers, with their connection."""
+        self._consumers.clear()
+        self._paused.clear()
+
+
+def check(queue: Any, consumer: Any, limits: Iterable[Limit]) -> None:
+    """Refuse a queue whose messages cannot be held, or that cannot be paused.
+
+    Raises:
+        ValueError: It is consumed without acknowledgements, or is to be paused and is ``auto_delete``.
+
+    """
+    for limit in limits:
+        if consumer.no_ack or queue.no_ack:
+            raise ValueError(
+                f"queue {queue.name} is consumed with no_ack, and limited by {limit.name}: the broker "
+                "would forget what is held; consume it with acknowledgements"
+            )
+        if limit.overflow == "pause" and queue.auto_delete:
+            raise ValueError(
+                f"queue {queue.name} is auto_delete, so overflow='pause' of {limit.name} would delete "
+                "it: use overflow='hold'"
+            )
