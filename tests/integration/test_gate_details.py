@@ -142,7 +142,7 @@ def test_the_start_is_announced(shared):
         ("limited", "limited"),
         ("mail.*", "mail.print, mail.send"),
     ):
-        (line,) = [line for line in lines if f"Limit {name}:" in line]
+        (line,) = [line for line in lines if f"Limit {name}:" in line and "enforced" in line]
         assert "INFO" in line
         assert f"for {tasks}, enforced at the gate" in line
     (warning,) = [line for line in lines if "rate_limit=" in line]
