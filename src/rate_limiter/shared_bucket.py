@@ -1,30 +1,39 @@
 """One token bucket for all processes that were forked from one.
 
+This file and `token_bucket` are one design in two files: all arithmetic stands there, this file stores
+its numbers where all processes see them. What it uses of `TokenBucket` stands there in one marked block,
+"Seams for SharedTokenBucket".
+
 Design
 ------
-*State.* `TokenBucket`'s own numbers, in anonymous shared memory. To work on them a process takes the
-lock, loads them into the bucket's attributes, lets `TokenBucket` do its arithmetic, and stores them:
-whole into the record that is not in use, then one store of eight bytes says that it is. So a process
-that is killed between any two instructions leaves the old state or the new one.
+*State.* `TokenBucket`'s own numbers, in anonymous shared memory. To use them a process takes the lock,
+loads them into the bucket's attributes, lets `TokenBucket` do its arithmetic, and stores them: it writes
+all of them to the record that is not in use, then says with one store of eight bytes that this record is
+in use now. So a process that is killed between any two instructions leaves the old state or the new one.
 
-*Locking.* ``lockf`` on a file of its own, which the kernel unlocks when its owner dies, however it
-dies. It knows only processes, so a thread lock goes around it: one for all buckets of the process,
-because the kernel would see a deadlock in two threads that lock two files. The file is never mapped,
-duplicated or closed while the bucket lives: each of these would unlock it.
+*Locking.* ``lockf`` on a file of its own. The kernel unlocks it when the process that holds the lock
+dies, however it dies. ``lockf`` tells processes apart but not threads, so a thread lock goes around it:
+one for all shared buckets of the process, because the kernel would report a deadlock for two threads
+that lock two files. The file is never mapped, duplicated or closed while the bucket lives: each of these
+would unlock it. A daemon that closes all descriptors closes this one too, and the next file that it
+opens may get its number. So the position of the file is set to a random number when it is made, and
+compared before each lock.
 
-*Refusals.* As in `TokenBucket` each process remembers its last one, with the number of times by then
-that tokens came back before their time. While that number is the same it holds, without the lock.
+*Refusals.* As in `TokenBucket`, each process caches its last refusal, with the value of a shared counter
+of refunds, pauses and new settings. While the counter is unchanged, the cached refusal is still right
+and is answered without the lock.
 
-*Waiting.* Within a process as in `TokenBucket`. The head of each process's queue holds a place in a
-table in the shared memory; the places are served in order, and the next head gets a new one, so that
-processes take turns and nobody overtakes a heavy waiter. A head looks again, and confirms its place, at
-the moment for which its tokens are forecast, and every `_LOOK_AGAIN` seconds. It also locks one byte of
-the file for its place, by which the others see whether it lives. A place whose owner was killed is
-cleared; so is one that was not confirmed for `_GIVEN_UP` seconds, because its owner is stopped. Should
-that one come back, it stands where it stood.
+*Waiting.* Within a process as in `TokenBucket`. The head of each process's queue has a row in a table in
+the shared memory. The rows are served in the order of their numbers, and the next head of a process gets
+a new number, so that processes take turns and nobody overtakes a heavy waiter. A head looks again, and
+confirms its row, at the moment for which its tokens are forecast, and every `_LOOK_AGAIN` seconds. It
+also locks the byte of the file that belongs to its row, so that the others can see whether its process
+lives. The row of a process that was killed is cleared. So is a row that was not confirmed for
+`_GIVEN_UP` seconds, because its process is stopped; when that process continues, its head gets its row
+back with the same number.
 """
 
-import functools
+import contextlib
 import math
 import mmap
 import os
@@ -35,10 +44,11 @@ import time
 import types
 import weakref
 from collections.abc import Callable
+from os import SEEK_CUR, lseek
 from typing import Any, ClassVar, Final, cast
 
 from .checks import positive
-from .token_bucket import _GIL, _NOTHING_REFUSED, TokenBucket, _Waiter
+from .token_bucket import _EARLY_SECONDS, _EXACT, _GIL, _NOTHING_REFUSED, TokenBucket, _Waiter
 
 try:
     from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, lockf
@@ -47,35 +57,36 @@ except ImportError:  # Windows
 
 __all__ = ["SharedTokenBucket", "is_shared", "share"]
 
-#: Seconds after which a head looks again, whatever was forecast: another process may have refunded.
+#: Seconds after which a head looks again, whatever was forecast: another process may have refunded
+#: tokens.
 _LOOK_AGAIN: Final = 0.2
 
-#: Seconds after which it is asked whether the owner of a place lives, and after which it is cleared
-#: even so, unless it was confirmed.
+#: Seconds without a confirmation after which others check whether the process of a row lives, and
+#: after which they clear the row although it lives.
 _DOUBTED: Final = 0.01
 _GIVEN_UP: Final = 0.5
 
 # The layout of the shared memory, in doubles.
-_RECORD: Final = 0  # where the record begins that is in use
-_SOONER: Final = 1  # how often tokens came back before their time
-_LAST_NUMBER: Final = 2  # of a place
-_IN_USE: Final = 3  # how many rows of the table to look at
+_RECORD: Final = 0  # the cell at which the record in use begins
+_CHANGES: Final = 1  # how often tokens came back before their time
+_LAST_NUMBER: Final = 2  # the last number that a row got
+_IN_USE: Final = 3  # how many rows of the table may be taken
 _RECORDS: Final = 4, 9  # when it was full, used, end of the pause, capacity, rate
-_TABLE: Final = 14  # of places: number (0: free), tokens, when confirmed
+_TABLE: Final = 14  # rows of three cells: number (0: free), tokens, when confirmed
 _ROWS: Final = 256
 _SIZE: Final = _TABLE + 3 * _ROWS
 
-#: Within the process. Taken before, and released after, the lock of any bucket.
+#: Excludes the other threads of the process. Taken before, and released after, the lock of any bucket.
 _threads = threading.Lock()
 
 
 class SharedTokenBucket(TokenBucket):
-    """A `TokenBucket` that is one for the process that made it and for all that are forked from it.
+    """One `TokenBucket` for the process that made it and for all processes that are forked from it.
 
-    Its level, rate, pauses and waiters are common to all threads of all these processes. To be made
-    before the fork, as at import in a prefork worker; what is made in a child is shared with that
-    child's own children. A spawned process does not share it, and it cannot be pickled. Each takes a
-    file descriptor and 8 kB.
+    Its level, rate, pauses and waiters are common to all threads of all these processes. Make it before
+    the fork, for example at import in a prefork worker. A bucket that was made in a child is shared with
+    that child's own children. A spawned process does not share it, and it cannot be pickled. Each bucket
+    takes a file descriptor and 8 kB.
 
     Args:
         capacity: The most tokens it can hold, which is the largest burst. Above 0.
@@ -86,16 +97,18 @@ class SharedTokenBucket(TokenBucket):
         ValueError: An argument is not above 0, or is not finite.
         TypeError: An argument is not a number, or ``clock`` cannot be called.
         NotImplementedError: The platform has no ``fork`` or no ``fcntl.lockf``.
+        RuntimeError: From every method that takes, gives back or changes: this process has closed the
+            bucket's file descriptor, as a daemon does that closes all of them.
 
-    `wait` is first come, first served within a process; processes take turns. What is given back,
-    paused or configured in one process reaches those who wait in another within 0.2 s. Forecasts
-    count the waiters of the own process, and the first one of each other.
+    `wait` is first come, first served within a process; processes take turns. A refund, a pause or a new
+    setting in one process reaches the waiters of another within 0.2 s. Forecasts count all waiters of
+    the own process, and the first one of each other process.
 
-    A process may be killed at any instruction: that costs at most the tokens which it was taking. One
-    that is stopped (``SIGSTOP``) in `wait` keeps others waiting for up to 0.7 s; in the microseconds in
-    which it holds the lock, until it continues or is killed.
-    An exception from a signal handler is as harmless as in a `TokenBucket`, but the handler must not
-    itself use a shared bucket: it would wait for the very code that it interrupts.
+    A process may be killed at any instruction: that costs at most the tokens that it was taking. A
+    process that is stopped (``SIGSTOP``) in `wait` delays others by up to 0.7 s; one that is stopped in
+    the microseconds in which it holds the lock, until it continues or is killed. An exception from a
+    signal handler is as harmless as in a `TokenBucket`, but the handler must not itself use a shared
+    bucket: it would wait for the code that it interrupts.
 
     """
 
@@ -127,30 +140,33 @@ class SharedTokenBucket(TokenBucket):
 
     @property
     def tokens(self) -> float:
-        """The tokens that are there now."""
+        """The tokens that are there now: below 0 while in debt."""
         return self._locked(TokenBucket.tokens.__get__, self)  # type: ignore[no-any-return]
+
+    @property
+    def changes(self) -> float:
+        """How often forecasts became wrong, in all processes. See `TokenBucket.changes`."""
+        return self._common.cells[_CHANGES]  # type: ignore[no-any-return]
 
     def allow(self, tokens: float = 1.0) -> bool:
         """Take tokens now, all or nothing. See `TokenBucket.allow`."""
+        if type(tokens) is not float:  # what is kept has to be exactly that
+            if type(tokens) is int and 0 < tokens <= _EXACT:
+                tokens += 0.0
+            else:
+                tokens = positive("tokens", tokens, documented=True)
         now = self._clock()
         common = self._common
         cells = common.cells
-        try:
-            refused = self._refused
-            if (
-                now < refused[0]
-                and refused[1] <= tokens + 0.0 <= refused[2]  # type: ignore[misc]
-                and refused[3] == cells[_SOONER]  # type: ignore[misc]
-            ):
-                return False
-            if not 0.0 < tokens + 0.0 < math.inf:
-                positive("tokens", tokens)
-        except (TypeError, ArithmeticError):  # a str, a Decimal
-            positive("tokens", tokens)
-            raise
+        refused = self._refused
+        if now < refused[0] and refused[1] <= tokens <= refused[2] and refused[3] == cells[_CHANGES]:
+            return False
+        if not 0.0 < tokens < math.inf:
+            positive("tokens", tokens, documented=True)
         if self._head is not None:
             return False
         with _threads:
+            self._check_file()
             try:
                 lockf(common.file, LOCK_EX, 1)
                 if not cells[_IN_USE]:  # the arithmetic of `TokenBucket.allow`
@@ -158,8 +174,9 @@ class SharedTokenBucket(TokenBucket):
                     short = self._used - (now - self._full_at) * self._rate
                     if short <= 0.0:
                         if tokens <= self._capacity:
-                            self._used = tokens + 0.0
+                            self._used = tokens
                             self._full_at = now
+                            self._refused = _NOTHING_REFUSED
                             self._store()
                             return True
                     elif tokens <= self._capacity - short:
@@ -169,33 +186,11 @@ class SharedTokenBucket(TokenBucket):
             finally:
                 lockf(common.file, LOCK_UN, 1)
         try:
-            return not self._take(tokens + 0.0, asked_at=now)
+            return not self._take(tokens, asked_at=now)
         except ValueError:  # more than the capacity
             return False
 
     try_consume = allow
-
-    def refund(self, tokens: float) -> None:
-        """Give back tokens that were taken and not used. See `TokenBucket.refund`."""
-        self._locked(TokenBucket.refund, self, tokens)
-
-    def charge(self, tokens: float) -> None:
-        """Take tokens without asking. See `TokenBucket.charge`."""
-        self._locked(TokenBucket.charge, self, tokens)
-
-    def pause(self, seconds: float) -> None:
-        """Grant nothing for some time, then start from empty. See `TokenBucket.pause`."""
-        self._locked(TokenBucket.pause, self, seconds)
-
-    def configure(
-        self, *, capacity: float | None = None, tokens_per_second: float | None = None
-    ) -> None:
-        """Change the capacity, the rate or both. See `TokenBucket.configure`."""
-        self._locked(
-            functools.partial(
-                TokenBucket.configure, self, capacity=capacity, tokens_per_second=tokens_per_second
-            )
-        )
 
     # -- private ----------------------------------------------------------------------------------
 
@@ -209,7 +204,8 @@ class SharedTokenBucket(TokenBucket):
         common = self._common
         cells = common.cells
         with _threads:
-            # An exception may strike at any call: what is not stored by then was not taken.
+            self._check_file()
+            # An exception may strike at any call: tokens are taken once that is stored.
             try:
                 lockf(common.file, LOCK_EX, 1)
                 self._load()
@@ -218,28 +214,41 @@ class SharedTokenBucket(TokenBucket):
                 delay = TokenBucket._take(self, tokens, waiter, elsewhere)
                 self._store(waiter if not delay else None)
                 if self._head is not None or common.holder is not None:
-                    self._hold_place()
+                    self._hold_row()
                 elif asked_at is not None and delay and not elsewhere and _GIL:
-                    # Half the way, so that no rounding makes it outlast the shortage.
-                    until = asked_at + delay / 2.0
-                    self._refused = until, tokens, self._capacity, cells[_SOONER]  # type: ignore[assignment]
+                    # Half of the time, so that no rounding makes the memory outlast the shortage.
+                    until = asked_at + (delay - _EARLY_SECONDS) / 2.0
+                    self._refused = until, tokens, self._capacity, cells[_CHANGES]
                 return delay
             finally:
                 lockf(common.file, LOCK_UN, 1)
 
     def _locked(self, act: Callable[..., Any], *args: Any) -> Any:
-        """Let `TokenBucket` do something to the shared state. It may bring tokens sooner."""
         common = self._common
         with _threads:
+            self._check_file()
             try:
                 lockf(common.file, LOCK_EX, 1)
                 self._load()
                 result = act(*args)
-                common.cells[_SOONER] += 1.0
                 self._store()
                 return result
             finally:
                 lockf(common.file, LOCK_UN, 1)
+
+    def _check_file(self) -> None:
+        """See that the descriptor still belongs to the file of this bucket."""
+        common = self._common
+        try:
+            if lseek(common.file, 0, SEEK_CUR) == common.mark:
+                return
+        except OSError:  # no file has the number, or one without a position, such as a pipe
+            pass
+        raise RuntimeError(
+            f"{self!r} cannot be locked any more: process {os.getpid()} has closed its file descriptor "
+            f"{common.file}, as a daemon does that closes all descriptors. Make the bucket after that, "
+            "or have this descriptor stay open"
+        )
 
     def _load(self) -> None:
         cells = self._common.cells
@@ -249,6 +258,7 @@ class SharedTokenBucket(TokenBucket):
         self._paused_until = cells[record + 2]
         self._capacity = cells[record + 3]
         self._rate = cells[record + 4]
+        self._changes = cells[_CHANGES]
 
     def _store(self, served: _Waiter | None = None) -> None:
         cells = self._common.cells
@@ -258,7 +268,9 @@ class SharedTokenBucket(TokenBucket):
         cells[record + 2] = self._paused_until
         cells[record + 3] = self._capacity
         cells[record + 4] = self._rate
-        # No call from here to the mark: an interrupt finds neither or both.
+        # Before the new numbers are in use: others then forget their refusals too early, never too late.
+        cells[_CHANGES] = self._changes
+        # No call from here to `stored`: an interrupt finds neither or both.
         cells[_RECORD] = record
         if served is not None:
             served.stored = True
@@ -266,20 +278,23 @@ class SharedTokenBucket(TokenBucket):
     def _leave(self, waiter: _Waiter) -> None:
         if waiter.stored or self._common.holder is waiter:
             self._locked(self._undo, waiter)
+        super()._leave(waiter)
 
     def _undo(self, waiter: _Waiter) -> None:
         if waiter.stored:
-            TokenBucket.refund(self, waiter.tokens)
-        self._hold_place()
+            self._refund(waiter.tokens)
+        else:
+            self._changes += 1.0
+        self._hold_row()
 
-    # -- the table of places; all of it under the lock ---------------------------------------------
+    # -- the table of waiters; all of it under the lock --------------------------------------------
 
     def _before(self, waiter: _Waiter | None) -> float:
-        """Return the tokens of the places before one's own, and clear those that are given up."""
+        """Return the tokens of the rows before the own one, and clear the rows that are given up."""
         common, now = self._common, time.monotonic()
         cells = common.cells
         mine = common.number if common.holder is not None else 0.0
-        turn = mine if waiter is not None and waiter is common.holder else math.inf
+        own = mine if waiter is not None and waiter is common.holder else math.inf
         rows = int(cells[_IN_USE])
         table = cells[_TABLE : _TABLE + 3 * rows].tolist()
         before, last = 0.0, 0
@@ -288,78 +303,72 @@ class SharedTokenBucket(TokenBucket):
             if not number:
                 continue
             if number != mine:
-                place = _TABLE + 3 * row
+                cell = _TABLE + 3 * row
                 age = now - confirmed
-                if age > _GIVEN_UP or (age > _DOUBTED and self._is_nobodys(place)):
-                    cells[place] = 0.0
+                if age > _GIVEN_UP or (age > _DOUBTED and self._is_nobodys(cell)):
+                    cells[cell] = 0.0
                     continue
-                if number < turn:
+                if number < own:
                     before += tokens
             last = row + 1
         cells[_IN_USE] = last
         return before
 
-    def _hold_place(self) -> None:
-        """See that the head of this process's queue, and nobody else of it, holds a place."""
+    def _hold_row(self) -> None:
+        """See that the head of this process's queue, and no other waiter of it, has a row."""
         common, head = self._common, self._head
         cells = common.cells
         if common.holder is not head:
-            if cells[common.place] == common.number:
-                cells[common.place] = 0.0
-            lockf(common.file, LOCK_UN, 1, common.place)
+            if cells[common.row] == common.number:
+                cells[common.row] = 0.0
+            lockf(common.file, LOCK_UN, 1, common.row)
             common.holder = None
             if head is not None:
                 common.number = cells[_LAST_NUMBER] = cells[_LAST_NUMBER] + 1.0
                 common.holder = head
         if head is None:
             return
-        if cells[common.place] != common.number:
-            lockf(common.file, LOCK_UN, 1, common.place)
-            for place in range(_TABLE, _TABLE + 3 * _ROWS, 3):
-                if not cells[place] and self._is_nobodys(place):
+        if cells[common.row] != common.number:
+            lockf(common.file, LOCK_UN, 1, common.row)
+            for row in range(_TABLE, _TABLE + 3 * _ROWS, 3):
+                if not cells[row] and self._is_nobodys(row):
                     break
             else:
-                return  # more processes than rows: without one it is served when nobody else is
-            common.place = place
-            lockf(common.file, LOCK_EX | LOCK_NB, 1, place)
-            cells[_IN_USE] = max(cells[_IN_USE], (place - _TABLE) // 3 + 1)
-            cells[place + 1] = head.tokens
-        cells[common.place + 2] = time.monotonic()
-        cells[common.place] = common.number
+                return  # more processes than rows: without one it is served when nobody else waits
+            common.row = row
+            lockf(common.file, LOCK_EX | LOCK_NB, 1, row)
+            cells[_IN_USE] = max(cells[_IN_USE], (row - _TABLE) // 3 + 1)
+            cells[row + 1] = head.tokens
+        cells[common.row + 2] = time.monotonic()
+        cells[common.row] = common.number
 
-    def _is_nobodys(self, place: int) -> bool:
-        """Tell whether no other process that lives has locked the byte of a place."""
+    def _is_nobodys(self, row: int) -> bool:
+        """Tell whether no other living process has locked the byte of a row."""
         file = self._common.file
         try:
-            lockf(file, LOCK_EX | LOCK_NB, 1, place)
+            lockf(file, LOCK_EX | LOCK_NB, 1, row)
         except OSError:
             return False
-        lockf(file, LOCK_UN, 1, place)
+        lockf(file, LOCK_UN, 1, row)
         return True
-
-    def _waiting(self) -> int:
-        cells = self._common.cells
-        own = super()._waiting()
-        places = cells[_TABLE::3].tolist()
-        return own + sum(1 for number in places if number) - (1 if own else 0)
 
     def _forget_waiters(self) -> None:
         super()._forget_waiters()
-        if self._common is not None:  # those who wait, and their place, are the parent's
+        if self._common is not None:  # the waiters and their row are the parent's
             self._common.holder = None
             self._common.number = 0.0
 
 
 class _Common:
-    """What the processes share, and which place in its table this process holds."""
+    """The memory and the file of a bucket, and the row of this process in the table."""
 
-    __slots__ = ("cells", "file", "holder", "number", "place")
+    __slots__ = ("cells", "file", "holder", "mark", "number", "row")
 
     def __init__(self) -> None:
         if lockf is None or not hasattr(os, "fork"):
             raise NotImplementedError(
                 f"a SharedTokenBucket needs fork and fcntl.lockf, which {sys.platform} lacks: use a "
-                "TokenBucket in one process, a RedisTokenBucket in several"
+                "TokenBucket, which limits each process by itself"
             )
         self.cells = memoryview(mmap.mmap(-1, 8 * _SIZE)).cast("d")
         if hasattr(os, "memfd_create"):
@@ -367,25 +376,35 @@ class _Common:
         else:
             with tempfile.TemporaryFile() as unlinked:
                 self.file = os.dup(unlinked.fileno())
+        #: The position of the file, by which it is known. (Every file system knows so large a one.)
+        self.mark = lseek(self.file, 1 + int.from_bytes(os.urandom(5), "big"), os.SEEK_SET)
+        #: The waiter whose row it is, the number of that row, and the cell at which it begins.
         self.holder: _Waiter | None = None
         self.number = 0.0
-        self.place = _TABLE
+        self.row = _TABLE
+
+
+def _close(file: int, mark: int) -> None:
+    """Close the file of a bucket that is gone, unless the process has closed it already."""
+    with contextlib.suppress(OSError):
+        if lseek(file, 0, SEEK_CUR) == mark:
+            os.close(file)
 
 
 def is_shared(bucket: object) -> bool:
-    """Tell whether a bucket is one for all processes forked from the one that made or shared it."""
+    """Tell whether all processes that are forked from this one share the bucket."""
     return isinstance(bucket, SharedTokenBucket)
 
 
 def share(bucket: TokenBucket) -> None:
-    """Turn a bucket, in place, into one for this process and all that are forked from it from now on.
+    """Make a bucket, in place, common to this process and to all that are forked from it from now on.
 
-    It keeps its level, and everything that a subclass adds; methods that a subclass overrides have to
-    call ``super()``. To be called while no other thread is in a method of it. A shared bucket stays as
-    it is.
+    It keeps its level, its listeners and everything that a subclass adds; methods that a subclass
+    overrides have to call ``super()``. Call this while no other thread is in a method of the bucket. A
+    bucket that is shared already stays as it is.
 
     Args:
-        bucket: A `TokenBucket`, or one of a class derived from it. Its class becomes
+        bucket: A `TokenBucket`, or an object of a class derived from it. Its class becomes
             `SharedTokenBucket`, or one derived from both.
 
     Raises:
@@ -405,7 +424,7 @@ _kinds: Final[dict[type, type[SharedTokenBucket]]] = {TokenBucket: SharedTokenBu
 
 
 def _shared_kind(kind: type[TokenBucket]) -> type[SharedTokenBucket]:
-    """Derive a class whose ``super()`` calls, wherever they stand, end in `SharedTokenBucket`."""
+    """Derive a class in which the ``super()`` calls of the user's class end in `SharedTokenBucket`."""
     if kind not in _kinds:
         body = {"__slots__": (), "__module__": kind.__module__, "__doc__": kind.__doc__}
         name, bases = f"Shared{kind.__name__}", (kind, SharedTokenBucket)
@@ -415,13 +434,12 @@ def _shared_kind(kind: type[TokenBucket]) -> type[SharedTokenBucket]:
 
 def _move_to_shared_memory(bucket: TokenBucket, kind: type[SharedTokenBucket] | None = None) -> None:
     common = _Common()
-    weakref.finalize(bucket, os.close, common.file).atexit = False
-    with bucket._lock:
-        bucket._common = common
-        if kind is not None:
-            bucket.__class__ = kind
-        cast("SharedTokenBucket", bucket)._store()
-        bucket._refused = _NOTHING_REFUSED
+    weakref.finalize(bucket, _close, common.file, common.mark).atexit = False
+    bucket._common = common
+    if kind is not None:
+        bucket.__class__ = kind
+    cast("SharedTokenBucket", bucket)._store()
+    bucket._refused = _NOTHING_REFUSED
 
 
 def _after_fork_in_child() -> None:

@@ -1,4 +1,4 @@
-"""For tests: a clock that stands still until it is told to move.
+"""For tests: a clock that stands still until it is moved.
 
 clock = ManualClock()
 bucket = TokenBucket(1, 2, clock=clock)
@@ -14,52 +14,62 @@ import threading
 
 __all__ = ["ManualClock"]
 
+#: Seconds before its moment at which a sleeper is woken: steps of 0.1 s add up to almost 1 s. A bucket
+#: then decides itself whether that is close enough.
+_ALMOST = 1e-6
+
 
 class ManualClock:
     """A clock for buckets under test: ``TokenBucket(…, clock=ManualClock())``.
 
     Args:
-        now: What it shows at first, in seconds.
-        auto_advance: Whether a bucket's ``wait`` moves it on by itself, so that a test with one thread
+        now: The time that it shows at first, in seconds.
+        auto_advance: Whether a bucket's ``wait`` moves the clock on, so that a test with one thread
             gets through a wait at once. With ``False`` a wait blocks until another thread calls
             `advance`.
 
     """
 
     def __init__(self, now: float = 0.0, *, auto_advance: bool = True) -> None:
-        self.now = now
+        self.now = float(now)
         self.auto_advance = auto_advance
         self._lock = threading.Lock()
         self._sleepers: list[tuple[float, threading.Lock]] = []
 
     def __call__(self) -> float:
-        """Return what the clock shows."""
+        """Return the time that the clock shows."""
         return self.now
 
     def __repr__(self) -> str:
         return f"ManualClock({self.now!r})"
 
     def advance(self, seconds: float) -> None:
-        """Move the clock on, and wake the waits whose moment has come. Below 0: set it back."""
-        with self._lock:
-            self.now += seconds
-            due = [turn for moment, turn in self._sleepers if moment <= self.now]
-            self._sleepers = [s for s in self._sleepers if s[0] > self.now]
-        for turn in due:
-            with contextlib.suppress(RuntimeError):  # woken already, by the bucket
-                turn.release()
+        """Move the clock on by some seconds, and wake the waits whose moment has come.
 
-    def wait_for(self, turn: threading.Lock, seconds: float) -> None:
-        """Sleep until the moment has come or ``turn`` is released. Buckets call this."""
+        Args:
+            seconds: How far. Below 0: the clock is set back.
+
+        """
+        with self._lock:
+            self.now += float(seconds)
+            almost = self.now + _ALMOST
+            due = [alarm for moment, alarm in self._sleepers if moment <= almost]
+            self._sleepers = [sleeper for sleeper in self._sleepers if sleeper[0] > almost]
+        for alarm in due:
+            with contextlib.suppress(RuntimeError):  # woken already, by the bucket
+                alarm.release()
+
+    def wait_for(self, alarm: threading.Lock, seconds: float) -> None:
+        """Sleep until the moment has come or ``alarm`` is released. Buckets call this."""
         if self.auto_advance and seconds < math.inf:
-            if not turn.acquire(blocking=False):
+            if not alarm.acquire(blocking=False):
                 self.advance(seconds)
             return
-        sleeper = (self.now + seconds, turn)
+        sleeper = (self.now + seconds, alarm)
         with self._lock:
             self._sleepers.append(sleeper)
         try:
-            turn.acquire()
+            alarm.acquire()
         finally:
             with self._lock:
                 if sleeper in self._sleepers:

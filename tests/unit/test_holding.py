@@ -221,7 +221,7 @@ def test_every_job_goes_and_none_overtakes_its_like(jobs):
         job = (number, tuple(sorted(prices.items())))
         if holding.offer(job, wants, clock()):
             ran.append(job)
-        assert all(bucket.tokens >= 0 for bucket in buckets)
+        assert all(bucket.tokens >= -2e-9 for bucket in buckets)  # the rounding that a bucket allows
     ran += [job for _, some in released(holding, clock, 1000) for job in some]
     assert len(ran) == len(jobs)
     assert len(holding) == 0

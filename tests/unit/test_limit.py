@@ -16,7 +16,7 @@ bucket = TokenBucket(10, 1)
         ({"bucket": "100/m"}, TypeError, "bucket must be a bucket .* not '100/m'"),
         ({"bucket": 5}, TypeError, "bucket must be a bucket"),
         ({"bucket": TokenBucket}, TypeError, "bucket must be a bucket"),
-        ({"tokens": 0}, ValueError, "^tokens must be positive$"),
+        ({"tokens": 0}, ValueError, "^tokens must be positive, not 0$"),
         ({"tokens": math.nan}, ValueError, "tokens must be a finite number, not nan"),
         ({"tokens": "2"}, TypeError, "tokens must be a number .* not '2'"),
         ({"tokens": 11}, ValueError, "tokens must be at most the bucket's capacity 10, not 11"),

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import sys
+from decimal import Decimal
 from fractions import Fraction
 
 import pytest
@@ -213,13 +214,24 @@ def test_wrong_configuration(new_single, name):
 def test_a_pause_that_is_no_span(new_single):
     """A pause below 0, without an end, or of no number is refused by name, and changes nothing."""
     bucket = new_single(4, 2, clock=ManualClock())
-    for wrong in [-1, -0.001, *NOT_FINITE]:
-        kind, text = complaint(bucket.pause, wrong)
-        assert kind is ValueError
-        assert text.startswith("seconds must be")
+    for wrong in [-1, -0.001, Decimal(-1), Fraction(-1, 3), -math.inf]:
+        text = f"seconds must be 0 or more, not {wrong!r}"
+        assert complaint(bucket.pause, wrong) == (ValueError, text)
+    for wrong in NOT_FINITE:
+        text = f"seconds must be a finite number, not {wrong!r}"
+        assert complaint(bucket.pause, wrong) == (ValueError, text)
     for wrong in NOT_A_NUMBER:
-        assert complaint(bucket.pause, wrong)[0] is TypeError
+        text = f"seconds must be a number (int or float), not {wrong!r}"
+        assert complaint(bucket.pause, wrong) == (TypeError, text)
     assert bucket.allow(4)
+
+
+@pytest.mark.parametrize("none", [0, 0.0, -0.0, False, Decimal(0), Fraction(0)], ids=repr)
+def test_a_pause_of_nothing(new_single, none):
+    """0 seconds of every kind empty the bucket."""
+    bucket = new_single(4, 2, clock=ManualClock())
+    bucket.pause(none)
+    assert (bucket.tokens, bucket.take_or_delay(1)) == (0, 0.5)
 
 
 @pytest.mark.parametrize("seconds", [1e9, 1e300, 1.7e308])
@@ -240,6 +252,17 @@ class SettledOracle(Oracle):
 
     paused_until = Fraction(-1)
 
+    now = Fraction(0)
+
+    def move_to(self, now):
+        """Let time pass."""
+        super().move_to(now)
+        self.now = Fraction(now)
+
+    def paused(self):
+        """Nothing is due in a pause."""
+        return self.now < self.paused_until
+
     def pause(self, until):
         """Be empty at that moment, or in debt."""
         until = max(Fraction(until), self.at)
@@ -256,6 +279,7 @@ class SettledOracle(Oracle):
         self.capacity, self.rate = Fraction(capacity), Fraction(rate)
         self.level = min(self.level, self.capacity)
         self.tolerance = max(self.tolerance, self.capacity / 10**9)
+        self.rounding = max(self.rounding, self.capacity / 10**12)
 
 
 @given(SIZES, SIZES, STARTS, st.data())
@@ -481,15 +505,17 @@ def test_no_copies(new_single, duplicate):
     assert bucket.allow(4)
 
 
-def test_repr(bucket, clock):
-    """It shows the level, the capacity, the rate and how many wait."""
-    first, second = line_up(bucket, 3, 1)
-    clock.advance(1.5)
-    assert repr(bucket).endswith("Bucket 1.5 of 10 tokens, 1 tokens_per_second, 2 waiting>")
-    clock.advance(10)
-    first.result()
-    second.result()
-    assert repr(bucket).endswith(" 0 waiting>")
+def test_repr(new_single):
+    """It shows the capacity and the rate, and asks neither the clock nor the lock."""
+    asked = []
+    bucket = new_single(10, 2.5, clock=lambda: asked.append(1) or 0.0)
+    bucket.configure(capacity=20)
+    before = len(asked)
+    for state in bucket, getattr(bucket, "bucket", bucket):
+        if hasattr(state, "_lock"):
+            with state._lock:
+                assert repr(bucket).endswith("Bucket: capacity 20, 2.5 tokens_per_second>")
+    assert len(asked) == before
 
 
 def test_all_of():

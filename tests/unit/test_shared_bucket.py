@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from processes import Child, children, in_child
@@ -24,14 +25,14 @@ pytestmark = [
 ]
 
 
-def places(bucket):
-    """Return how many places the table holds."""
+def rows(bucket):
+    """Return how many rows of the table are taken."""
     return sum(map(bool, bucket._common.cells[module._TABLE :: 3].tolist()))
 
 
 def waits_elsewhere(bucket, number=1):
     """Wait until so many processes stand in line."""
-    eventually(lambda: places(bucket) == number)
+    eventually(lambda: rows(bucket) == number)
 
 
 # -- one level ---------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ def test_processes_take_turns():
         served = [child.result() for child in running]
     assert max(served) <= 1.5 * min(served)
     assert sum(served) <= 1 + 400 * (time.monotonic() - stop + 1.0)
-    assert places(bucket) == 0
+    assert rows(bucket) == 0
 
 
 def test_a_heavy_waiter_is_not_starved():
@@ -194,7 +195,6 @@ def test_waiters_elsewhere_come_first():
         with pytest.raises(RateLimitExceeded) as raised:
             bucket.wait(1, timeout=1)
         assert raised.value.retry_after == pytest.approx(300, rel=0.01)
-        assert repr(bucket).endswith(" 1 waiting>")
         bucket.refund(2)
         child.result()
     assert bucket.tokens == pytest.approx(0, abs=0.1)
@@ -246,18 +246,18 @@ def test_a_capacity_too_small_reaches_who_waits_elsewhere():
         waits_elsewhere(bucket)
         bucket.configure(capacity=4)
         assert child.result() == "told"
-    assert places(bucket) == 0
+    assert rows(bucket) == 0
 
 
 def test_timeout_leaves_the_line():
-    """Who gives up leaves no place behind, and nothing is taken."""
+    """Who gives up leaves no row behind, and nothing is taken."""
     bucket = SharedTokenBucket(10, 20)
     assert bucket.allow(10)
 
     def wait():
         with pytest.raises(RateLimitExceeded):
             bucket.wait(5, timeout=0.3)
-        return places(bucket)
+        return rows(bucket)
 
     with Child(wait) as child:
         waits_elsewhere(bucket)
@@ -266,30 +266,30 @@ def test_timeout_leaves_the_line():
     assert bucket.tokens == pytest.approx(-100, abs=30)
 
 
-def test_more_processes_than_places(monkeypatch):
-    """Who finds no place in the table is served as well."""
+def test_more_processes_than_rows(monkeypatch):
+    """Who finds no row in the table is served as well."""
     monkeypatch.setattr(module, "_ROWS", 2)
     bucket = SharedTokenBucket(1, 50)
     with children(5, lambda _: [bucket.wait() for _ in range(4)]) as running:
         for child in running:
             child.result()
-    assert places(bucket) == 0
+    assert rows(bucket) == 0
 
 
-def test_a_place_is_taken_again():
-    """A waiter whose place was cleared while its process stood still has its old place again."""
+def test_a_row_is_taken_again():
+    """A waiter whose row was cleared while its process stood still has its old number again."""
     clock = ManualClock(auto_advance=False)
     bucket = SharedTokenBucket(10, 1, clock=clock)
     assert bucket.allow(10)
     (job,) = line_up(bucket, 4)
     cells, common = bucket._common.cells, bucket._common
-    number, row = common.number, common.place
+    number, row = common.number, common.row
     assert in_child(bucket.take_or_delay, 1) == 5.0  # who asks elsewhere sees that its owner lives
     cells[row + 2] -= 1.0  # it was not confirmed for long
 
     def from_elsewhere():
         taken_later = bucket.take_or_delay(1)
-        return taken_later, places(bucket)
+        return taken_later, rows(bucket)
 
     assert in_child(from_elsewhere) == [1.0, 0]
     clock.advance(1)
@@ -413,7 +413,7 @@ def test_fork_in_the_midst_of_it():
     done.set()
     for job in jobs:
         job.result()
-    assert places(bucket) == 0
+    assert rows(bucket) == 0
 
 
 def test_fork_leaves_the_waiters_to_the_parent():
@@ -427,13 +427,95 @@ def test_fork_leaves_the_waiters_to_the_parent():
         assert bucket._head is None
         with pytest.raises(RateLimitExceeded) as raised:
             bucket.wait(1, timeout=0)
-        return raised.value.retry_after, places(bucket)
+        return raised.value.retry_after, rows(bucket)
 
     with module._threads, bucket._lock:
         assert in_child(check) == [6.0, 1]
     clock.advance(5)
     job.result()
     assert_idle(bucket)
+
+
+# -- a descriptor that was closed --------------------------------------------------------------
+
+
+def closed(bucket):
+    """Have nobody own the number of the bucket's file."""
+    os.close(bucket._common.file)
+
+
+def another_file(bucket):
+    """Have another file own it."""
+    number = bucket._common.file
+    with Path(__file__).open() as file:
+        os.dup2(file.fileno(), number)
+
+
+def another_buckets_file(bucket):
+    """Have another bucket's file own it."""
+    bucket.clock = other = SharedTokenBucket(1, 1)  # keep it
+    os.dup2(other._common.file, bucket._common.file)
+
+
+def a_pipe(bucket):
+    """Have a pipe own it."""
+    reader, writer = os.pipe()
+    os.dup2(writer, bucket._common.file)
+    os.close(reader)
+    os.close(writer)
+
+
+class Plain(SharedTokenBucket):
+    """A bucket to which things can be attached."""
+
+
+USES = {
+    "allow": lambda bucket: bucket.allow(),
+    "wait": lambda bucket: bucket.wait(),
+    "take_or_delay": lambda bucket: bucket.take_or_delay(),
+    "refund": lambda bucket: bucket.refund(1),
+    "charge": lambda bucket: bucket.charge(1),
+    "pause": lambda bucket: bucket.pause(1),
+    "configure": lambda bucket: bucket.configure(capacity=5),
+    "tokens": lambda bucket: bucket.tokens,
+}
+
+
+@pytest.mark.parametrize("replace", [closed, another_file, another_buckets_file, a_pipe])
+def test_a_closed_descriptor_is_an_error(replace):
+    """A process that has closed the file (a daemon) cannot use the bucket, and is told so each time."""
+    bucket = Plain(10, 1, clock=ManualClock())
+
+    def daemon():
+        assert bucket.allow()
+        replace(bucket)
+        told = []
+        for use in USES.values():
+            with pytest.raises(RuntimeError) as raised:
+                use(bucket)
+            told.append(str(raised.value))
+        return told
+
+    for told in in_child(daemon):
+        assert f"has closed its file descriptor {bucket._common.file}, " in told
+        assert "Make the bucket after that" in told
+        assert "capacity 10" in told
+    assert bucket.tokens == 9
+    assert in_child(bucket.allow)
+
+
+def test_a_bucket_that_is_gone_closes_no_file_of_others():
+    """Once another file has the number, it stays open when the bucket is gone."""
+
+    def daemon():
+        bucket = SharedTokenBucket(10, 1)
+        number = bucket._common.file
+        another_file(bucket)
+        del bucket
+        gc.collect()
+        os.fstat(number)
+
+    in_child(daemon)
 
 
 # -- in place ----------------------------------------------------------------------------------
@@ -553,7 +635,9 @@ def test_platform_without_fork(monkeypatch):
     plain = TokenBucket(1, 1)
     monkeypatch.setattr(module, "lockf", None)
     for make in lambda: SharedTokenBucket(1, 1), lambda: share(plain):
-        with pytest.raises(NotImplementedError, match=r"needs fork and fcntl.lockf.*RedisTokenBucket"):
+        with pytest.raises(
+            NotImplementedError, match=r"needs fork and fcntl.lockf.*: use a TokenBucket"
+        ):
             make()
     assert plain.allow()
     assert not is_shared(plain)

@@ -2,11 +2,13 @@
 
 import math
 import threading
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 from waiters import Job, eventually, line_up
 
-from rate_limiter import TokenBucket
+from rate_limiter import RateLimitExceeded, TokenBucket
 from rate_limiter.testing import ManualClock
 
 
@@ -72,6 +74,39 @@ def test_advance_wakes_whose_moment_has_come(clock):
     long.result()
     assert clock.sleepers == 0
     assert clock() == 3.0
+
+
+@pytest.mark.parametrize("auto_advance", [True, False])
+def test_a_wait_is_over_after_ten_tenths(auto_advance):
+    """A wait of a second ends, and a timeout of a second is up, when ten steps of 0.1 s were made."""
+    clock = ManualClock(auto_advance=auto_advance)
+    served, late = TokenBucket(1, 1, clock=clock), TokenBucket(1, 1, clock=clock)
+    if auto_advance:
+        served.allow()
+        for _ in range(10):
+            clock.advance(0.1)
+        assert clock() < 1.0
+        served.wait(timeout=0)
+        return
+    for bucket in served, late:
+        bucket.allow()
+    (first,) = line_up(served, 1)
+    (second,) = line_up(late, 1, timeout=1)
+    late.charge(5)
+    for _ in range(10):
+        clock.advance(0.1)
+    first.result()
+    with pytest.raises(RateLimitExceeded):
+        second.result()
+
+
+@pytest.mark.parametrize("seconds", [1, Fraction(1, 2), Decimal("0.25"), True])
+def test_steps_of_every_kind(seconds):
+    """Whatever kind of number it is given, the clock shows a float."""
+    clock = ManualClock(seconds)
+    clock.advance(seconds)
+    assert clock() == 2 * seconds
+    assert type(clock()) is float
 
 
 def test_waiting_for_a_turn_takes_no_time_to_infinity():

@@ -1,14 +1,17 @@
 """What a bucket grants, what it refuses, and what it calls wrong."""
 
 import math
+import sys
 import time
 from decimal import Decimal
 from fractions import Fraction
+from numbers import Real
 
 import pytest
 from waiters import Job
 
-from rate_limiter import Bucket
+from rate_limiter import Bucket, SharedTokenBucket, TokenBucket
+from rate_limiter.checks import positive, zero_or_more
 from rate_limiter.testing import ManualClock
 
 # -- what is granted ------------------------------------------------------------------------------
@@ -166,6 +169,66 @@ def test_delay_stays_finite(new_bucket):
     bucket = new_bucket(1e300, 1e-300)
     bucket.allow(1e300)
     assert 0 < bucket.take_or_delay(1e300) < math.inf
+    bucket = new_bucket(5e307, 1e-300)
+    bucket.allow(5e307)
+    assert 0 < bucket.take_or_delay(1) < math.inf
+
+
+LARGEST = sys.float_info.max
+
+
+@pytest.mark.parametrize("capacity", [1.0, 1e300, 1e308, LARGEST])
+@pytest.mark.parametrize("rate", [5e-324, 1e-300, 1.0, 1e308])
+@pytest.mark.parametrize("share", [1e-6, 1.0])
+def test_forecasts_of_absurd_buckets(new_single, capacity, rate, share):
+    """Whatever the numbers are, a forecast is finite and above 0, and the level is a number."""
+    bucket = new_single(capacity, rate, clock=ManualClock(1000.0))
+    bucket.charge(LARGEST)
+    for _ in range(2):
+        assert 0.0 < bucket.take_or_delay(share * capacity) <= LARGEST
+        bucket.charge(LARGEST)
+        assert -LARGEST <= bucket.tokens <= 0
+        assert not bucket.allow(capacity)
+
+
+def test_a_debt_without_end_has_one(new_single):
+    """However much is charged, refunds and time make the bucket usable again."""
+    clock = ManualClock()
+    bucket = new_single(10, 1e307, clock=clock)
+    for _ in range(4):
+        bucket.charge(1.7e308)
+    assert bucket.tokens > -math.inf
+    bucket.refund(LARGEST)
+    assert bucket.tokens == 10
+    for _ in range(4):
+        bucket.charge(1.7e308)
+    clock.advance(20)
+    assert bucket.allow(10)
+
+
+def test_a_burst_beyond_the_largest_float(new_single):
+    """Sums of absurd costs do not overflow into a debt without end."""
+    clock = ManualClock()
+    bucket = new_single(1e308, 1e308, clock=clock)
+    assert bucket.allow(1e308)
+    for _ in range(3):
+        clock.advance(0.9)
+        assert bucket.allow(0.9e308)
+    assert not bucket.allow(1e308)
+    clock.advance(4)
+    assert bucket.tokens == 1e308
+    assert bucket.allow(1e308)
+
+
+def test_a_refusal_of_an_absurd_cost_ends(new_single):
+    """A refusal is not remembered for ever because a sum overflowed."""
+    clock = ManualClock()
+    bucket = new_single(1e308, 1e308, clock=clock)
+    assert bucket.allow(1e308)
+    assert bucket.take_or_delay(1e308) == 1.0
+    assert not bucket.allow(1e308)
+    clock.advance(1)
+    assert bucket.allow(1e308)
 
 
 def test_refund_ends_a_refusal(new_bucket):
@@ -176,13 +239,87 @@ def test_refund_ends_a_refusal(new_bucket):
     assert bucket.allow(2)
 
 
-@pytest.mark.parametrize("one", [1, 1.0, True, Fraction(1)], ids=repr)
+class Half(float):
+    """A number whose sums have eleven bits, as those of ``numpy.float16``, whatever it is added to."""
+
+    def __add__(self, other):
+        """Add, and round."""
+        total = float(self) + float(other)
+        exponent = max(math.frexp(total)[1] - 11, -24)
+        return Half(math.ldexp(round(math.ldexp(total, -exponent)), exponent))
+
+    __radd__ = __add__
+
+    def __sub__(self, other):
+        """Subtract, and round."""
+        return self + -float(other)
+
+    def __rsub__(self, other):
+        """Subtract, and round."""
+        return Half(-self) + other
+
+    def __neg__(self):
+        """Keep the kind."""
+        return Half(-float(self))
+
+
+#: It is no float and not derived from one, as `numpy.float32`.
+Single = type("Single", (Fraction,), {})
+assert not issubclass(Single, float)
+assert issubclass(Single, Real)
+
+
+@pytest.mark.parametrize(
+    "one", [1, 1.0, True, Fraction(1), Decimal(1), Decimal("1.0"), Half(1), Single(1)], ids=repr
+)
 def test_kinds_of_numbers(new_bucket, ask, one):
     """Every real number is a cost; ``True`` counts as 1."""
     bucket = new_bucket(2 * one, one, clock=ManualClock())
     assert [ask(bucket, one) for _ in range(3)] == [True, True, False]
     bucket.refund(one)
     assert bucket.tokens == 1
+    bucket.charge(one)
+    bucket.pause(one)
+    assert bucket.take_or_delay(one) == 2
+
+
+#: Every call that gives a number to a bucket that has 10,000 tokens.
+ENTRIES = {
+    "allow": lambda bucket, one: bucket.allow(one),
+    "allow when empty": lambda bucket, one: bucket.charge(10_000) or bucket.allow(one),
+    "wait": lambda bucket, one: bucket.wait(one),
+    "wait with a timeout": lambda bucket, one: bucket.wait(2, timeout=one),
+    "take_or_delay": lambda bucket, one: bucket.take_or_delay(one),
+    "refund": lambda bucket, one: bucket.charge(5) or bucket.refund(one),
+    "charge": lambda bucket, one: bucket.charge(one),
+    "charge twice": lambda bucket, one: bucket.charge(one) or bucket.charge(one),
+    "pause": lambda bucket, one: bucket.pause(one),
+    "capacity": lambda bucket, one: bucket.configure(capacity=one),
+    "rate": lambda bucket, one: bucket.configure(tokens_per_second=one),
+}
+
+
+@pytest.mark.parametrize("enter", ENTRIES.values(), ids=ENTRIES)
+@pytest.mark.parametrize("one", [1, True, Half(1), Single(1), Decimal(1)], ids=repr)
+def test_numbers_are_kept_as_floats(new_queue, enter, one):
+    """Whatever kind of number comes in, a bucket keeps floats: a level in another kind might not move."""
+    clock = ManualClock()
+    made = new_queue(one, one, clock=clock)
+    bucket = new_queue(10_000, 1, clock=clock)
+    enter(bucket, one)
+    clock.advance(one)
+    assert type(clock.now) is float
+    for kept in made, bucket:
+        for name in "_used", "_full_at", "_paused_until", "_capacity", "_rate", "_ahead", "_allowed":
+            assert type(getattr(kept, name)) is float, name
+        assert {type(number) for number in kept._refused} == {float}
+
+
+@pytest.mark.parametrize("one", [Half(1), Single(1)], ids=repr)
+def test_a_level_moves_whatever_the_numbers(new_queue, one):
+    """A bucket is empty after its burst also if each cost is a number of low precision."""
+    bucket = new_queue(3000, 1, clock=ManualClock())
+    assert sum(bucket.allow(one) for _ in range(6000)) == 3000
 
 
 def test_default_cost(new_bucket):
@@ -202,7 +339,7 @@ def test_contract(new_bucket):
     with pytest.raises(AttributeError):
         bucket.capacity = 11
     assert bucket.allow(7.5)
-    for fact in "2.5 of 10 tokens", "2.5 tokens_per_second":
+    for fact in "10", "2.5 tokens_per_second":
         assert fact in repr(bucket)
 
 
@@ -251,11 +388,22 @@ def test_threads_that_wait_and_threads_that_ask(new_bucket):
 
 # -- what is wrong --------------------------------------------------------------------------------
 
-NOT_POSITIVE = [0, -1, 0.0, -0.0, -0.5, -math.inf, False, Fraction(-1, 3)]
-NOT_FINITE = [math.nan, math.inf, 10**400]
-NOT_A_NUMBER = ["1", None, [1], Decimal(1), Decimal("nan"), 1j]
+NOT_POSITIVE = [
+    *(0, -1, 0.0, -0.0, -0.5, -math.inf, False, Fraction(-1, 3), -(10**400)),
+    *(Decimal(0), Decimal("-0.5"), Decimal("-Infinity"), Decimal("-1e400")),
+    # as floats these are 0
+    *(Fraction(1, 10**400), Decimal("1e-400")),
+]
+NOT_FINITE = [
+    *(math.nan, math.inf, 10**400, Fraction(10**400)),
+    *(Decimal("nan"), Decimal("snan"), Decimal("Infinity"), Decimal("1e400")),
+]
+NOT_A_NUMBER = ["1", None, [1], 1j, 0j, b"1"]
 
 METHODS = ["allow", "try_consume", "wait", "take_or_delay", "refund", "charge"]
+
+#: The methods for which the API document fixes the text.
+DOCUMENTED = {"allow", "try_consume", "wait"}
 
 
 def complaint(call, value):
@@ -265,25 +413,57 @@ def complaint(call, value):
     return error.type, str(error.value)
 
 
-def expect_complaints(name, call):
+def expect_complaints(name, call, documented):
     """Assert what is raised about every wrong value of an argument."""
     for value in NOT_POSITIVE:
-        assert complaint(call, value) == (ValueError, f"{name} must be positive")
-    for value in NOT_FINITE:
         kind, text = complaint(call, value)
+        bare = f"{name} must be positive"
         assert kind is ValueError
-        assert text == f"{name} must be a finite number, not {value!r}"
+        assert text in ({bare} if documented else {f"{bare}, not {value!r}", bare})
+    for value in NOT_FINITE:
+        text = f"{name} must be a finite number, not {value!r}"
+        assert complaint(call, value) == (ValueError, text)
     for value in NOT_A_NUMBER:
-        kind, text = complaint(call, value)
-        assert kind is TypeError
-        assert text == f"{name} must be a number (int or float), not {value!r}"
+        text = f"{name} must be a number (int or float), not {value!r}"
+        assert complaint(call, value) == (TypeError, text)
+
+
+@pytest.mark.parametrize("check", [positive, zero_or_more])
+def test_undocumented_texts_name_the_value(check):
+    """An error whose text the API document does not fix names the argument, the value, and what fits."""
+    expected = {positive: "positive", zero_or_more: "0 or more"}[check]
+    with pytest.raises(ValueError, match=rf"^price must be {expected}, not Decimal\('-2'\)$"):
+        check("price", Decimal(-2))
+
+
+#: Python does not turn them into text.
+TOO_LONG = [10**5000, -(10**5000), Fraction(10**5000, 3)]
+
+
+@pytest.mark.parametrize("value", TOO_LONG, ids=["int", "negative", "Fraction"])
+def test_numbers_that_cannot_be_shown(new_single, value):
+    """The error about a number of 5,000 digits names the argument like any other."""
+    bucket = new_single(10, 1, clock=ManualClock())
+    calls = {
+        "tokens": [bucket.allow, bucket.wait, bucket.take_or_delay, bucket.refund, bucket.charge],
+        "seconds": [bucket.pause],
+        "capacity": [lambda value: bucket.configure(capacity=value)],
+        "tokens_per_second": [lambda value: bucket.configure(tokens_per_second=value)],
+    }
+    if value < 0:
+        calls["timeout"] = [lambda value: bucket.wait(timeout=value)]
+    for name, each in calls.items():
+        for call in each:
+            assert complaint(call, value)[1].startswith(f"{name} must be ")
+    assert bucket.tokens == 10
 
 
 @pytest.mark.parametrize("name", ["capacity", "tokens_per_second"])
 def test_wrong_arguments_of_the_constructor(new_single, name):
     """What is not a positive, finite number is refused by name, with the documented words."""
     good = {"capacity": 1, "tokens_per_second": 1}
-    expect_complaints(name, lambda value: new_single(**good | {name: value}))
+    documented = new_single in {TokenBucket, SharedTokenBucket}
+    expect_complaints(name, lambda value: new_single(**good | {name: value}), documented)
 
 
 @pytest.mark.parametrize("clock", [None, 0.0, "time"])
@@ -304,7 +484,8 @@ def test_wrong_costs(new_bucket, method, level, refused_before):
         assert bucket.allow(10 - level)
     if refused_before:
         assert not bucket.allow(level + 1)
-    expect_complaints("tokens", getattr(bucket, method))
+    documented = isinstance(bucket, TokenBucket) and method in DOCUMENTED
+    expect_complaints("tokens", getattr(bucket, method), documented)
     assert bucket.tokens == level
     clock.advance(1)
     assert bucket.allow(min(10, level + 1))
@@ -322,7 +503,16 @@ def test_a_timeout_that_is_no_span(new_bucket, timeout):
     assert bucket.tokens == 1
 
 
-@pytest.mark.parametrize("timeout", ["1", [1], Decimal(1)])
+@pytest.mark.parametrize("timeout", [Decimal("nan"), Decimal("snan"), Decimal(-1), Fraction(-1, 3)])
+def test_a_timeout_of_another_kind(new_bucket, timeout):
+    """A timeout may be any real number, and is checked as such."""
+    bucket = new_bucket(1, 1, clock=ManualClock())
+    with pytest.raises(ValueError, match=r"^timeout must be 0 or more seconds, or None, not "):
+        bucket.wait(timeout=timeout)
+    assert bucket.tokens == 1
+
+
+@pytest.mark.parametrize("timeout", ["1", [1], 0j, b"1"])
 def test_a_timeout_that_is_no_number(new_bucket, timeout):
     """A timeout is a number, or None."""
     bucket = new_bucket(1, 1, clock=ManualClock())

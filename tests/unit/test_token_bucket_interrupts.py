@@ -1,5 +1,6 @@
 """Signals, killed greenlets and forks: whatever strikes, nothing is lost and nobody is left waiting."""
 
+import contextlib
 import ctypes
 import importlib.util
 import os
@@ -18,6 +19,7 @@ from waiters import Job, assert_idle, eventually, line_up, moments
 
 from rate_limiter import RateLimitExceeded, SharedTokenBucket, TokenBucket
 from rate_limiter.testing import ManualClock
+from rate_limiter.token_bucket import _after_fork_in_child
 
 SRC = Path(__file__).parents[2] / "src"
 MAIN = threading.main_thread()
@@ -399,6 +401,73 @@ def test_fork_in_the_midst_of_it():
     done.set()
     for job in jobs:
         job.result()
+
+
+def test_a_fork_costs_the_same_whatever_is_idle(new_queue):
+    """What is done after a fork does not grow with the buckets that there are, nor with past waits."""
+
+    def calls():
+        made = count()
+
+        def profile(frame, event, _):
+            next(made)
+
+        sys.setprofile(profile)
+        try:
+            _after_fork_in_child()
+        finally:
+            sys.setprofile(None)
+        return next(made)
+
+    before = calls()
+    clock = ManualClock()
+    buckets = [new_queue(1, 1, clock=clock) for _ in range(100)]
+    for bucket in buckets:
+        bucket.wait()
+        bucket.wait()  # this one sleeps
+        assert bucket._head is None
+    assert calls() <= before
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_fork_while_locks_are_held(clock):
+    """Whichever locks are held as the process is forked, the child finds none of them held."""
+    buckets = [TokenBucket(10, 1, clock=clock) for _ in range(1000)]
+    with contextlib.ExitStack() as held:
+        for lock in {bucket._lock for bucket in buckets}:
+            held.enter_context(lock)
+        in_child(lambda: all(bucket.allow(10) and not bucket.allow() for bucket in buckets))
+    assert all(bucket.allow(10) for bucket in buckets)
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_fork_in_the_midst_of_a_wait(new_queue):
+    """A process that is forked while it waits (a greenlet, a signal handler) waits on, as its child does."""
+    children = []
+
+    class Forking(ManualClock):
+        def wait_for(self, alarm, seconds):
+            if not children:
+                children.append(os.fork())
+                if not children[0]:
+                    return
+            super().wait_for(alarm, seconds)
+
+    bucket = new_queue(10, 1, clock=Forking())
+    assert bucket.allow(10)
+    code = 2
+    try:
+        bucket.wait(3)
+        assert_idle(bucket)
+        code = 0 if bucket._clock.now >= 3.0 else 1
+    finally:
+        if children and not children[0]:
+            os._exit(code)
+    assert code == 0
+    _, status = os.waitpid(children[0], 0)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 @needs_fork

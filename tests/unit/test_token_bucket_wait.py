@@ -169,6 +169,18 @@ def test_timeout_that_can_be_foreseen(new_queue, tokens, timeout, forecast):
     assert clock.now == forecast
 
 
+@pytest.mark.parametrize(("cost", "timeout"), [(3, 0.3), (1, 0.1), (7, 0.7), (9, 0.9)])
+def test_timeout_that_rounding_would_miss(new_queue, cost, timeout):
+    """A timeout of three tenths is enough for three tokens at 10/s, whatever their floats are."""
+    clock = ManualClock()
+    bucket = new_queue(10, 10, clock=clock)
+    clock.advance(0.1)
+    clock.advance(0.2)
+    bucket.charge(10)
+    bucket.wait(cost, timeout=timeout)
+    assert clock.now == pytest.approx(0.3 + timeout)
+
+
 def test_timeout_counts_those_in_front(bucket, clock):
     """The forecast is for one's own turn."""
     (job,) = line_up(bucket, 3)

@@ -67,6 +67,5 @@ def line_up(bucket: TokenBucket, *costs: float, **options: Any) -> list[Job]:
 def assert_idle(bucket: TokenBucket) -> None:
     """Assert that nobody waits, and that nothing of a waiter is left behind."""
     assert (bucket._head, bucket._tail, bucket._ahead) == (None, None, 0.0)
-    assert bucket._open == bucket.capacity
+    assert bucket._allowed == bucket.capacity
     assert not bucket._lock.locked()
-    assert " 0 waiting" in repr(bucket)
