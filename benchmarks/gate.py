@@ -618,9 +618,9 @@ def gate_alone(bench: Bench) -> None:
     def hold_and_release() -> None:
         for job in jobs:
             handle(job)
-        while step.held.next_due is not None:
+        while step.engine.held_by:
             clock.now += 1.5e-7  # never two at once: the capacity is 1
-            step._on_wake_up()
+            step.loop._on_timer()
 
     floor = best(rounds, calls, give(nothing, requests(free)))
     for what, target, action in (

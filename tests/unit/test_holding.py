@@ -258,7 +258,7 @@ def test_error_of_a_bucket_ends_that_job_alone(clock):
     bucket.allow(2)
     holding.offer("bad", [demand(bucket, 2)], clock())
     holding.offer("good", [demand(bucket, 1)], clock())
-    assert released(holding, clock, 9) == [(1.0, ["good"])]
+    assert released(holding, clock, 9) == [(2.0, ["good"])]
     assert failed == [("bad", "no")]
 
 

@@ -92,7 +92,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self.window = Window(consumer)
         self.queues = Queues(consumer, self.by_queue)
         self.lease = Lease(consumer, self.engine.jobs)
-        self.loop = Loop(consumer, self._next_due, self._work)
+        self.loop = Loop(consumer, self._next_due, self._work, self.window.update)
         self.open = True
 
     def stop(self, consumer: Any) -> None:
@@ -219,7 +219,6 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self.release()
         if self.unended and self.end_again_at <= monotonic():
             self._end_again()
-        self.window.update()
 
     # -- what the engine asks for -----------------------------------------------------------------
 

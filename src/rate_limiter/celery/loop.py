@@ -37,10 +37,17 @@ class Loop:
         consumer: Celery's consumer.
         due: Returns the moment, by the monotonic clock, of the next `work`. It may be infinite.
         work: Does what is due; does nothing if nothing is.
+        flush: Tells the broker what Celery's event loop tells it in each turn: the prefetch count.
 
     """
 
-    def __init__(self, consumer: Any, due: Callable[[], float], work: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        consumer: Any,
+        due: Callable[[], float],
+        work: Callable[[], None],
+        flush: Callable[[], None],
+    ) -> None:
         self._consumer = consumer
         self._due = due
         self._work = work
@@ -53,7 +60,7 @@ class Loop:
         if getattr(consumer.hub, "_waker", self) is not self:  # kombu 5.7: call_soon wakes the loop
             self._longest = math.inf
         if consumer.hub is None:
-            self._work_between_messages()
+            self._work_between_messages(flush)
 
     @property
     def is_own_thread(self) -> bool:
@@ -92,7 +99,7 @@ class Loop:
         self._work()
         self.look()
 
-    def _work_between_messages(self) -> None:
+    def _work_between_messages(self, flush: Callable[[], None]) -> None:
         """Without an event loop, do what is due around the consumer's own wait for messages.
 
         Celery's loop there (celery.worker.loops.synloop) blocks in ``drain_events`` until a message
@@ -106,6 +113,7 @@ class Loop:
             end = math.inf if timeout is None else monotonic() + timeout
             while consumer.connection and consumer.blueprint.state == bootsteps.RUN:
                 self._work()
+                flush()
                 due = self._due()
                 left = max(0.001, min(end, due) - monotonic())
                 if due < math.inf:

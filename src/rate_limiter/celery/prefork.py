@@ -15,6 +15,7 @@ from celery.exceptions import ImproperlyConfigured
 from ..all_of import members
 from ..bucket import Bucket
 from ..gating.limit import Limit
+from ..gating.tally import share_tallies
 from ..shared_bucket import is_shared, share
 from ..token_bucket import TokenBucket
 from . import charge
@@ -73,8 +74,10 @@ def is_spawned(worker: Any) -> bool:
 
 
 def share_all(limits: Iterable[Limit]) -> None:
-    """Share the buckets of limits with the processes that will be forked."""
+    """Share the buckets of limits, and what is counted, with the processes that will be forked."""
     charge.confine()
+    limits = list(limits)
+    share_tallies(limits)
     for limit in limits:
         buckets = [limit.bucket] if isinstance(limit.bucket, Bucket) else limit.buckets
         for bucket in buckets:

@@ -1,0 +1,246 @@
+"""What both gates decide alike, with a host that notes what it is asked for."""
+
+import logging
+
+import pytest
+
+from rate_limiter import TokenBucket
+from rate_limiter.gating.engine import Call, Engine, Host
+from rate_limiter.gating.limit import Limit
+from rate_limiter.gating.tally import Observer, observers, tally_of
+from rate_limiter.testing import ManualClock
+
+
+class Gate(Host):
+    """Notes what it is asked for."""
+
+    def __init__(self):
+        self.asked = []
+        self.takes_back = True
+
+    def call_of(self, job):
+        return Call("task job", (job,), {}, None)
+
+    def refuse(self, job, demand, delay):
+        if self.takes_back:
+            self.asked.append(("refuse", job))
+        return self.takes_back
+
+    def fail(self, job, error):
+        self.asked.append(("fail", job, str(error)))
+
+    def gone(self, job):
+        return job == "revoked"
+
+    def follow(self, held, most):
+        self.room = held, most
+
+    def pause(self, queue, limit):
+        self.asked.append(("pause", queue))
+
+    def resume(self, queue):
+        self.asked.append(("resume", queue))
+
+
+class Lab:
+    """An engine for one limit, on a manual clock."""
+
+    def __init__(self, capacity=1, rate=1, *, max_held=None, bucket=TokenBucket, **options):
+        self.clock = ManualClock()
+        self.bucket = bucket(capacity, rate, clock=self.clock)
+        self.limit = Limit(self.bucket, name="limit", **options)
+        self.gate = Gate()
+        self.engine = Engine(self.gate, lambda _: (self.limit,), max_held=max_held, clock=self.clock)
+        self.engine.window = lambda _limit: 4
+
+    def offer(self, *jobs):
+        """Return what the engine says of each job."""
+        plan = self.engine.plan("job")
+        return [self.engine.offer(job, plan, "queue")[0] for job in jobs]
+
+    def run(self, until):
+        """Return the jobs that go until a moment, each when it is due."""
+        ran = []
+        while (due := self.engine.next_due) <= until:
+            self.clock.now = max(due, self.clock.now)
+            ran += [held.job for held in self.engine.release()]
+            self.engine.settle()
+        return ran
+
+    def numbers(self):
+        """Return what was counted and is not 0."""
+        return {name: value for name, value in tally_of(self.limit).snapshot().items() if value}
+
+
+class Counting(TokenBucket):
+    """Counts how often it is asked."""
+
+    __slots__ = ("asked",)
+
+    def take_or_delay(self, tokens=1):
+        self.asked = getattr(self, "asked", 0) + 1
+        return super().take_or_delay(tokens)
+
+
+def test_says_what_becomes_of_a_job():
+    """A job goes while there are tokens, else it is held, and goes in its turn; all is counted."""
+    lab = Lab()
+    assert lab.offer("a", "b", "c") == ["go", "held", "held"]
+    assert lab.gate.room == (2, 4)
+    assert lab.run(5) == ["b", "c"]
+    assert lab.gate.room == (0, 0)
+    assert lab.numbers() == {"admitted": 3, "tokens": 3, "waited": 3, "longest": 2}
+
+
+def test_a_limit_that_does_not_wait_ends_the_job():
+    """The host ends it as when_limited says; where it cannot, the job is held."""
+    lab = Lab(when_limited="drop")
+    assert lab.offer("a", "b") == ["go", "ended"]
+    assert lab.gate.asked == [("refuse", "b")]
+    lab.gate.takes_back = False
+    assert lab.offer("c") == ["held"]
+    assert lab.run(5) == ["c"]
+    assert lab.numbers() == {"admitted": 2, "tokens": 2, "refused": 1, "waited": 1, "longest": 1}
+
+
+@pytest.mark.parametrize("cost", [0, -1, 2, "2", None, float("nan")])
+def test_a_poison_job_fails_alone(cost):
+    """A job whose cost can never be granted fails with a text that says why; the next one goes."""
+    lab = Lab(tokens=lambda job: cost if job == "poison" else 1)
+    assert lab.offer("poison", "a") == ["ended", "go"]
+    ((what, job, error),) = lab.gate.asked
+    assert (what, job) == ("fail", "poison")
+    assert "task job, limit limit: tokens is" in error
+    assert lab.numbers() == {"admitted": 1, "tokens": 1, "failed": 1}
+
+
+def test_a_held_job_that_can_never_be_granted_fails_in_its_turn():
+    """A capacity that was lowered below a job's cost fails that job alone."""
+    lab = Lab(capacity=2, tokens=lambda job: 2 if job == "heavy" else 1)
+    assert lab.offer("first", "heavy", "light") == ["go", "held", "held"]
+    lab.bucket.configure(capacity=1)
+    assert lab.run(5) == ["light"]
+    assert [asked[:2] for asked in lab.gate.asked] == [("fail", "heavy")]
+
+
+def test_a_job_that_is_gone_costs_nothing():
+    """A revoked job is skipped when its turn comes."""
+    lab = Lab()
+    lab.offer("a", "revoked", "b")
+    assert lab.run(1) == ["b"]
+    assert lab.numbers()["skipped"] == 1
+
+
+def test_what_is_forgotten_is_told():
+    """clear() returns what was held, and observers hear of it."""
+    lab, heard = Lab(), []
+
+    class Listener(Observer):
+        def forgotten(self, jobs):
+            heard.extend(jobs)
+
+    observers.append(listener := Listener())
+    try:
+        lab.offer("a", "b", "c")
+        assert lab.engine.clear() == heard == ["b", "c"]
+        assert lab.engine.clear() == []
+    finally:
+        observers.remove(listener)
+    assert (dict(lab.engine.held_by), lab.run(9)) == ({}, [])
+
+
+def test_a_queue_is_paused_at_the_bound_and_resumed_at_half():
+    """overflow="pause": the queue that brought the last job is left alone until half of them are gone."""
+    lab = Lab(overflow="pause", max_held=4)
+    lab.offer(*"abcde")
+    assert lab.gate.asked == [("pause", "queue")]
+    assert lab.run(1) == ["b"]
+    assert lab.gate.asked == [("pause", "queue")]
+    lab.run(2)
+    assert lab.gate.asked == [("pause", "queue"), ("resume", "queue")]
+
+
+def test_jobs_that_the_host_keeps_take_room():
+    """What waits to be sent back counts towards the window and the bound, as a held job does."""
+    lab = Lab(max_held=2)
+    lab.engine.kept[lab.limit] = 1
+    lab.offer("a", "b")
+    assert lab.gate.room == (2, 2)
+    assert not lab.engine.has_room(lab.limit)
+
+
+@pytest.mark.parametrize("rate", [100, 10, 0.5, 1 / 60])
+def test_a_bucket_is_asked_twice_a_job(rate):
+    """With a backlog a job costs two questions, whatever the rate: one is granted, one forecasts."""
+    lab = Lab(rate=rate, bucket=Counting)
+    jobs = range(100)
+    lab.offer(*jobs)
+    assert lab.run(101 / rate) == list(jobs)[1:]
+    assert lab.bucket.asked <= 2 * len(jobs)
+
+
+@pytest.mark.parametrize("event", ["refund", "configure", "pause"])
+def test_a_changed_bucket_wakes_its_jobs(event):
+    """A bucket that is refunded or configured is asked at once; nobody looks at it before."""
+    lab = Lab(rate=0.01, bucket=Counting)
+    lab.offer("a", "b")
+    lab.bucket.asked = 0
+    assert lab.run(50) == []
+    assert lab.bucket.asked == 0
+    if event == "refund":
+        lab.bucket.refund(1)
+        assert lab.run(50) == ["b"]
+    elif event == "configure":
+        lab.bucket.configure(tokens_per_second=10)
+        assert lab.run(51) == ["b"]
+    else:
+        lab.bucket.pause(1000)
+        assert lab.run(1000) == []
+        assert lab.bucket.asked == 1
+
+
+def test_few_buckets_are_asked_in_one_turn():
+    """However many keys are due at once, a turn of the loop asks 50 times at most."""
+    lab = Lab()
+    buckets = [Counting(1, 0.1, clock=lab.clock) for _ in range(1000)]
+    for bucket in buckets:
+        bucket.allow()
+    limits = {number: (Limit(bucket),) for number, bucket in enumerate(buckets)}
+    engine = Engine(lab.gate, lambda number: limits[number], clock=lab.clock)
+    for number in limits:
+        engine.offer(number, engine.plan(number))
+    for bucket in buckets:
+        bucket.asked = 0
+    lab.clock.now = 10.5
+    turns = 0
+    while engine.next_due <= lab.clock.now:
+        before = sum(bucket.asked for bucket in buckets)
+        engine.release()
+        assert sum(bucket.asked for bucket in buckets) - before <= 50
+        turns += 1
+    assert (turns, len(engine.held_by)) == (20, 0)
+
+
+def test_waiting_is_told_once_and_its_end_once(caplog):
+    """One INFO line when a limit begins to make jobs wait, one when it has stopped for 10 s."""
+    caplog.set_level(logging.INFO, "rate_limiter")
+    lab = Lab()
+    lab.offer("a", "b", "c")
+    lab.run(5)
+    lab.offer("d", "e")
+    lab.run(12)
+    assert len(caplog.records) == 1
+    lab.run(30)
+    first, last = (record.getMessage() for record in caplog.records)
+    assert first == "Limit limit: jobs begin to wait, the first for 1 s"
+    assert last == "Limit limit: no job has waited for 10 s"
+    assert lab.engine.next_due == float("inf")
+
+
+def test_each_held_job_is_told_at_debug(caplog):
+    """A DEBUG line for each held job names it, its limit and the delay."""
+    caplog.set_level(logging.DEBUG, "rate_limiter")
+    lab = Lab()
+    lab.offer("a", "b")
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "DEBUG"]
+    assert lines == ["Held b: limit limit has tokens for it in 1 s"]
