@@ -24,7 +24,9 @@ from celery.worker import state
 from ..broker.lease import Lease
 from ..gating.holding import Holding
 from ..gating.limit import Demand, Limit, price
+from ..gating.tally import record_of
 from . import receipt
+from .declarations import parameters_of
 from .ending import fail, refuse_at_gate
 from .pausing import Queues
 from .prefork import is_spawned, share_all
@@ -138,7 +140,7 @@ class GateStep(bootsteps.StartStopStep):
         with self.lock:
             held: Counter[str] = Counter()
             for limit, count in self.held.held_by.items():
-                held[limit.name] += count
+                held[record_of(limit).name] += count
             return {"rate_limiter": {"held": dict(held), "paused": sorted(self.queues.paused)}}
 
     def _held_now(self) -> list[Any]:
@@ -146,16 +148,11 @@ class GateStep(bootsteps.StartStopStep):
             return self.held.jobs()
 
     def _check_and_announce(self) -> dict[Limit, list[str]]:
-        tasks_of: dict[Limit, list[str]] = {declared.limit: [] for declared in self.gate.declared}
-        for name, task in sorted(self.gate.app.tasks.items()):
-            queues = {None, *(declared.queue for declared in self.gate.declared)}
-            limits = {limit for queue in queues for limit in self.gate.limits_for(task, queue)}
-            for limit in limits:
-                limit.name = limit.name or name
-                tasks_of.setdefault(limit, []).append(name)
-            if limits:
-                watch(task)
-            if limits and task.rate_limit and not self.gate.app.conf.worker_disable_rate_limits:
+        tasks_of = self.gate.tasks_of()
+        for name in sorted({name for names in tasks_of.values() for name in names}):
+            task = self.gate.app.tasks[name]
+            watch(task)
+            if task.rate_limit and not self.gate.app.conf.worker_disable_rate_limits:
                 logger.warning(
                     "%s also has Celery's rate_limit=%r, which blocks its whole queue while it "
                     "throttles; both apply",
@@ -166,10 +163,13 @@ class GateStep(bootsteps.StartStopStep):
             if names:
                 tasks = ", ".join(names)
                 logger.info(
-                    "Limit %s: %r for %s, enforced at the gate", limit.name, limit.bucket, tasks
+                    "Limit %s: %r for %s, enforced at the gate",
+                    record_of(limit).name,
+                    limit.bucket,
+                    tasks,
                 )
             else:
-                logger.warning("Limit %s matches no registered task", limit.name)
+                logger.warning("Limit %s matches no registered task", record_of(limit).name)
         return tasks_of
 
     # -- the way of a job -------------------------------------------------------------------------
@@ -211,7 +211,14 @@ class GateStep(bootsteps.StartStopStep):
         headers = None
         if any(limit.asks_headers for limit in limits):
             headers = Context(request.request_dict).headers
-        return price(limits, f"task {request.type}", request.args, request.kwargs, headers)
+        return price(
+            limits,
+            f"task {request.type}",
+            request.args,
+            request.kwargs,
+            headers,
+            parameters_of(request.task),
+        )
 
     def _refuse(self, request: Any, demand: Demand, delay: float) -> bool:
         limit = demand.limit

@@ -15,6 +15,7 @@ from celery.worker import state
 
 from ..exceptions import RateLimitExceeded, RetryAfter
 from ..gating.limit import Demand
+from ..gating.tally import record_of
 
 __all__ = ["fail", "postpone", "refuse_at_gate", "refuse_in_task"]
 
@@ -28,7 +29,7 @@ logger = logging.getLogger("rate_limiter")
 def refuse_at_gate(request: Any, demand: Demand, delay: float) -> None:
     """End a job, or send it back, as the limit's ``when_limited`` wants."""
     bucket, tokens, limit = demand
-    reason = f"rate limit exceeded: {limit.name or request.type}"
+    reason = f"rate limit exceeded: {record_of(limit).name or request.type}"
     if limit.when_limited == "raise":
         fail(request, RateLimitExceeded(reason, delay))
         logger.info("Refused %s[%s]: %s", request.name, request.id, reason)
@@ -36,7 +37,7 @@ def refuse_at_gate(request: Any, demand: Demand, delay: float) -> None:
         request._announce_revoked(reason, False, None, False)
         logger.info("Dropped %s[%s]: %s", request.name, request.id, reason)
     else:
-        _send_back(request, limit.turn(bucket, tokens, delay))
+        _send_back(request, record_of(limit).turn(bucket, tokens, delay))
 
 
 def fail(request: Any, error: Exception) -> None:
@@ -70,7 +71,7 @@ def refuse_in_task(demand: Demand, delay: float, name: str, job: Task | None) ->
     else:
         if job is None or job.request.is_eager:
             raise RateLimitExceeded(reason, delay)
-        _publish_again(job, job.request, limit.turn(bucket, tokens, delay))
+        _publish_again(job, job.request, record_of(limit).turn(bucket, tokens, delay))
     raise Ignore
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 from celery import Task
 
 from ..gating.limit import Demand, Limit
+from ..gating.tally import limit_numbered, record_of
 from .declarations import limits_of
 
 __all__ = ["consume", "is_spawned", "issue", "open_office", "paid", "strip"]
@@ -49,7 +50,9 @@ def paid(task: Task, demands: Iterable[Demand]) -> list[_Paid]:
     # What the decorator declared goes by its place: a spawned process numbers limits anew.
     declared = {limit: place for place, limit in enumerate(limits_of(task))}
     tokens_of = {limit: tokens for _, tokens, limit in demands}
-    return [(declared.get(limit), limit.number, tokens) for limit, tokens in tokens_of.items()]
+    return [
+        (declared.get(limit), record_of(limit).number, tokens) for limit, tokens in tokens_of.items()
+    ]
 
 
 def issue(request: dict[str, Any], what: list[_Paid]) -> None:
@@ -77,7 +80,7 @@ def consume(task: Task, request: Any) -> list[tuple[Limit, float]]:
         return []
     found = []
     for place, number, tokens in receipt[1]:
-        limit = Limit.numbered(number) if place is None else limits_of(task)[place]
+        limit = limit_numbered(number) if place is None else limits_of(task)[place]
         if limit is not None:
             found.append((limit, tokens))
     return found

@@ -25,6 +25,7 @@ from ..broker.relay import Copies, restore_origin
 from ..exceptions import RateLimitExceeded
 from ..gating.holding import Holding
 from ..gating.limit import Demand, Limit, price
+from ..gating.tally import record_of
 from .window import DEFAULT, Window
 
 if TYPE_CHECKING:
@@ -152,7 +153,9 @@ class Session:
             self._bounds.clear()
         for limit in limits - self._announced:
             names = [name for name, plan in plans.items() if limit in plan.limits]
-            logger.info("Limit %s: %r for queue %s", limit.name, limit.bucket, ", ".join(names))
+            logger.info(
+                "Limit %s: %r for queue %s", record_of(limit).name, limit.bucket, ", ".join(names)
+            )
         self._announced |= limits
         if consumer.on_message:
             consumer.on_message = self.wrap(consumer.on_message)
@@ -164,7 +167,7 @@ class Session:
         for limit in self._gate.limits:
             if limit not in self._announced:
                 self._announced.add(limit)
-                logger.warning("Limit %s matches no queue that is consumed", limit.name)
+                logger.warning("Limit %s matches no queue that is consumed", record_of(limit).name)
 
     def wrap(self, callback: Callable[..., Any], queue: str | None = None) -> Callable[..., None]:
         """Return what calls ``callback`` with the same arguments once the tokens are taken."""
@@ -299,12 +302,16 @@ class Session:
             job.ended, job.limit = True, limit
             self._enter(job)
             self._turns_of[limit] += 1
-            self._await_turn(job, limit.turn(bucket, tokens, delay))
+            self._await_turn(job, record_of(limit).turn(bucket, tokens, delay))
         elif limit.when_limited == "drop":
-            logger.info("Dropped a message of queue %s: rate limit exceeded: %s", job.queue, limit.name)
+            logger.info(
+                "Dropped a message of queue %s: rate limit exceeded: %s",
+                job.queue,
+                record_of(limit).name,
+            )
             self._end(job)
         else:
-            reason = f"rate limit exceeded: {limit.name}"
+            reason = f"rate limit exceeded: {record_of(limit).name}"
             logger.info("Refused a message of queue %s: %s", job.queue, reason)
             self._end(job, RateLimitExceeded(reason, delay))
         return True
@@ -451,7 +458,7 @@ class Session:
         queue = next(queue for queue in consumer.queues if queue.name == name)
         consumer.cancel_by_queue(name)
         self._paused[name] = _Paused(consumer, queue, limit)
-        logger.info("Paused queue %s: enough of %s is held", name, limit.name)
+        logger.info("Paused queue %s: enough of %s is held", name, record_of(limit).name)
 
     def _resume(self, name: str) -> None:
         consumer, queue, _ = self._paused.pop(name)
@@ -474,12 +481,12 @@ def _check(queue: Any, consumer: Any, limits: Sequence[Limit]) -> None:
         return
     if consumer.no_ack or queue.no_ack:
         raise ValueError(
-            f"queue {queue.name} is consumed with no_ack, and limited by {limits[0].name}: the broker "
+            f"queue {queue.name} is consumed with no_ack, and limited by {record_of(limits[0]).name}: the broker "
             "would forget what is held; consume it with acknowledgements"
         )
     pausing = next((limit for limit in limits if limit.overflow == "pause"), None)
     if pausing is not None and queue.auto_delete:
         raise ValueError(
-            f"queue {queue.name} is auto_delete, so overflow='pause' of {pausing.name} would delete it: "
+            f"queue {queue.name} is auto_delete, so overflow='pause' of {record_of(pausing).name} would delete it: "
             "use overflow='hold'"
         )
