@@ -1,14 +1,20 @@
 """Declaring limits at the gate: by name, pattern and queue, in settings, and as a task attribute."""
 
+from operator import itemgetter
+
 import pytest
 from celery import Celery, current_app
 from celery.exceptions import ImproperlyConfigured
 
 from rate_limiter import AllOf, TokenBucket
 from rate_limiter.celery import Gate, throttle
+from rate_limiter.celery.declarations import parameters_of
 from rate_limiter.gating.tally import record_of
 
 bucket = TokenBucket(10, 1)
+
+
+def nothing(): ...
 
 
 @pytest.fixture
@@ -82,6 +88,59 @@ def test_reads_the_settings(app):
         "drop",
         5,
     )
+
+
+def test_settings_have_keys_and_tiers(app):
+    """A key makes a bucket for each value, and limits say the rates of some."""
+    app.conf.rate_limiter_limits = {
+        "jobs.upload": {
+            "rate": "5/s",
+            "burst": 10,
+            "key": "name",
+            "tokens": "size",
+            "limits": {
+                "acme": {"rate": "600/m", "burst": 20},
+                "beta": {"rate": "1/d", "burst": 40},
+            },
+        }
+    }
+    gate = Gate(app)
+    (limit,) = gate.tasks_of()
+    found = [
+        limit.demands("task jobs.upload", args, kwargs, None, parameters_of(app.tasks["jobs.upload"]))[
+            0
+        ]
+        for args, kwargs in (
+            (("acme", 3), {}),
+            ((), {"size": 4, "name": "beta"}),
+            (("corp",), {"size": 5}),
+        )
+    ]
+    assert [(each.tokens, each.bucket.capacity, each.bucket.tokens_per_second) for each in found] == [
+        (3, 20, 10),
+        (4, 40, 1 / 86400),
+        (5, 10, 5),
+    ]
+
+
+def test_settings_have_tiers_at_a_fixed_cost(app):
+    """The burst of a tier is what that of a limit would be: a tenth of a second's worth, the cost, 1."""
+    app.conf.rate_limiter_limits = {
+        "jobs.upload": {"rate": 5, "key": "name", "tokens": 2, "limits": {"a": "90/s", "b": "60/m"}}
+    }
+    (limit,) = Gate(app).tasks_of()
+    assert [limit.bucket[key].capacity for key in ("a", "b", "c")] == [9, 2, 2]
+
+
+@pytest.mark.parametrize("option", ["tokens", "key", "limits"])
+def test_settings_name_callables(app, option):
+    """Text with the name of a module is one of its callables: "module:callable" or "module.callable"."""
+    value = {"tokens": "operator:itemgetter", "key": "operator.itemgetter", "limits": "builtins:len"}
+    setting = {"rate": 1, "burst": 2, "key": "name", option: value[option]}
+    app.conf.rate_limiter_limits = {"jobs.upload": setting}
+    (limit,) = Gate(app).tasks_of()
+    expected = len if option == "limits" else itemgetter
+    assert getattr(limit.bucket if option == "limits" else limit, option) is expected
 
 
 def test_reads_namespaced_settings():
@@ -176,3 +235,169 @@ def test_takes_the_current_app(app):
     Gate(current_app)
     with pytest.raises(RuntimeError, match="has a Gate"):
         Gate(app)
+
+
+# -- names ----------------------------------------------------------------------------------------------
+
+
+def test_no_two_limits_are_called_the_same(app):
+    """What is named after its tasks alike gets a number; what the user named keeps its name."""
+
+    @app.task(shared=False, name="jobs.sms", rate_limiter_limit="5/s")
+    @throttle("1/s")
+    @throttle("100/h", name="hourly")
+    @throttle("10/m")
+    def sms(to): ...
+
+    gate = Gate(app)
+    for bucket in "1/s", "2/s":
+        gate.limit("jobs.*", bucket=bucket)
+    gate.limit("jobs.*", queue="bulk", bucket="3/s")
+    gate.limit("jobs.sms", bucket="4/s", name="jobs.* (2)")
+    gate.limit(bucket="4/s", queue="bulk")
+    assert sorted(names(gate, "jobs.sms", "bulk")) == [
+        "hourly",
+        "jobs.*",
+        "jobs.* (2)",
+        "jobs.* (2) (2)",
+        "jobs.* in queue bulk",
+        "jobs.sms",
+        "jobs.sms (2)",
+        "jobs.sms (3)",
+        "queue bulk",
+    ]
+    (named,) = [limit for limit in gate.tasks_of() if limit.name == "jobs.* (2)"]
+    assert record_of(named).name == "jobs.* (2)"
+
+
+def by_gate(app, gate, name):
+    gate.limit("jobs.upload", bucket="1/s", name=name)
+
+
+def by_decorator(app, gate, name):
+    app.task(throttle("1/s", name=name)(nothing), shared=False, name="jobs.decorated")
+
+
+def by_attribute(app, gate, name):
+    setting = {"rate": 1, "name": name}
+    app.task(nothing, shared=False, name="jobs.attributed", rate_limiter_limit=setting)
+
+
+def by_settings(app, gate, name):
+    app.conf.rate_limiter_limits = {"jobs.set": {"rate": 1, "name": name}}
+
+
+@pytest.mark.parametrize("other", [by_gate, by_decorator, by_attribute, by_settings])
+@pytest.mark.parametrize("one", [by_decorator, by_attribute, by_settings])
+def test_a_name_is_given_once(app, one, other):
+    """Two limits with the same name=, from wherever, are an error at the worker's start."""
+    gate = Gate(app)
+    one(app, gate, "first")
+    if one is not other:
+        other(app, gate, "second")
+        assert len([names for names in gate.tasks_of().values() if names]) >= 1
+    app = Celery("shop", broker="memory://", set_as_current=False)
+    gate = Gate(app)
+    one(app, gate, "mails")
+    if one is other:
+        gate.limit("jobs.send_email", bucket="1/s", name="mails")
+    else:
+        other(app, gate, "mails")
+    with pytest.raises(ImproperlyConfigured, match="name must be another for each limit: 'mails' is"):
+        gate.tasks_of()
+
+
+def test_a_limit_of_two_tasks_has_one_name(app):
+    """One decorator on two tasks is one limit, named after the first of them."""
+    limited = throttle("1/s")
+    for name in "jobs.b", "jobs.a":
+        app.task(limited(nothing), shared=False, name=name)
+    gate = Gate(app)
+    assert [record_of(limit).name for limit in gate.tasks_of()] == ["jobs.a"]
+    assert list(gate.tasks_of().values()) == [["jobs.a", "jobs.b"]]
+
+
+# -- at the worker's start --------------------------------------------------------------------------------
+
+
+def test_limits_by_exact_name_are_found_without_a_search(app, monkeypatch):
+    """A worker's start costs the sum of tasks and limits: only patterns are tried for each task."""
+    tried = []
+    monkeypatch.setattr(
+        "rate_limiter.gating.declared.fnmatchcase", lambda *names: tried.append(names) or False
+    )
+    gate = Gate(app)
+    for number in range(100):
+        app.task(nothing, shared=False, name=f"jobs.{number}")
+        gate.limit(f"jobs.{number}", bucket="1/s")
+    assert all(names == [record_of(limit).name] for limit, names in gate.tasks_of().items())
+    assert not tried
+    gate.limit("mail.*", bucket="1/s")
+    gate.tasks_of()
+    assert len(tried) <= 3 * len(app.tasks)
+
+
+@pytest.mark.parametrize("place", ["option", "annotation", "base class"])
+def test_a_misspelled_attribute_is_named(app, place):
+    """rate_limiter_limits= on a task would limit nothing: the worker does not start."""
+    options = {"option": {"rate_limiter_limits": "5/s"}, "annotation": {}}
+    if place == "base class":
+        base = type("Base", (app.Task,), {"rate_limiter_limits": "5/s"})
+        options[place] = {"base": base}
+    if place == "annotation":
+        app.conf.task_annotations = {"jobs.sms": {"rate_limiter_limits": "5/s"}}
+    app.task(nothing, shared=False, name="jobs.sms", **options[place])
+    with pytest.raises(
+        ImproperlyConfigured,
+        match="rate_limiter_limits of jobs.sms: unknown attribute; expected rate_limiter_limit$",
+    ):
+        Gate(app).tasks_of()
+
+
+@pytest.mark.parametrize(
+    ("options", "fine"), [({}, False), ({"bind": True}, True), ({"autoretry_for": (OSError,)}, False)]
+)
+def test_the_parameters_are_those_that_producers_see(app, options, fine):
+    """Never ``self`` of a bound task; and those of the function, not of what Celery puts around it."""
+
+    def fetch(job, tenant): ...
+
+    app.task(fetch, shared=False, name="jobs.fetch", **options)
+    gate = Gate(app)
+    gate.limit("jobs.fetch", bucket="1/s", key="tenant")
+    gate.tasks_of()
+    assert parameters_of(app.tasks["jobs.fetch"]).names == (["tenant"] if fine else ["job", "tenant"])
+    gate.limit("jobs.f*", bucket="1/s", key="job")
+    if not fine:
+        assert len(gate.tasks_of()) == 2
+        return
+    with pytest.raises(
+        ImproperlyConfigured, match="not 'job': the parameters of `jobs.fetch` are tenant$"
+    ):
+        gate.tasks_of()
+
+
+def test_a_task_with_any_keyword_has_every_parameter(app):
+    """Where a task takes **kwargs, a job without the argument fails alone."""
+
+    def fetch(url, **others): ...
+
+    app.task(fetch, shared=False, name="jobs.fetch")
+    gate = Gate(app)
+    gate.limit("jobs.fetch", bucket="1/s", key="tenant")
+    assert list(gate.tasks_of().values()) == [["jobs.fetch"]]
+
+
+def test_a_limit_of_a_queue_fits_the_tasks_that_come_from_it(app):
+    """It covers every task, so one without the parameter, or that is async, is no error at the start."""
+
+    async def fetch(url): ...
+
+    app.task(fetch, shared=False, name="jobs.fetch")
+    gate = Gate(app)
+    gate.limit(queue="bulk", bucket="1/s", key="size")
+    (tasks,) = gate.tasks_of().values()
+    assert {"jobs.fetch", "jobs.send_email", "jobs.upload"} <= set(tasks)
+    gate.limit("jobs.s*", queue="bulk", bucket="1/s", key="size")
+    with pytest.raises(ImproperlyConfigured, match="the parameters of `jobs.send_email` are to$"):
+        gate.tasks_of()

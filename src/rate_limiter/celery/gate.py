@@ -129,8 +129,8 @@ class Gate:
             ValueError: Neither task nor queue is given, a task is one of Celery's own, the cost can
                 never be paid, or another limit has the name.
 
-        A parameter that ``key`` or ``tokens`` names is looked for as the worker starts, in each of the
-        tasks: one without it stops the worker.
+        A parameter that ``key`` or ``tokens`` names is looked for in each of the tasks as the worker
+        starts: a task without it stops the worker. With ``queue`` alone, a job without it fails.
 
         """
         if self.consumers:
@@ -202,6 +202,8 @@ class Gate:
 
         """
         tasks_of: dict[Limit, list[str]] = {declared.limit: [] for declared in self.declared}
+        # Nobody knows which tasks come from a queue; one that does not fit fails as its job comes.
+        of_queues = {declared.limit for declared in self.declared if not declared.patterns}
         for name, task in sorted(self.app.tasks.items()):
             if name.startswith(_CELERYS):
                 continue
@@ -210,9 +212,8 @@ class Gate:
             for queue in self.declared.queues_of(name):
                 limits.update(dict.fromkeys(self.limits_for(task, queue)))
             try:
-                if limits:
+                for limit in (each for each in limits if each not in of_queues):
                     refuse_async(task.run, name)
-                for limit in limits:
                     if limit.parameter_names:
                         check_parameters(limit, parameters_of(task), f"`{name}`")
             except (TypeError, ValueError) as error:

@@ -415,14 +415,17 @@ class Declarations:
             queue: The queue that it came from.
 
         """
-        places = [*self._by_name.get(name, ()), *self._others]
+        found = self._for_name(name)
         if queue is not None:
-            places += self._by_queue.get(queue, ())
-        found = (self._all[place] for place in sorted(places))
-        return [each.limit for each in found if each.queue in (None, queue) and each.covers(name)]
+            found += self._by_queue.get(queue, ())
+        places = [self._all[place] for place in sorted(found)]
+        return [each.limit for each in places if each.queue in (None, queue)]
 
     def queues_of(self, name: str) -> set[str]:
         """Return the queues in which a task of that name has limits of its own."""
-        places = [*self._by_name.get(name, ()), *self._others]
-        found = (self._all[place] for place in places)
-        return {each.queue for each in found if each.queue and each.covers(name)} | set(self._by_queue)
+        found = {self._all[place].queue for place in self._for_name(name)}
+        return {queue for queue in found if queue is not None} | set(self._by_queue)
+
+    def _for_name(self, name: str) -> list[int]:
+        others = [place for place in self._others if self._all[place].covers(name)]
+        return [*self._by_name.get(name, ()), *others]
