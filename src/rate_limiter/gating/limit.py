@@ -85,6 +85,7 @@ class Limit:
     #: The demands of every job, where they are the same for all. A capacity that is configured below
     #: the cost later is found by the bucket, which raises.
     fixed: tuple[Demand, ...] = field(init=False, default=())
+    _cost: float | None = field(init=False, default=None)
     _calls_for_bucket: bool = field(init=False, default=False)
     _wants_headers: tuple[Callable[..., Any], ...] = field(init=False, default=())
 
@@ -94,10 +95,12 @@ class Limit:
         asking = [f for f in (self.bucket, self.tokens, self.key) if callable(f) and _wants_headers(f)]
         object.__setattr__(self, "_calls_for_bucket", calls)
         object.__setattr__(self, "_wants_headers", tuple(asking))
-        if is_bucket and not isinstance(self.tokens, str) and not callable(self.tokens):
+        if not isinstance(self.tokens, str) and not callable(self.tokens):
             cost = float(self.tokens)
-            fixed = tuple(Demand(member, cost, self) for member in members(self.bucket))  # type: ignore[arg-type]
-            object.__setattr__(self, "fixed", fixed)
+            object.__setattr__(self, "_cost", cost)
+            if is_bucket:
+                fixed = tuple(Demand(member, cost, self) for member in members(self.bucket))  # type: ignore[arg-type]
+                object.__setattr__(self, "fixed", fixed)
         record_of(self)  # numbered before the worker's pool forks
 
     def __repr__(self) -> str:
@@ -139,13 +142,14 @@ class Limit:
         """
         if self.fixed:
             return self.fixed
-        call = (job, args, kwargs, headers, parameters)
-        bucket = self._bucket(*call)
-        tokens = self._of_job("tokens", self.tokens, *call)
-        try:
-            cost = positive("tokens", tokens)
-        except (TypeError, ValueError):
-            raise ValueError(self._complaint("tokens", job, tokens, "a number above 0")) from None
+        bucket = self._bucket(job, args, kwargs, headers, parameters)
+        cost, tokens = self._cost, self.tokens
+        if cost is None:
+            tokens = self._of_job("tokens", self.tokens, job, args, kwargs, headers, parameters)
+            try:
+                cost = positive("tokens", tokens)
+            except (TypeError, ValueError):
+                raise ValueError(self._complaint("tokens", job, tokens, "a number above 0")) from None
         if cost > bucket.capacity:
             most = f"at most the capacity {bucket.capacity:g}"
             raise ValueError(self._complaint("tokens", job, tokens, most))
@@ -185,12 +189,11 @@ class Limit:
         headers: Mapping[str, Any] | None,
         parameters: Parameters | None,
     ) -> Bucket:
-        call = (job, args, kwargs, headers, parameters)
         bucket: Any = self.bucket
         if self._calls_for_bucket:
-            bucket = self._of_job("bucket", bucket, *call)
+            bucket = self._of_job("bucket", bucket, job, args, kwargs, headers, parameters)
         if isinstance(bucket, BucketPerKey) and self.key is not None:
-            key = self._of_job("key", self.key, *call)
+            key = self._of_job("key", self.key, job, args, kwargs, headers, parameters)
             try:
                 return bucket[key]
             except Exception as error:  # a bad key, or its limits cannot be told
@@ -215,7 +218,7 @@ class Limit:
         headers: Mapping[str, Any] | None,
         parameters: Parameters | None,
     ) -> Any:
-        """Return what an argument of the declaration is for one job."""
+        """Return what the name or the callable that was declared gives for one job."""
         if isinstance(source, str):
             try:
                 if parameters is None:
@@ -223,8 +226,6 @@ class Limit:
                 return parameters.argument(source, args, kwargs)
             except LookupError as error:
                 raise ValueError(f"{self._blamed(job)}: {argument}={source!r}: {error}") from None
-        if not callable(source):
-            return source
         extra = {"headers": headers or {}} if source in self._wants_headers else {}
         try:
             return source(*args, **kwargs, **extra)
