@@ -33,7 +33,7 @@ def send_email(to):
 
 
 @app.task
-@throttle(TokenBucket(capacity=20, tokens_per_second=10), tokens=lambda name, megabytes: megabytes)
+@throttle(TokenBucket(capacity=20, tokens_per_second=10), tokens="megabytes")
 def upload(name, megabytes):
     logger.info("Uploaded %s, %s MB", name, megabytes)
     counters.hincrby("done", "uploads")

@@ -17,7 +17,6 @@ import time
 from _worker import running_worker
 from celery import Celery
 
-from rate_limiter import BucketPerKey
 from rate_limiter.celery import Gate, throttle
 
 app = Celery("per_tenant", broker="memory://", backend="cache+memory://")
@@ -25,7 +24,7 @@ Gate(app)
 
 
 @app.task
-@throttle(BucketPerKey(capacity=2, tokens_per_second=5), key=lambda tenant, number: tenant)
+@throttle("5/s", burst=2, key="tenant")
 def make_report(tenant, number):
     return time.monotonic()
 

@@ -34,7 +34,7 @@ def send_email(to, sent):
 
 
 @app.task
-@throttle(megabytes, tokens=lambda name, size, sent: size)
+@throttle(megabytes, tokens="size")
 def upload(name, size, sent):
     report("upload", f"{name}, {size} MB", sent, size)
 

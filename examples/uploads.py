@@ -26,7 +26,7 @@ Gate(app)
 
 
 @app.task
-@throttle(TokenBucket(capacity=20, tokens_per_second=10), tokens=lambda name, megabytes: megabytes)
+@throttle(TokenBucket(capacity=20, tokens_per_second=10), tokens="megabytes")
 def upload(name, megabytes):
     at = time.monotonic() - begin
     print(f"{at:4.1f} s  {name}, {megabytes} MB\n", end="", flush=True)

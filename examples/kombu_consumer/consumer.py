@@ -38,7 +38,7 @@ class Worker(GateMixin, ConsumerMixin):
 
     gate = Gate()
     gate.limit("emails", bucket=emails)
-    gate.limit("uploads", bucket=megabytes, tokens=lambda body, message: body["size"])
+    gate.limit("uploads", bucket=megabytes, tokens="size")
 
     def __init__(self, connection):
         self.connection = connection

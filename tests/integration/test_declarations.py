@@ -65,28 +65,6 @@ def test_what_cannot_be_limited_is_refused_at_once(decorated, message):
         decorated(throttle(BUCKET))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        ({"bucket": "10/s"}, TypeError),
-        ({"bucket": 10}, TypeError),
-        ({"bucket": TokenBucket}, TypeError),
-        ({"tokens": 0}, ValueError),
-        ({"tokens": 6}, ValueError),
-        ({"tokens": "1"}, TypeError),
-        ({"when_limited": "explode"}, ValueError),
-        ({"when_limited": "drop", "timeout": 1}, ValueError),
-        ({"timeout": -1}, ValueError),
-        ({"key": lambda x: x}, ValueError),
-    ],
-    ids=str,
-)
-def test_wrong_arguments_are_refused_at_once(arguments, error):
-    """A declaration that could never work fails where it is written."""
-    with pytest.raises(error):
-        throttle(**{"bucket": BUCKET, **arguments})
-
-
 def test_the_signature_is_the_functions():
     """Tools that look at a throttled function see the one below."""
 

@@ -12,6 +12,8 @@ from rate_limiter.celery import Gate, throttle
 app = Celery("shop", broker="memory://")
 bucket = TokenBucket(5, 1)
 
+def pay(): ...
+
 @app.task(name="send_email")
 @throttle(bucket)
 def send_email(): ...
@@ -96,16 +98,42 @@ def test_one_rate_for_the_worker_is_accepted(start, source, arguments):
     assert ("Shared with all pool processes" in worker.output) is shared
 
 
+TWICE = """
+from celery import Celery
+from rate_limiter.celery import Gate, throttle
+
+app = Celery("shop", broker="memory://")
+
+@app.task(name="send_email")
+@throttle("1/s", name="mails")
+def send_email(): ...
+
+@app.task(name="send_sms")
+@throttle("1/s", name="mails")
+def send_sms(): ...
+"""
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         (APP + GATE + "gate.limit('send_*', bucket=bucket)", "the same bucket limits it twice"),
         (APP + GATE + "Gate(app)", "has a Gate already"),
+        (TWICE, "name must be another for each limit: 'mails' is the name of two"),
+        (TWICE + GATE, "name must be another for each limit: 'mails' is the name of two"),
+        (
+            APP + GATE + "gate.limit('send_*', bucket='1/s', key='tenant')",
+            "not 'tenant': the parameters",
+        ),
+        (
+            APP + GATE + "app.task(rate_limiter_limits='5/s', name='x')(pay)",
+            "rate_limiter_limits of x: unk",
+        ),
     ],
-    ids=["bucket declared twice", "second gate"],
+    ids=["bucket declared twice", "second gate", "name without gate", "name", "parameter", "attribute"],
 )
 def test_a_wrong_declaration_is_refused(start, source, message):
-    """The same bucket twice for one task, or a second gate: the worker does not start."""
+    """A bucket or a name that is given twice, a name of no parameter: the worker does not start."""
     worker = start(source, "-P", "threads")
     wait_for(lambda: not worker.running)
     assert worker.process.returncode != 0

@@ -47,13 +47,13 @@ def kept(run, value):
 
 
 @shared_task(name="upload")
-@throttle(TokenBucket(capacity=10, tokens_per_second=20), tokens=lambda run, megabytes: megabytes)
+@throttle(TokenBucket(capacity=10, tokens_per_second=20), tokens="megabytes")
 def upload(run, megabytes):
     note(run, megabytes)
 
 
 @shared_task(name="for tenant")
-@throttle(BucketPerKey(1, 5, limits={"calm": (2, 5)}.get), key=lambda run, tenant: tenant)
+@throttle(BucketPerKey(1, 5, limits={"calm": (2, 5)}.get), key="tenant")
 def for_tenant(run, tenant):
     note(run, tenant)
 

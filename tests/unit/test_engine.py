@@ -1,4 +1,5 @@
 """What both gates decide alike, with a host that notes what it is asked for."""
+# ruff: noqa: D102 - the methods are documented at Host
 
 import logging
 
@@ -19,7 +20,7 @@ class Gate(Host):
         self.takes_back = True
 
     def call_of(self, job):
-        return Call("task job", (job,), {}, None)
+        return Call("task job", (job,), {}, None, None)
 
     def refuse(self, job, demand, delay):
         if self.takes_back:
@@ -244,3 +245,14 @@ def test_each_held_job_is_told_at_debug(caplog):
     lab.offer("a", "b")
     lines = [record.getMessage() for record in caplog.records if record.levelname == "DEBUG"]
     assert lines == ["Held b: limit limit has tokens for it in 1 s"]
+
+
+@pytest.mark.parametrize(("took", "lines"), [(0.06, 1), (0.04, 0)])
+def test_a_slow_callable_is_told_of_once(monkeypatch, caplog, took, lines):
+    """A callable that takes over 50 ms is logged, once a limit, however many jobs it prices."""
+    readings = iter(range(100))
+    monkeypatch.setattr("rate_limiter.gating.engine.perf_counter", lambda: next(readings) * took)
+    lab = Lab(capacity=9, tokens=lambda job: 1)
+    lab.offer("a", "b", "c")
+    assert len(caplog.records) == lines
+    assert all("Limit limit: its callable took 60 ms" in each.getMessage() for each in caplog.records)

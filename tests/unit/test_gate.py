@@ -1,13 +1,20 @@
 """Declaring limits at the gate: by name, pattern and queue, in settings, and as a task attribute."""
 
+from operator import itemgetter
+
 import pytest
 from celery import Celery, current_app
 from celery.exceptions import ImproperlyConfigured
 
 from rate_limiter import AllOf, TokenBucket
 from rate_limiter.celery import Gate, throttle
+from rate_limiter.celery.declarations import parameters_of
+from rate_limiter.gating.record import record_of
 
 bucket = TokenBucket(10, 1)
+
+
+def nothing(): ...
 
 
 @pytest.fixture
@@ -24,7 +31,7 @@ def app():
 
 
 def names(gate, task, queue=None):
-    return [limit.name for limit in gate.limits_for(gate.app.tasks[task], queue)]
+    return [record_of(limit).name for limit in gate.limits_for(gate.app.tasks[task], queue)]
 
 
 def test_finds_limits_by_name_and_pattern(app):
@@ -44,7 +51,7 @@ def test_finds_limits_by_queue(app):
     gate.limit(queue="bulk", bucket=TokenBucket(1, 1))
     gate.limit("jobs.upload", queue="video", bucket=TokenBucket(1, 1))
     assert names(gate, "jobs.send_email", "bulk") == ["queue bulk"]
-    assert names(gate, "jobs.upload", "video") == ["jobs.upload"]
+    assert names(gate, "jobs.upload", "video") == ["jobs.upload in queue video"]
     assert names(gate, "jobs.send_email", "video") == []
     assert names(gate, "jobs.upload") == []
 
@@ -70,10 +77,70 @@ def test_reads_the_settings(app):
     }
     gate = Gate(app)
     (mails,) = gate.limits_for(app.tasks["jobs.send_email"])
-    assert (mails.name, mails.bucket.tokens_per_second) == ("jobs.send_*", pytest.approx(100 / 60))
+    assert (record_of(mails).name, mails.bucket.tokens_per_second) == (
+        "jobs.send_*",
+        pytest.approx(100 / 60),
+    )
     assert mails.bucket.capacity == 1
     (uploads,) = gate.limits_for(app.tasks["jobs.upload"])
-    assert (uploads.name, uploads.when_limited, uploads.bucket.capacity) == ("uploads", "drop", 5)
+    assert (record_of(uploads).name, uploads.when_limited, uploads.bucket.capacity) == (
+        "uploads",
+        "drop",
+        5,
+    )
+
+
+def test_settings_have_keys_and_tiers(app):
+    """A key makes a bucket for each value, and limits say the rates of some."""
+    app.conf.rate_limiter_limits = {
+        "jobs.upload": {
+            "rate": "5/s",
+            "burst": 10,
+            "key": "name",
+            "tokens": "size",
+            "limits": {
+                "acme": {"rate": "600/m", "burst": 20},
+                "beta": {"rate": "1/d", "burst": 40},
+            },
+        }
+    }
+    gate = Gate(app)
+    (limit,) = gate.tasks_of()
+    found = [
+        limit.demands("task jobs.upload", args, kwargs, None, parameters_of(app.tasks["jobs.upload"]))[
+            0
+        ]
+        for args, kwargs in (
+            (("acme", 3), {}),
+            ((), {"size": 4, "name": "beta"}),
+            (("corp",), {"size": 5}),
+        )
+    ]
+    assert [(each.tokens, each.bucket.capacity, each.bucket.tokens_per_second) for each in found] == [
+        (3, 20, 10),
+        (4, 40, 1 / 86400),
+        (5, 10, 5),
+    ]
+
+
+def test_settings_have_tiers_at_a_fixed_cost(app):
+    """The burst of a tier is what that of a limit would be: a tenth of a second's worth, the cost, 1."""
+    app.conf.rate_limiter_limits = {
+        "jobs.upload": {"rate": 5, "key": "name", "tokens": 2, "limits": {"a": "90/s", "b": "60/m"}}
+    }
+    (limit,) = Gate(app).tasks_of()
+    assert [limit.bucket[key].capacity for key in ("a", "b", "c")] == [9, 2, 2]
+
+
+@pytest.mark.parametrize("option", ["tokens", "key", "limits"])
+def test_settings_name_callables(app, option):
+    """Text with the name of a module is one of its callables: "module:callable" or "module.callable"."""
+    value = {"tokens": "operator:itemgetter", "key": "operator.itemgetter", "limits": "builtins:len"}
+    setting = {"rate": 1, "burst": 2, "key": "name", option: value[option]}
+    app.conf.rate_limiter_limits = {"jobs.upload": setting}
+    (limit,) = Gate(app).tasks_of()
+    expected = len if option == "limits" else itemgetter
+    assert getattr(limit.bucket if option == "limits" else limit, option) is expected
 
 
 def test_reads_namespaced_settings():
@@ -101,32 +168,15 @@ def test_reads_the_task_attribute():
     gate = Gate(app)
     (mails,) = gate.limits_for(app.tasks["jobs.send_email"])
     (uploads,) = gate.limits_for(app.tasks["jobs.upload"])
-    assert (mails.name, mails.bucket.tokens_per_second) == ("jobs.send_email", 5)
+    assert (record_of(mails).name, mails.bucket.tokens_per_second) == ("jobs.send_email", 5)
     assert (uploads.bucket.capacity, uploads.bucket.tokens_per_second) == (7, 2)
     assert gate.limits_for(app.tasks["jobs.upload"]) == (uploads,)  # the same bucket each time
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ("100/d", "rate must be .*'100/d'"),
-        ("fast", "rate must be .*'fast'"),
-        (0, "rate must be"),
-        ({}, "rate must be .* not None"),
-        ({"rate": 1, "brust": 3}, "unknown 'brust'; expected burst"),
-        ({"rate": 1, "burst": 0}, "burst must be positive"),
-        ({"rate": 1, "burst": 3, "tokens": 4}, "tokens must be at most the bucket's capacity 3, not 4"),
-        ({"rate": 1, "tokens": "no.such.module:cost", "burst": 1}, "No module"),
-        ({"rate": 1, "tokens": "os.path:getsize"}, "burst is missing"),
-        ({"rate": 1, "when_limited": "hold"}, "when_limited must be one of"),
-        ({"rate": 1, "overflow": "park it"}, "overflow must be one of"),
-        ({"rate": 1, "max_held": 0}, "max_held must be 1 or more"),
-    ],
-)
-def test_wrong_setting_is_named(app, value, message):
-    """A wrong value is an error that names the setting, the task and what was expected."""
-    app.conf.rate_limiter_limits = {"jobs.upload": value}
-    with pytest.raises(ImproperlyConfigured, match=rf"rate_limiter_limits\['jobs.upload'\]: {message}"):
+def test_what_a_setting_cannot_import_is_named(app):
+    """A callable that is not there is an error of the setting that names it."""
+    app.conf.rate_limiter_limits = {"jobs.upload": {"rate": 1, "tokens": "no.such:cost", "burst": 1}}
+    with pytest.raises(ImproperlyConfigured, match=r"rate_limiter_limits\['jobs.upload'\]: No module"):
         Gate(app).declared  # noqa: B018 - reading it is the test
 
 
@@ -135,7 +185,6 @@ def test_wrong_setting_is_named(app, value, message):
     [
         ("rate_limiter_limit", {}, "rate_limiter_limit: unknown setting"),
         ("rate_limiter_limits", ["jobs.upload"], "must map tasks to limits"),
-        ("rate_limiter_limits", {"celery.chord_unlock": "1/s"}, "none of Celery's own"),
     ],
 )
 def test_wrong_settings_are_named(app, setting, value, message):
@@ -145,30 +194,10 @@ def test_wrong_settings_are_named(app, setting, value, message):
         Gate(app).declared  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    ("tasks", "arguments", "error", "message"),
-    [
-        ((), {}, ValueError, "needs the name of a task"),
-        ((5,), {}, TypeError, "names or patterns, not 5"),
-        (("celery.backend_cleanup",), {}, ValueError, "Celery's own tasks"),
-        (("a",), {"queue": 5}, TypeError, "queue must be the name of a queue, not 5"),
-        (("a",), {"tokens": 11}, ValueError, "at most the bucket's capacity 10, not 11"),
-        (("a",), {"when_limited": print}, ValueError, "in @throttle only"),
-        (("a",), {"key": print}, ValueError, "key goes with a BucketPerKey"),
-        (("a",), {"key": "tenant"}, TypeError, "key must be a callable"),
-        (
-            ("a",),
-            {"overflow": "lose"},
-            ValueError,
-            "overflow must be one of 'hold', 'pause', not 'lose'",
-        ),
-        (("a",), {"max_held": True}, TypeError, "max_held must be a whole number, not True"),
-    ],
-)
-def test_wrong_declaration_is_refused_at_once(app, tasks, arguments, error, message):
-    """limit() raises at the line where it is wrong."""
-    with pytest.raises(error, match=message):
-        Gate(app).limit(*tasks, bucket=bucket, **arguments)
+def test_a_limit_is_for_something(app):
+    """limit() without a task and a queue is refused: all tasks are "*"."""
+    with pytest.raises(ValueError, match="needs the name of a task"):
+        Gate(app).limit(bucket=bucket)
 
 
 def test_same_bucket_twice_for_one_task(app):
@@ -206,3 +235,169 @@ def test_takes_the_current_app(app):
     Gate(current_app)
     with pytest.raises(RuntimeError, match="has a Gate"):
         Gate(app)
+
+
+# -- names ----------------------------------------------------------------------------------------------
+
+
+def test_no_two_limits_are_called_the_same(app):
+    """What is named after its tasks alike gets a number; what the user named keeps its name."""
+
+    @app.task(shared=False, name="jobs.sms", rate_limiter_limit="5/s")
+    @throttle("1/s")
+    @throttle("100/h", name="hourly")
+    @throttle("10/m")
+    def sms(to): ...
+
+    gate = Gate(app)
+    for bucket in "1/s", "2/s":
+        gate.limit("jobs.*", bucket=bucket)
+    gate.limit("jobs.*", queue="bulk", bucket="3/s")
+    gate.limit("jobs.sms", bucket="4/s", name="jobs.* (2)")
+    gate.limit(bucket="4/s", queue="bulk")
+    assert sorted(names(gate, "jobs.sms", "bulk")) == [
+        "hourly",
+        "jobs.*",
+        "jobs.* (2)",
+        "jobs.* (2) (2)",
+        "jobs.* in queue bulk",
+        "jobs.sms",
+        "jobs.sms (2)",
+        "jobs.sms (3)",
+        "queue bulk",
+    ]
+    (named,) = [limit for limit in gate.tasks_of() if limit.name == "jobs.* (2)"]
+    assert record_of(named).name == "jobs.* (2)"
+
+
+def by_gate(app, gate, name):
+    gate.limit("jobs.upload", bucket="1/s", name=name)
+
+
+def by_decorator(app, gate, name):
+    app.task(throttle("1/s", name=name)(nothing), shared=False, name="jobs.decorated")
+
+
+def by_attribute(app, gate, name):
+    setting = {"rate": 1, "name": name}
+    app.task(nothing, shared=False, name="jobs.attributed", rate_limiter_limit=setting)
+
+
+def by_settings(app, gate, name):
+    app.conf.rate_limiter_limits = {"jobs.set": {"rate": 1, "name": name}}
+
+
+@pytest.mark.parametrize("other", [by_gate, by_decorator, by_attribute, by_settings])
+@pytest.mark.parametrize("one", [by_decorator, by_attribute, by_settings])
+def test_a_name_is_given_once(app, one, other):
+    """Two limits with the same name=, from wherever, are an error at the worker's start."""
+    gate = Gate(app)
+    one(app, gate, "first")
+    if one is not other:
+        other(app, gate, "second")
+        assert len([names for names in gate.tasks_of().values() if names]) >= 1
+    app = Celery("shop", broker="memory://", set_as_current=False)
+    gate = Gate(app)
+    one(app, gate, "mails")
+    if one is other:
+        gate.limit("jobs.send_email", bucket="1/s", name="mails")
+    else:
+        other(app, gate, "mails")
+    with pytest.raises(ImproperlyConfigured, match="name must be another for each limit: 'mails' is"):
+        gate.tasks_of()
+
+
+def test_a_limit_of_two_tasks_has_one_name(app):
+    """One decorator on two tasks is one limit, named after the first of them."""
+    limited = throttle("1/s")
+    for name in "jobs.b", "jobs.a":
+        app.task(limited(nothing), shared=False, name=name)
+    gate = Gate(app)
+    assert [record_of(limit).name for limit in gate.tasks_of()] == ["jobs.a"]
+    assert list(gate.tasks_of().values()) == [["jobs.a", "jobs.b"]]
+
+
+# -- at the worker's start --------------------------------------------------------------------------------
+
+
+def test_limits_by_exact_name_are_found_without_a_search(app, monkeypatch):
+    """A worker's start costs the sum of tasks and limits: only patterns are tried for each task."""
+    tried = []
+    monkeypatch.setattr(
+        "rate_limiter.gating.declared.fnmatchcase", lambda *names: tried.append(names) or False
+    )
+    gate = Gate(app)
+    for number in range(100):
+        app.task(nothing, shared=False, name=f"jobs.{number}")
+        gate.limit(f"jobs.{number}", bucket="1/s")
+    assert all(names == [record_of(limit).name] for limit, names in gate.tasks_of().items())
+    assert not tried
+    gate.limit("mail.*", bucket="1/s")
+    gate.tasks_of()
+    assert len(tried) <= 3 * len(app.tasks)
+
+
+@pytest.mark.parametrize("place", ["option", "annotation", "base class"])
+def test_a_misspelled_attribute_is_named(app, place):
+    """rate_limiter_limits= on a task would limit nothing: the worker does not start."""
+    options = {"option": {"rate_limiter_limits": "5/s"}, "annotation": {}}
+    if place == "base class":
+        base = type("Base", (app.Task,), {"rate_limiter_limits": "5/s"})
+        options[place] = {"base": base}
+    if place == "annotation":
+        app.conf.task_annotations = {"jobs.sms": {"rate_limiter_limits": "5/s"}}
+    app.task(nothing, shared=False, name="jobs.sms", **options[place])
+    with pytest.raises(
+        ImproperlyConfigured,
+        match="rate_limiter_limits of jobs.sms: unknown attribute; expected rate_limiter_limit$",
+    ):
+        Gate(app).tasks_of()
+
+
+@pytest.mark.parametrize(
+    ("options", "fine"), [({}, False), ({"bind": True}, True), ({"autoretry_for": (OSError,)}, False)]
+)
+def test_the_parameters_are_those_that_producers_see(app, options, fine):
+    """Never ``self`` of a bound task; and those of the function, not of what Celery puts around it."""
+
+    def fetch(job, tenant): ...
+
+    app.task(fetch, shared=False, name="jobs.fetch", **options)
+    gate = Gate(app)
+    gate.limit("jobs.fetch", bucket="1/s", key="tenant")
+    gate.tasks_of()
+    assert parameters_of(app.tasks["jobs.fetch"]).names == (["tenant"] if fine else ["job", "tenant"])
+    gate.limit("jobs.f*", bucket="1/s", key="job")
+    if not fine:
+        assert len(gate.tasks_of()) == 2
+        return
+    with pytest.raises(
+        ImproperlyConfigured, match="not 'job': the parameters of `jobs.fetch` are tenant$"
+    ):
+        gate.tasks_of()
+
+
+def test_a_task_with_any_keyword_has_every_parameter(app):
+    """Where a task takes **kwargs, a job without the argument fails alone."""
+
+    def fetch(url, **others): ...
+
+    app.task(fetch, shared=False, name="jobs.fetch")
+    gate = Gate(app)
+    gate.limit("jobs.fetch", bucket="1/s", key="tenant")
+    assert list(gate.tasks_of().values()) == [["jobs.fetch"]]
+
+
+def test_a_limit_of_a_queue_fits_the_tasks_that_come_from_it(app):
+    """It covers every task, so one without the parameter, or that is async, is no error at the start."""
+
+    async def fetch(url): ...
+
+    app.task(fetch, shared=False, name="jobs.fetch")
+    gate = Gate(app)
+    gate.limit(queue="bulk", bucket="1/s", key="size")
+    (tasks,) = gate.tasks_of().values()
+    assert {"jobs.fetch", "jobs.send_email", "jobs.upload"} <= set(tasks)
+    gate.limit("jobs.s*", queue="bulk", bucket="1/s", key="size")
+    with pytest.raises(ImproperlyConfigured, match="the parameters of `jobs.send_email` are to$"):
+        gate.tasks_of()

@@ -253,7 +253,9 @@ def test_error_of_a_bucket_ends_that_job_alone(clock):
             return super().take_or_delay(tokens)
 
     failed = []
-    holding = Holding(fail=lambda held, error: failed.append((held.job, str(error))), refuse=raise_error)
+    holding = Holding(
+        fail=lambda held, error: failed.append((held.job, str(error))), refuse=raise_error
+    )
     bucket = Poisoned(2, 1, clock=clock)
     bucket.allow(2)
     holding.offer("bad", [demand(bucket, 2)], clock())

@@ -1,34 +1,16 @@
-"""A limit checks its declaration where it is written, and prices each job."""
+"""A limit prices each job, and says how many of them a gate holds."""
 
 import math
 
 import pytest
 
 from rate_limiter import AllOf, BucketPerKey, TokenBucket
+from rate_limiter.gating.declared import new_limit
 from rate_limiter.gating.limit import Limit
+from rate_limiter.gating.parameters import Parameters
+from rate_limiter.gating.record import record_of
 
 bucket = TokenBucket(10, 1)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"bucket": "100/m"}, TypeError, "bucket must be a bucket .* not '100/m'"),
-        ({"bucket": 5}, TypeError, "bucket must be a bucket"),
-        ({"bucket": TokenBucket}, TypeError, "bucket must be a bucket"),
-        ({"tokens": 0}, ValueError, "^tokens must be positive, not 0$"),
-        ({"tokens": math.nan}, ValueError, "tokens must be a finite number, not nan"),
-        ({"tokens": "2"}, TypeError, "tokens must be a number .* not '2'"),
-        ({"tokens": 11}, ValueError, "tokens must be at most the bucket's capacity 10, not 11"),
-        ({"when_limited": "hold"}, ValueError, "when_limited must be one of 'wait'.* not 'hold'"),
-        ({"timeout": -1}, ValueError, "timeout must be positive"),
-        ({"timeout": 1, "when_limited": "drop"}, ValueError, "timeout goes with when_limited='wait'"),
-    ],
-)
-def test_bad_declaration_says_what_is_wrong(arguments, error, message):
-    """An impossible declaration raises at once, and names the argument, the value and what was expected."""
-    with pytest.raises(error, match=message):
-        Limit(**{"bucket": bucket, **arguments})
 
 
 def test_demand_is_what_the_callables_say():
@@ -70,9 +52,11 @@ def test_callable_that_asks_for_headers_gets_them():
 
 def test_turns_follow_each_other(monkeypatch):
     """Those sent away get a moment each, at the bucket's rate, and do not come back all at once."""
-    monkeypatch.setattr("rate_limiter.gating.limit.monotonic", lambda: 100.0)
+    monkeypatch.setattr("rate_limiter.gating.record.monotonic", lambda: 100.0)
     limit = Limit(TokenBucket(1, 2), when_limited="retry")
-    assert [limit.turn(limit.bucket, 1, 0.5) for _ in range(3)] == [0.5, 1.0, 1.5]
+    record = record_of(limit)
+    assert [record.turn(limit.bucket, 1, 0.5) for _ in range(3)] == [0.5, 1.0, 1.5]
+    assert record.turn(limit.bucket, 4, 0.5) == 3.5  # as many tokens take as much longer
 
 
 def test_callable_that_returns_no_bucket_is_named():
@@ -118,37 +102,112 @@ def test_buckets_says_what_a_callable_may_return():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("limit", "bound", "with_default"),
     [
-        ({"bucket": BucketPerKey(1, 1)}, ValueError, "key is missing"),
-        ({"bucket": BucketPerKey(1, 1), "key": "tenant"}, TypeError, "key must be a callable"),
-        ({"bucket": TokenBucket(1, 1), "key": len}, ValueError, "key goes with a BucketPerKey"),
-        ({"bucket": BucketPerKey(1, 1), "key": len, "tokens": 2}, ValueError, "at most the bucket's"),
-        (
-            {"bucket": TokenBucket(1, 1), "buckets": [TokenBucket(1, 1)]},
-            ValueError,
-            "buckets goes with",
-        ),
-        ({"bucket": len, "buckets": [5]}, TypeError, "buckets must be buckets, not 5"),
+        (Limit(TokenBucket(1, 100)), 400, 77),
+        (Limit(TokenBucket(1, 1)), 8, 77),
+        (Limit(TokenBucket(1, 1), max_held=3), 3, 3),
+        (Limit(BucketPerKey(1, 1), key=len), 1000, 77),
+        (Limit(lambda: None), 8, 77),
     ],
 )
-def test_bad_scope_is_refused_at_declaration(arguments, error, message):
-    """What does not go together is refused where it is written."""
-    with pytest.raises(error, match=message):
-        Limit(**arguments)
+def test_how_much_a_gate_holds(limit, bound, with_default):
+    """Four seconds' worth, a window at least, more with a bucket per key; unless limit or gate say."""
+    assert limit.bound(8) == bound
+    assert limit.bound(8, 77) == with_default
 
 
 @pytest.mark.parametrize(
-    ("limit", "bound"),
+    "cost", [lambda size, headers: size, lambda size, headers=None: size, lambda *headers: headers[0]]
+)
+def test_headers_are_for_a_keyword_only_parameter(cost):
+    """A parameter `headers` that is not keyword-only is an argument of the job like any other."""
+    limit = Limit(bucket, tokens=cost)
+    assert not limit.asks_headers
+    assert limit.demands("task upload", (2, "of the job"), {}, {"x": 1})[0].tokens == 2
+
+
+@pytest.mark.parametrize("change", [{"name": "x"}, {"tokens": 2}, {"slow": True}])
+def test_a_limit_is_what_was_declared(change):
+    """It cannot be changed; what happens to it is in its record."""
+    limit = Limit(bucket, name="mails")
+    with pytest.raises((AttributeError, TypeError)):
+        setattr(limit, *change.popitem())
+    assert record_of(limit) is record_of(limit)
+    assert record_of(limit).name == "mails"
+
+
+# -- arguments by their names ---------------------------------------------------------------------------
+
+
+def arguments(first, second=2, *rest, third, fourth=4): ...
+
+
+def anything(first, /, *, second=2, **others): ...
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "args", "kwargs", "value"),
     [
-        (Limit(TokenBucket(1, 100)), 400),
-        (Limit(TokenBucket(1, 1)), 8),
-        (Limit(TokenBucket(1, 1), max_held=3), 3),
-        (Limit(BucketPerKey(1, 1), key=len), 1000),
-        (Limit(lambda: None), 8),
+        (arguments, "first", (1,), {}, 1),
+        (arguments, "first", (), {"first": 1}, 1),
+        (arguments, "second", (1, 3), {}, 3),
+        (arguments, "second", (1,), {"second": 3}, 3),
+        (arguments, "second", (1,), {}, 2),
+        (arguments, "third", (1, 2, 5, 6, 7), {"third": 3}, 3),
+        (arguments, "fourth", (1, 2, 5, 6, 7), {"third": 3}, 4),
+        (anything, "first", (1,), {"first": 2}, 1),
+        (anything, "second", (1,), {}, 2),
+        (anything, "tenant", (1,), {"tenant": 3}, 3),
     ],
 )
-def test_how_much_a_gate_holds(limit, bound):
-    """Four seconds' worth, a window at least, and more where there is a bucket per key."""
-    assert limit.bound(8) == bound
-    assert limit.bound(8, 77) == limit.max_held or limit.bound(8, 77) == 77
+def test_an_argument_is_found_by_its_name(function, name, args, kwargs, value):
+    """However it was sent, by position or by keyword; else it is the default."""
+    limit = Limit(BucketPerKey(9, 1), key=name, tokens=name)
+    assert limit.demands("task t", args, kwargs, None, Parameters(function)) == (
+        (limit.bucket[value], value, limit),
+    )
+    assert limit.buckets_of("task t", args, kwargs, None, Parameters(function)) == (
+        limit.bucket[value],
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "args", "kwargs"),
+    [
+        (arguments, "first", (), {}),
+        (arguments, "third", (1, 2, 3, 4), {}),
+        (anything, "first", (), {"first": 1}),
+        (anything, "tenant", (1,), {}),
+    ],
+)
+def test_a_job_without_the_argument_fails_alone(function, name, args, kwargs):
+    """Its error names the job, the limit, the argument of the declaration and the name."""
+    limit = new_limit(TokenBucket(9, 1), tokens=name, name="uploads")
+    with pytest.raises(
+        ValueError, match=f"task t, limit uploads: tokens='{name}': the job has no such argument"
+    ):
+        limit.demands("task t", args, kwargs, None, Parameters(function))
+
+
+def test_self_is_no_argument():
+    """Without its first parameter a bound function has the arguments that the producer sends."""
+
+    def bound(self, tenant, size=3): ...
+
+    limit = new_limit(TokenBucket(9, 1), tokens="size")
+    parameters = Parameters(bound).without_first
+    assert parameters.names == ["tenant", "size"]
+    assert limit.demands("task t", ("acme", 5), {}, None, parameters)[0].tokens == 5
+    assert Parameters(lambda *args: None).without_first.names == []
+
+
+def test_a_name_is_a_field_of_a_message():
+    """At the gate for kombu the body of a message is a mapping, and has the fields by name."""
+    limit = Limit(BucketPerKey(9, 1), key="tenant", tokens="size", name="uploads")
+    body = {"tenant": "acme", "size": 3}
+    assert limit.demands("queue q", (body, None), {}) == ((limit.bucket["acme"], 3, limit),)
+    with pytest.raises(ValueError, match="queue q, limit uploads: tokens='size': the body has no such"):
+        limit.demands("queue q", ({"tenant": "acme"}, None), {})
+    with pytest.raises(ValueError, match="queue q, limit uploads: key='tenant': the body is not a map"):
+        limit.demands("queue q", (["acme"], None), {})

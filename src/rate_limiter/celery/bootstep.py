@@ -21,8 +21,10 @@ from celery.worker import state
 from ..broker.lease import Lease
 from ..gating.engine import Call, Engine, Host
 from ..gating.limit import Demand, Limit
+from ..gating.record import record_of
 from ..gating.tally import tally_of
 from . import receipt
+from .declarations import parameters_of
 from .ending import refuse_at_gate
 from .loop import Loop
 from .pausing import Queues
@@ -124,22 +126,17 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         with self.engine.lock:
             held: Counter[str] = Counter()
             for limit, count in self.engine.held_by.items():
-                held[limit.name] += count
+                held[record_of(limit).name] += count
             paused = sorted(self.engine.paused)
-        limits = {limit.name: tally_of(limit).snapshot() for limit in self.limits}
+        limits = {record_of(limit).name: tally_of(limit).snapshot() for limit in self.limits}
         return {"rate_limiter": {"held": dict(held), "paused": paused, "limits": limits}}
 
     def _check_and_announce(self) -> dict[Limit, list[str]]:
-        tasks_of: dict[Limit, list[str]] = {declared.limit: [] for declared in self.gate.declared}
-        for name, task in sorted(self.gate.app.tasks.items()):
-            queues = {None, *(declared.queue for declared in self.gate.declared)}
-            limits = {limit for queue in queues for limit in self.gate.limits_for(task, queue)}
-            for limit in limits:
-                limit.name = limit.name or name
-                tasks_of.setdefault(limit, []).append(name)
-            if limits:
-                watch(task, self.gate.limits_for(task))
-            if limits and task.rate_limit and not self.gate.app.conf.worker_disable_rate_limits:
+        tasks_of = self.gate.tasks_of()
+        for name in sorted({name for names in tasks_of.values() for name in names}):
+            task = self.gate.app.tasks[name]
+            watch(task, self.gate.limits_for(task))
+            if task.rate_limit and not self.gate.app.conf.worker_disable_rate_limits:
                 logger.warning(
                     "%s also has Celery's rate_limit=%r, which blocks its whole queue while it "
                     "throttles; both apply",
@@ -150,10 +147,13 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             if names:
                 tasks = ", ".join(names)
                 logger.info(
-                    "Limit %s: %r for %s, enforced at the gate", limit.name, limit.bucket, tasks
+                    "Limit %s: %r for %s, enforced at the gate",
+                    record_of(limit).name,
+                    limit.bucket,
+                    tasks,
                 )
             else:
-                logger.warning("Limit %s matches no registered task", limit.name)
+                logger.warning("Limit %s matches no registered task", record_of(limit).name)
         return tasks_of
 
     # -- the way of a job -------------------------------------------------------------------------
@@ -225,7 +225,8 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
     def call_of(self, request: Any) -> Call:
         """Return the arguments that a job was sent with."""
         headers = Context(request.request_dict).headers
-        return Call(f"task {request.type}", request.args, request.kwargs, headers)
+        name = f"task {request.type}"
+        return Call(name, request.args, request.kwargs, headers, parameters_of(request.task))
 
     def refuse(self, request: Any, demand: Demand, delay: float) -> bool:
         """End a job, or send it back, as ``when_limited`` says."""

@@ -11,9 +11,11 @@ from celery._state import get_current_task
 from ..bucket import Bucket
 from ..checks import positive
 from ..gating.limit import Demand, Limit
+from ..gating.record import record_of
 from ..shared_bucket import is_shared
 from ..token_bucket import TokenBucket
 from . import receipt
+from .declarations import parameters_of
 from .settings import enabled
 
 __all__ = ["Charge", "collect", "confine", "current_charge"]
@@ -50,7 +52,9 @@ class Charge:
         self._paid: dict[Limit, _Payment] = {}
 
     def __repr__(self) -> str:
-        paid = ", ".join(f"{limit.name}: {paid.tokens:g}" for limit, paid in self._paid.items())
+        paid = ", ".join(
+            f"{record_of(limit).name}: {paid.tokens:g}" for limit, paid in self._paid.items()
+        )
         return f"<Charge {paid or 'nothing'}>"
 
     def __contains__(self, limit: Limit) -> bool:
@@ -108,8 +112,8 @@ class Charge:
         paid = self._paid[chosen]
         if not paid.reachable:
             raise RuntimeError(
-                f"limit {chosen.name}: this was paid in the worker's main process, from a bucket that a "
-                "pool process cannot reach: settle() needs a TokenBucket that is declared as the bucket, "
+                f"limit {record_of(chosen).name}: this was paid in the worker's main process, from a bucket "
+                "that a pool process cannot reach: settle() needs a TokenBucket that is declared as the bucket, "
                 "or named in buckets=[…]"
             )
         for bucket in paid.buckets:
@@ -150,9 +154,9 @@ class Charge:
     def _find(self, name: str | None) -> Limit | None:
         if not self._paid:
             return None
-        found = [limit for limit in self._paid if name in (None, limit.name)]
+        found = [limit for limit in self._paid if name in (None, record_of(limit).name)]
         if len(found) != 1:
-            names = ", ".join(repr(limit.name) for limit in self._paid)
+            names = ", ".join(repr(record_of(limit).name) for limit in self._paid)
             raise LookupError(f"limit must be the name of one of the limits {names}, not {name!r}")
         return found[0]
 
@@ -185,7 +189,9 @@ def collect(task: Task, what: receipt.Receipt, args: tuple[Any, ...], kwargs: di
         if isinstance(limit.bucket, Bucket) or limit.buckets or not _apart():
             # The job has paid, so it runs, even if its bucket cannot be told any more.
             with contextlib.suppress(Exception):
-                buckets = limit.buckets_of(f"task {task.name}", args, kwargs, task.request.headers)
+                buckets = limit.buckets_of(
+                    f"task {task.name}", args, kwargs, task.request.headers, parameters_of(task)
+                )
         charge._paid[limit] = _Payment(tokens, buckets, bool(buckets) and all(map(_reachable, buckets)))
     return charge
 

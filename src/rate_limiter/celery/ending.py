@@ -14,6 +14,7 @@ from celery.worker import state
 
 from ..exceptions import RateLimitExceeded, RetryAfter
 from ..gating.limit import Demand
+from ..gating.record import record_of
 
 __all__ = ["postpone", "refuse_at_gate", "refuse_in_task"]
 
@@ -27,12 +28,12 @@ logger = logging.getLogger("rate_limiter")
 def refuse_at_gate(request: Any, demand: Demand, delay: float) -> None:
     """End a job as a revoked one (``"drop"``), or send it back (``"retry"``)."""
     bucket, tokens, limit = demand
-    reason = f"rate limit exceeded: {limit.name or request.type}"
+    reason = f"rate limit exceeded: {record_of(limit).name or request.type}"
     if limit.when_limited == "drop":
         request._announce_revoked(reason, False, None, False)
         logger.info("Dropped %s[%s]: %s", request.name, request.id, reason)
     else:
-        _send_back(request, limit.turn(bucket, tokens, delay))
+        _send_back(request, record_of(limit).turn(bucket, tokens, delay))
 
 
 def refuse_in_task(demand: Demand, delay: float, name: str, job: Task | None) -> NoReturn:
@@ -56,7 +57,7 @@ def refuse_in_task(demand: Demand, delay: float, name: str, job: Task | None) ->
     else:
         if job is None or job.request.is_eager:
             raise RateLimitExceeded(reason, delay)
-        _publish_again(job, job.request, limit.turn(bucket, tokens, delay))
+        _publish_again(job, job.request, record_of(limit).turn(bucket, tokens, delay))
     raise Ignore
 
 

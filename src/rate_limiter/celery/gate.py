@@ -3,9 +3,8 @@
 Here limits are declared and found; `bootstep` holds the jobs.
 """
 
-from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 from weakref import WeakSet
 
 from celery import Celery, Task
@@ -14,25 +13,26 @@ from celery.local import Proxy
 
 from ..bucket import Bucket
 from ..checks import whole
-from ..gating.limit import AnyBucket, Limit, refuse_to_pay_twice
+from ..gating.declared import Declarations, check_parameters, new_limit
+from ..gating.limit import AnyBucket, AnyCost, AnyKey, Limit, refuse_to_pay_twice
 from .bootstep import GateStep
-from .declarations import gates, held_at_gate, limits_of
-from .settings import limit_from, limits_in_settings
+from .declarations import (
+    ATTRIBUTE,
+    check_task,
+    gates,
+    held_at_gate,
+    limits_of,
+    name_limits,
+    names_of,
+    parameters_of,
+    refuse_async,
+)
+from .settings import declare_settings, limit_from
 
 __all__ = ["Gate"]
 
-
-class _Declared(NamedTuple):
-    """A limit, and the jobs it is for."""
-
-    patterns: tuple[str, ...]
-    queue: str | None
-    limit: Limit
-
-    def covers(self, task: str, queue: str | None) -> bool:
-        return (self.queue is None or self.queue == queue) and any(
-            fnmatchcase(task, pattern) for pattern in self.patterns
-        )
+#: How the names of Celery's own tasks begin, which cannot be limited.
+_CELERYS: str = "celery."
 
 
 class Gate:
@@ -75,8 +75,8 @@ class Gate:
             raise RuntimeError(f"{app!r} has a Gate already: an app has one, for all its limits")
         self.app = app
         self.max_held = max_held
-        self._declared: list[_Declared] = []
-        self._settings: list[_Declared] | None = None
+        self._declarations = Declarations("tasks", reserved=_CELERYS, names=names_of(app))
+        self._has_settings = False
         self._attributes: dict[str, Limit] = {}
         #: The consumers that run with it in this process, or ran when the process was forked.
         self.consumers: WeakSet[Any] = WeakSet()
@@ -92,9 +92,10 @@ class Gate:
         self,
         *tasks: str,
         queue: str | None = None,
-        bucket: AnyBucket,
-        tokens: float | Callable[..., float] = 1,
-        key: Callable[..., Any] | None = None,
+        bucket: AnyBucket | str,
+        burst: float | None = None,
+        tokens: AnyCost = 1,
+        key: AnyKey | None = None,
         when_limited: str = "wait",
         name: str | None = None,
         max_held: int | None = None,
@@ -108,10 +109,11 @@ class Gate:
                 pattern never matches Celery's own tasks (``celery.*``).
             queue: Only jobs that the worker consumes from this queue.
             bucket: As in `throttle`. All the tasks share it.
+            burst: As in `throttle`.
             tokens: As in `throttle`.
             key: As in `throttle`.
             when_limited: As in `throttle`, without the callable.
-            name: What logs call the limit. By default the patterns, or the queue.
+            name: As in `throttle`. By default the patterns, or the queue.
             max_held: For this limit, instead of the gate's.
             overflow: What happens beyond ``max_held``. ``"hold"``, the default: the broker keeps the
                 rest, and other jobs behind them in the queue too. ``"pause"``: the worker stops
@@ -124,49 +126,42 @@ class Gate:
         Raises:
             RuntimeError: The worker's consumer has started.
             TypeError: An argument has the wrong type.
-            ValueError: Neither task nor queue is given, a task is one of Celery's own, or the cost
-                can never be paid.
+            ValueError: Neither task nor queue is given, a task is one of Celery's own, the cost can
+                never be paid, or another limit has the name.
+
+        A parameter that ``key`` or ``tokens`` names is looked for in each of the tasks as the worker
+        starts: a task without it stops the worker. With ``queue`` alone, a job without it fails.
 
         """
         if self.consumers:
             raise RuntimeError("limit() comes before the worker starts: declare it beside the app")
         if not tasks and queue is None:
             raise ValueError("limit() needs the name of a task, a pattern, or queue=…")
-        for pattern in tasks:
-            if not isinstance(pattern, str):
-                raise TypeError(f"tasks must be names or patterns, not {pattern!r}")
-            if pattern.startswith("celery."):
-                raise ValueError(f"{pattern!r}: Celery's own tasks cannot be limited")
-        if queue is not None and not isinstance(queue, str):
-            raise TypeError(f"queue must be the name of a queue, not {queue!r}")
-        if callable(when_limited):
-            raise ValueError("when_limited may be a callable in @throttle only: the gate runs no tasks")
-        limit = Limit(
+        limit = new_limit(
             bucket,
+            burst=burst,
             tokens=tokens,
             key=key,
             when_limited=when_limited,
             buckets=buckets,
-            name=name or ", ".join(tasks) or f"queue {queue}",
+            name=name,
             max_held=max_held,
             overflow=overflow,
         )
-        self._declared.append(_Declared(tasks or ("*",), queue, limit))
+        self._declarations.add(tasks, limit, queue)
 
     @property
-    def declared(self) -> list[_Declared]:
+    def declared(self) -> Declarations:
         """What `limit` and the settings declare.
 
         Raises:
             ImproperlyConfigured: The settings are wrong.
 
         """
-        if self._settings is None:
-            self._settings = [
-                _Declared((pattern,), queue, limit)
-                for pattern, queue, limit in limits_in_settings(self.app)
-            ]
-        return self._declared + self._settings
+        if not self._has_settings:
+            declare_settings(self.app, self._declarations)
+            self._has_settings = True
+        return self._declarations
 
     def limits_for(self, task: Task, queue: str | None = None) -> tuple[Limit, ...]:
         """Return the limits that the gate enforces for a job.
@@ -176,22 +171,65 @@ class Gate:
             queue: The queue that it was consumed from.
 
         Raises:
-            ImproperlyConfigured: One bucket limits the task twice, or its attribute is wrong.
+            ImproperlyConfigured: One bucket limits the task twice, two limits have one name, or the
+                task's attribute is wrong.
 
         """
-        if task.name.startswith("celery."):
+        if task.name.startswith(_CELERYS):
             return ()
-        limits = [declared.limit for declared in self.declared if declared.covers(task.name, queue)]
+        name_limits(task)
+        limits = self.declared.of(task.name, queue)
         limits += [limit for limit in limits_of(task) if held_at_gate(limit)]
-        attribute = getattr(task, "rate_limiter_limit", None)
+        attribute = getattr(task, ATTRIBUTE, None)
         if attribute is not None:
-            if task.name not in self._attributes:
-                self._attributes[task.name] = limit_from(
-                    f"rate_limiter_limit of {task.name}", attribute, task.name
-                )
-            limits.append(self._attributes[task.name])
+            limits.append(self._of_attribute(task, attribute))
         try:
             refuse_to_pay_twice([limit.bucket for limit in limits], f"`{task.name}`")
         except ValueError as error:
             raise ImproperlyConfigured(str(error)) from error
         return tuple(limits)
+
+    def tasks_of(self) -> dict[Limit, list[str]]:
+        """Check what is declared against the tasks that are registered.
+
+        Returns:
+            Each limit that the gate enforces, in order, and the names of its tasks; none for a limit that
+            matches no task.
+
+        Raises:
+            ImproperlyConfigured: As `limits_for`; or a limited task is async, has no parameter of the
+                name that a limit was given, or has a misspelled attribute.
+
+        """
+        tasks_of: dict[Limit, list[str]] = {declared.limit: [] for declared in self.declared}
+        # Nobody knows which tasks come from a queue; one that does not fit fails as its job comes.
+        of_queues = {declared.limit for declared in self.declared if not declared.patterns}
+        for name, task in sorted(self.app.tasks.items()):
+            if name.startswith(_CELERYS):
+                continue
+            check_task(task)
+            limits = dict.fromkeys(self.limits_for(task))
+            for queue in self.declared.queues_of(name):
+                limits.update(dict.fromkeys(self.limits_for(task, queue)))
+            try:
+                for limit in (each for each in limits if each not in of_queues):
+                    refuse_async(task.run, name)
+                    if limit.parameter_names:
+                        check_parameters(limit, parameters_of(task), f"`{name}`")
+            except (TypeError, ValueError) as error:
+                raise ImproperlyConfigured(str(error)) from error
+            for limit in limits:
+                tasks_of.setdefault(limit, []).append(name)
+        return tasks_of
+
+    def _of_attribute(self, task: Task, value: Any) -> Limit:
+        limit = self._attributes.get(task.name)
+        if limit is None:
+            setting = f"{ATTRIBUTE} of {task.name}"
+            limit = limit_from(setting, value)
+            try:
+                names_of(self.app).add(limit, task.name)
+            except ValueError as error:
+                raise ImproperlyConfigured(f"{setting}: {error}") from error
+            self._attributes[task.name] = limit
+        return limit

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..broker.origin import MARK, mark_messages
 from ..gating.limit import Limit
+from ..gating.record import record_of
 
 __all__ = ["Queues"]
 
@@ -59,7 +60,7 @@ class Queues:
             return
         self._entities[name] = next(queue for queue in consumer.queues if queue.name == name)
         consumer.cancel_by_queue(name)
-        logger.info("Paused queue %s: enough of %s is held", name, self.paused[name].name)
+        logger.info("Paused queue %s: enough of %s is held", name, record_of(self.paused[name]).name)
 
     def _consume_again(self, name: str) -> None:
         consumer = self._consumer.task_consumer

@@ -15,11 +15,12 @@ from celery.exceptions import ImproperlyConfigured
 from ..all_of import members
 from ..bucket import Bucket
 from ..gating.limit import Limit
+from ..gating.record import record_of
 from ..gating.tally import share_tallies
 from ..shared_bucket import is_shared, share
 from ..token_bucket import TokenBucket
 from . import charge
-from .declarations import gates, held_at_gate, limits_of
+from .declarations import gates, held_at_gate, limits_of, name_limits
 from .settings import enabled
 
 __all__ = ["is_spawned", "share_all", "share_before_fork"]
@@ -39,7 +40,11 @@ class _Prefork(bootsteps.Step):
     def create(self, worker: Any) -> None:
         """Look at every throttled task, before the pool forks."""
         app = worker.app
-        if not issubclass(worker.pool_cls, TaskPool) or not enabled(app):
+        if not enabled(app):
+            return
+        for _, task in sorted(app.tasks.items()):
+            name_limits(task)
+        if not issubclass(worker.pool_cls, TaskPool):
             return
         children = max(worker.concurrency, worker.max_concurrency or 0)
         # A child that takes another's place starts anew: with a full bucket.
@@ -47,7 +52,6 @@ class _Prefork(bootsteps.Step):
         spawned = is_spawned(worker)
         for task in app.tasks.values():
             for limit in limits_of(task):
-                limit.name = limit.name or task.name
                 if (app in gates and held_at_gate(limit)) or (children == 1 and not replaced):
                     continue
                 reason = "spawned processes share no memory" if spawned else _not_to_be_shared(limit)
@@ -84,7 +88,9 @@ def share_all(limits: Iterable[Limit]) -> None:
             for member in members(bucket):
                 if isinstance(member, TokenBucket) and not is_shared(member):
                     share(member)
-                    logger.info("Shared with all pool processes: %r of limit %s", member, limit.name)
+                    logger.info(
+                        "Shared with all pool processes: %r of limit %s", member, record_of(limit).name
+                    )
 
 
 def _not_to_be_shared(limit: Limit) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 from celery import Task
 
 from ..gating.limit import Demand, Limit
+from ..gating.record import limit_numbered, record_of
 from .declarations import limits_of
 
 __all__ = ["Receipt", "consume", "fail", "is_spawned", "issue", "open_office", "refuse", "strip"]
@@ -119,8 +120,8 @@ def is_spawned() -> bool:
 
 def _refer(task: Task, limit: Limit) -> _Reference:
     declared = limits_of(task)
-    return (declared.index(limit) if limit in declared else None), limit.number
+    return (declared.index(limit) if limit in declared else None), record_of(limit).number
 
 
 def _find(task: Task, place: int | None, number: int) -> Limit | None:
-    return Limit.numbered(number) if place is None else limits_of(task)[place]
+    return limit_numbered(number) if place is None else limits_of(task)[place]

@@ -2,33 +2,43 @@
 
     app.conf.rate_limiter_limits = {
         "jobs.send_*": "100/m",
-        "jobs.upload": {"rate": "10/s", "burst": 20, "tokens": "jobs.costs:megabytes"},
+        "jobs.upload": {"rate": "10/s", "burst": 20, "tokens": "megabytes"},
+        "jobs.report": {"rate": "5/s", "key": "tenant", "limits": {"acme": "50/s"}},
     }
 
-A value is a rate as Celery writes it, or a mapping with a ``rate`` and any of ``burst``, ``tokens``,
-``when_limited``, ``queue``, ``name``, ``max_held`` and ``overflow``.
+A value is a rate, or a mapping with a ``rate`` and any of these:
+
+- ``rate``: a number of tokens per second, or text with a unit: ``"10/s"``, ``"100/m"``, ``"2/h"``, ``"1000/d"``.
+- ``burst``: the capacity of the bucket, in tokens. By default a tenth of a second's worth, at least 1, and at
+  least what a job costs. Without a default where the cost depends on the job.
+- ``tokens``: what a job costs: a number, the name of a parameter of the task, or ``"module:callable"``.
+- ``key``: each value has a bucket of its own: the name of a parameter, or ``"module:callable"``.
+- ``limits``: the rates of some keys: a mapping of a key to a rate, or to a mapping with ``rate`` and ``burst``;
+  or ``"module:callable"``, called with a key, as in `BucketPerKey`.
+- ``when_limited``, ``name``, ``max_held``, ``overflow``: as in ``Gate.limit``.
+- ``queue``: as in ``Gate.limit``; in the settings only.
+
+A callable is given the job's arguments.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 from celery.utils.imports import symbol_by_name
-from celery.utils.time import rate as parse_rate
 
-from ..checks import positive
+from ..gating.declared import Declarations, check_options, new_limit
 from ..gating.limit import Limit
-from ..token_bucket import TokenBucket
 
-__all__ = ["enabled", "limit_from", "limits_in_settings"]
+__all__ = ["declare_settings", "enabled", "limit_from"]
 
 _LIMITS: Final = "rate_limiter_limits"
 _SETTINGS: Final = frozenset({"rate_limiter_enabled", _LIMITS})
-_OPTIONS: Final = frozenset(
-    {"rate", "burst", "tokens", "when_limited", "queue", "name", "max_held", "overflow"}
-)
+
+#: What may be text that names a callable.
+_CALLABLES: Final = ("tokens", "key", "limits")
+_OPTIONS: Final = ("rate", "burst", *_CALLABLES, "when_limited", "name", "max_held", "overflow")
 
 
 def enabled(app: Celery) -> bool:
@@ -36,8 +46,8 @@ def enabled(app: Celery) -> bool:
     return bool(app.conf.get("rate_limiter_enabled", True))
 
 
-def limits_in_settings(app: Celery) -> list[tuple[str, str | None, Limit]]:
-    """Return the pattern, the queue and the limit of each entry.
+def declare_settings(app: Celery, declarations: Declarations) -> None:
+    """Declare the limits that are in an app's settings.
 
     Raises:
         ImproperlyConfigured: A setting is unknown or wrong. The message names it.
@@ -53,25 +63,24 @@ def limits_in_settings(app: Celery) -> list[tuple[str, str | None, Limit]]:
     limits = app.conf.get(_LIMITS) or {}
     if not isinstance(limits, Mapping):
         raise ImproperlyConfigured(f"{_LIMITS} must map tasks to limits, not be {limits!r}")
-    found = []
     for pattern, value in limits.items():
         setting = f"{_LIMITS}[{pattern!r}]"
-        if not isinstance(pattern, str) or not pattern or pattern.startswith("celery."):
-            raise ImproperlyConfigured(
-                f"{setting}: expected the name of a task, or a pattern, and none of Celery's own"
-            )
-        queue = value.get("queue") if isinstance(value, Mapping) else None
-        found.append((pattern, queue, limit_from(setting, value, pattern)))
-    return found
+        options = dict(value) if isinstance(value, Mapping) else {"rate": value}
+        queue = options.pop("queue", None)
+        limit = limit_from(setting, options, ("queue",))
+        try:
+            declarations.add((pattern,), limit, queue)
+        except (ValueError, TypeError) as error:
+            raise ImproperlyConfigured(f"{setting}: {error}") from error
 
 
-def limit_from(setting: str, value: Any, name: str) -> Limit:
-    """Build the limit that a setting describes.
+def limit_from(setting: str, value: Any, others: tuple[str, ...] = ()) -> Limit:
+    """Make the limit that a setting describes.
 
     Args:
         setting: What to call it in errors.
         value: A rate, or a mapping of options.
-        name: What to call the limit, unless the options say.
+        others: Further options that may be there, for the error about one that may not.
 
     Raises:
         ImproperlyConfigured: The value is wrong.
@@ -79,41 +88,11 @@ def limit_from(setting: str, value: Any, name: str) -> Limit:
     """
     options = dict(value) if isinstance(value, Mapping) else {"rate": value}
     try:
-        unknown = sorted(set(options) - _OPTIONS)
-        if unknown:
-            raise ValueError(f"unknown {unknown[0]!r}; expected {', '.join(sorted(_OPTIONS))}")
-        tokens = options.get("tokens", 1)
-        if isinstance(tokens, str):
-            tokens = symbol_by_name(tokens)
-        rate = _rate(options.get("rate"))
-        burst = options.get("burst")
-        if burst is None:
-            burst = _default_burst(rate, tokens)
-        return Limit(
-            TokenBucket(positive("burst", burst), rate),
-            tokens=tokens,
-            when_limited=options.get("when_limited", "wait"),
-            name=options.get("name") or name,
-            max_held=options.get("max_held"),
-            overflow=options.get("overflow"),
-        )
+        check_options(options, (*_OPTIONS, *others))
+        for option in _CALLABLES:
+            text = options.get(option)
+            if isinstance(text, str) and (":" in text or "." in text):
+                options[option] = symbol_by_name(text)
+        return new_limit(**options)
     except (ValueError, TypeError, ImportError, AttributeError) as error:
         raise ImproperlyConfigured(f"{setting}: {error}") from error
-
-
-def _rate(value: Any) -> float:
-    expected = f"rate must be a number a second or a string such as '100/m', not {value!r}"
-    try:
-        number = float(parse_rate(value))
-    except (KeyError, TypeError, ValueError):  # KeyError: a unit other than s, m and h
-        raise ValueError(expected) from None
-    if not 0 < number < math.inf:
-        raise ValueError(expected)
-    return number
-
-
-def _default_burst(rate: float, tokens: float | Callable[..., float]) -> float:
-    """Return a tenth of a second's worth, which a worker that wakes up late needs to keep its rate."""
-    if callable(tokens):
-        raise ValueError("burst is missing: with tokens from a callable it says how large a job may be")
-    return max(1.0, rate / 10, positive("tokens", tokens))

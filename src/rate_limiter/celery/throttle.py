@@ -8,10 +8,12 @@ import contextlib
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterable
 from operator import itemgetter
 from time import monotonic
-from typing import Any, Final, ParamSpec, TypeVar, cast
+from types import FrameType
+from typing import Any, Final, NamedTuple, ParamSpec, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from celery import Task, signals
@@ -21,10 +23,13 @@ from celery.local import Proxy
 from ..all_of import AllOf, charge_refilled
 from ..bucket import Bucket
 from ..exceptions import RateLimitExceeded, RetryAfter
-from ..gating.limit import AnyBucket, Demand, Limit, refuse_to_pay_twice
+from ..gating.declared import Names, check_parameters, new_limit
+from ..gating.limit import AnyBucket, AnyCost, AnyKey, Demand, Limit, refuse_to_pay_twice
+from ..gating.parameters import Parameters
+from ..gating.record import record_of
 from ..gating.tally import observers
 from .charge import Charge, collect
-from .declarations import LIMITS, at_gate, limits_of
+from .declarations import LIMITS, at_gate, limits_of, name_limits, parameters_of, refuse_async
 from .ending import postpone, refuse_in_task
 from .prefork import share_before_fork
 from .receipt import consume
@@ -49,10 +54,11 @@ _passes: WeakKeyDictionary[Any, set[Limit]] = WeakKeyDictionary()
 
 
 def throttle(
-    bucket: AnyBucket,
+    bucket: AnyBucket | str,
     *,
-    tokens: float | Callable[..., float] = 1,
-    key: Callable[..., Any] | None = None,
+    burst: float | None = None,
+    tokens: AnyCost = 1,
+    key: AnyKey | None = None,
     when_limited: str | Callable[..., Any] = "wait",
     timeout: float | None = None,
     name: str | None = None,
@@ -61,14 +67,22 @@ def throttle(
     """Limit the rate of a task. Stands below ``@app.task``::
 
         @app.task
-        @throttle(TokenBucket(capacity=5, tokens_per_second=1))
+        @throttle("100/m")
         def send_email(to): ...
 
     Args:
-        bucket: The bucket to take tokens from; or a callable that is given exactly the arguments
-            that the producer sent (never ``self``) and returns the bucket: premium, standard, free.
-        tokens: What a job costs: a number above 0, at most the bucket's capacity, or such a callable.
-        key: Such a callable too, where ``bucket`` is a `BucketPerKey`: it returns the job's key there.
+        bucket: The bucket to take tokens from. Or a rate: tokens per second, minute, hour or day, as in
+            ``"5/s"``, ``"100/m"``, ``"2/h"``, ``"1000/d"``; it makes a `TokenBucket`, or with ``key`` a
+            `BucketPerKey`. Or a callable that is given exactly the arguments that the producer sent
+            (never ``self``) and returns the bucket: premium, standard, free.
+        burst: With a rate, the capacity of the bucket, in tokens. By default a tenth of a second's
+            worth, at least 1, and at least what a job costs. Without a default where the cost depends
+            on the job.
+        tokens: What a job costs: a number above 0, at most the bucket's capacity. Or the name of the
+            parameter that says it: of a job the argument counts as it was sent, by position or by
+            keyword, or else the default. Or such a callable as for ``bucket``.
+        key: With a `BucketPerKey` or a rate: the name of the parameter that picks the bucket, or such a
+            callable.
         when_limited: What happens when the tokens are not there.
 
             - ``"wait"``: the job waits. In the decorator it occupies its pool slot meanwhile, and its
@@ -81,7 +95,8 @@ def throttle(
         timeout: With ``"wait"``, the most seconds to wait in the decorator; after that, or at once
             where it can be foreseen, `RateLimitExceeded` is the task's result. Such a limit is
             always enforced in the decorator.
-        name: What logs call the limit. By default the name of the task.
+        name: What logs call the limit, and what tells it apart: no two limits of an app have the same.
+            By default the name of the task.
         buckets: All the buckets that a callable for ``bucket`` may return. Prefork pools need it where
             there is no `Gate`.
 
@@ -91,7 +106,8 @@ def throttle(
     Raises:
         TypeError: It decorates something other than a plain function, or an argument has the wrong
             type.
-        ValueError: An argument has an impossible value, for one a cost above the capacity.
+        ValueError: An argument has an impossible value, for one a cost above the capacity, or a
+            parameter's name that the function does not have.
 
     Every execution pays: a retry, a redelivery, and an inline ``task()`` or ``task.run()`` too. What
     it paid can be settled (`current_charge`), and a task that raises `RetryAfter` pauses its bucket.
@@ -102,26 +118,32 @@ def throttle(
     else the worker refuses to start.
 
     """
-    limit = Limit(
+    _refuse_what_is_decorated(bucket, sys._getframe(1))
+    limit = new_limit(
         bucket,
+        burst=burst,
         tokens=tokens,
         key=key,
         when_limited=when_limited,
         timeout=timeout,
-        name=name or "",
+        name=name,
         buckets=buckets,
+        fallback=True,
     )
     signals.worker_init.connect(share_before_fork, weak=False, dispatch_uid="rate_limiter: prefork")
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         _refuse_what_is_not_a_function(function)
+        # Celery's check of a caller's arguments does not follow __wrapped__.
+        signature = inspect.signature(function)
+        parameters = Parameters(signature)
+        _check_function(limit, function, parameters)
 
         @functools.wraps(function)
         def limited(*args: P.args, **kwargs: P.kwargs) -> R:
-            return cast("R", _run(limit, function, args, kwargs))
+            return cast("R", _run(limit, function, parameters, args, kwargs))
 
-        # Celery's check of a caller's arguments does not follow __wrapped__.
-        limited.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+        limited.__signature__ = signature  # type: ignore[attr-defined]
         setattr(limited, LIMITS, (limit, *getattr(function, LIMITS, ())))
         return limited
 
@@ -148,37 +170,88 @@ def watch(task: Task, limits: Iterable[Limit] = ()) -> None:
     def watched(*args: Any, **kwargs: Any) -> Any:
         if not enabled(task.app):
             return run(*args, **kwargs)
-        return _begin(task, None, run, args, kwargs)
+        return _begin(
+            task, None, run, args, kwargs, _Sent(_without_self(args), kwargs, parameters_of(task))
+        )
 
     setattr(watched, _WATCHED, True)
     setattr(task, body, watched)
 
 
+_HOW: Final = "\n\n    @app.task\n    @throttle(bucket)\n    def send_email(to): ...\n"
+
+
+def _refuse_what_is_decorated(bucket: Any, caller: FrameType) -> None:
+    """Refuse a function or a task where a bucket is to be: the parentheses were forgotten."""
+    if _is_task(bucket):
+        raise TypeError(f"@throttle is given a bucket, and stands below @app.task:{_HOW}")
+    # A callable that returns a bucket is a function too. But one that is being decorated is defined by
+    # the caller's own code, on the lines on which that code is just now.
+    function = inspect.unwrap(bucket) if inspect.isfunction(bucket) else None
+    if function is None or function.__name__ == "<lambda>":
+        return
+    code = function.__code__
+    last = max((line for *_, line in code.co_lines() if line), default=code.co_firstlineno)
+    if any(constant is code for constant in caller.f_code.co_consts) and (
+        code.co_firstlineno <= caller.f_lineno <= last
+    ):
+        raise TypeError(
+            f"@throttle is given a bucket, not the function {function.__qualname__}; write "
+            f"@throttle(bucket):{_HOW}"
+        )
+
+
 def _refuse_what_is_not_a_function(function: Any) -> None:
-    # Asking a Proxy for its class would evaluate it, so its type comes first.
-    if issubclass(type(function), Proxy) or isinstance(function, Task):
+    if _is_task(function):
         raise TypeError(
             "@throttle stands below @app.task, not above it: it limits the function, not the task:"
-            "\n\n    @app.task\n    @throttle(bucket)\n    def send_email(to): ...\n"
+            f"{_HOW}"
         )
     if not inspect.isfunction(function):
         raise TypeError(f"@throttle decorates a function, not {function!r}; write @throttle(bucket)")
-    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        raise TypeError(
-            f"{function.__qualname__} is async; Celery does not await tasks, so it would never run"
-        )
+    refuse_async(function, function.__qualname__)
+
+
+def _is_task(it: Any) -> bool:
+    # Asking a Proxy for its class would evaluate it, so its type comes first.
+    return issubclass(type(it), Proxy) or isinstance(it, Task)
+
+
+def _check_function(limit: Limit, function: Any, parameters: Parameters) -> None:
+    """Check a limit against the function that it decorates, and against the others there."""
+    whose = f"`{function.__qualname__}`"
+    callers = parameters.without_first if parameters.names[:1] == ["self"] else parameters
+    check_parameters(limit, callers, whose)
+    names = Names()
+    for each in (limit, *getattr(function, LIMITS, ())):
+        if each.name:
+            names.add(each, whose)
+
+
+class _Sent(NamedTuple):
+    """The arguments that a job is priced by: those that the producer sent."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    parameters: Parameters
 
 
 def _run(
-    limit: Limit, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    limit: Limit,
+    function: Callable[..., Any],
+    parameters: Parameters,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """Pay for a limit of the decorator, then call the function, or do what the policy wants instead."""
+    given = _without_self(args)
+    sent = _Sent(given, kwargs, parameters if given is args else parameters.without_first)
     task: Task | None = get_current_task()
     if task is None or limit not in limits_of(task):  # something other than its task calls it
-        return _pay_and_call([limit], Charge(), None, function, args, kwargs)
+        return _pay_and_call((limit,), Charge(), None, None, function, args, kwargs, sent)
     if not enabled(task.app):
         return function(*args, **kwargs)
-    return _begin(task, limit, function, args, kwargs)
+    return _begin(task, limit, function, args, kwargs, sent)
 
 
 def _begin(
@@ -187,6 +260,7 @@ def _begin(
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    sent: _Sent,
 ) -> Any:
     """Enter a task's body, or one of the decorators around it.
 
@@ -198,42 +272,57 @@ def _begin(
     if passes is not None and limit in passes:
         passes.discard(limit)
         return _call(function, args, kwargs, Charge(), None)
-    due = (*limits_of(task), *at_gate.get(task, ()))
-    charge = Charge()
-    job = None
-    if passes is None:
-        _passes[request] = passes = set(limits_of(task))
-        passes.discard(limit)
-        receipt = consume(task, request)
-        job = None if _is_inline(task) else task
-        if receipt.error is not None:
-            raise receipt.error
-        if receipt.refused is not None:
-            limit, delay = receipt.refused
-            if callable(limit.when_limited):
-                return limit.when_limited(*_without_self(args), **kwargs)
-            raise RateLimitExceeded(f"rate limit exceeded: {limit.name or task.name}", delay)
-        charge = collect(task, receipt, _without_self(args), kwargs)
-        due = tuple(each for each in due if each not in charge)
-    elif limit is not None:
-        due = (limit,)
-    return _pay_and_call(due, charge, job, function, args, kwargs, task)
+    if passes is not None:
+        due = at_gate.get(task, ()) if limit is None else (limit,)
+        return _pay_and_call(due, Charge(), task, None, function, args, kwargs, sent)
+    if not all(record_of(each).name for each in limits_of(task)):  # called outside of a worker
+        name_limits(task)
+    _passes[request] = passes = set(limits_of(task))
+    passes.discard(limit)
+    receipt = consume(task, request)
+    if receipt.error is not None:
+        raise receipt.error
+    if receipt.refused is not None:
+        limit, delay = receipt.refused
+        if callable(limit.when_limited):
+            return limit.when_limited(*_without_self(args), **kwargs)
+        raise RateLimitExceeded(f"rate limit exceeded: {record_of(limit).name}", delay)
+    if request.args is not None:
+        # With pydantic=True the function gets models made of what the producer sent.
+        sent = sent._replace(args=tuple(request.args), kwargs=dict(request.kwargs or {}))
+    charge = collect(task, receipt, sent.args, sent.kwargs)
+    due = tuple(each for each in (*limits_of(task), *at_gate.get(task, ())) if each not in charge)
+    job = None if _is_inline(task) else task
+    return _pay_and_call(due, charge, task, job, function, args, kwargs, sent)
 
 
 def _pay_and_call(
     due: Iterable[Limit],
     charge: Charge,
+    task: Task | None,
     job: Task | None,
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    task: Task | None = None,
+    sent: _Sent,
 ) -> Any:
-    """Pay what the gate was not paid, and call the function; or do what the policy wants instead."""
+    """Pay what the gate was not paid, and call the function; or do what the policy wants instead.
+
+    Args:
+        due: The limits that are still to be paid.
+        charge: What the gate was paid.
+        task: The task, if the function is called as one.
+        job: The same, unless the call is an inline one.
+        function: The function.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        sent: The arguments to price it by.
+
+    """
     name = function.__qualname__ if task is None else task.name
     began = monotonic()
     try:
-        paid, refused = _pay(due, name, _without_self(args), kwargs, task and task.request)
+        paid, refused = _pay(due, name, sent.args, sent.kwargs, task and task.request, sent.parameters)
     except BaseException:
         charge.give_back()
         raise
@@ -245,7 +334,7 @@ def _pay_and_call(
             observer.refused(name, demand, delay, how if isinstance(how, str) else "fallback")
         if callable(how):
             return how(*_without_self(args), **kwargs)
-        return refuse_in_task(demand, delay, demand.limit.name or name, job)
+        return refuse_in_task(demand, delay, record_of(demand.limit).name or name, job)
     if paid:
         for observer in observers:
             observer.admitted(name, paid, monotonic() - began, paid[0].limit)
@@ -269,7 +358,7 @@ def _call(
         for limit in charge.pause(seconds):
             logger.warning(
                 "Limit %s: paused for this job alone; its bucket is in the worker's main process",
-                limit.name,
+                record_of(limit).name,
             )
         if job is None or job.request.is_eager:
             raise
@@ -290,10 +379,11 @@ def _pay(
     sent: tuple[Any, ...],
     kwargs: dict[str, Any],
     request: Any,
+    parameters: Parameters,
 ) -> tuple[list[Demand], tuple[Demand, float] | None]:
     """Take the tokens of all limits; or of none, and return what was refused too, and the delay."""
     headers, eta = (request.headers, request.eta) if request is not None else (None, None)
-    each = [limit.demands(f"task {name}", sent, kwargs, headers) for limit in limits]
+    each = [limit.demands(f"task {name}", sent, kwargs, headers, parameters) for limit in limits]
     demands = [demand for one in each for demand in one]
     refuse_to_pay_twice([bucket for bucket, _, _ in demands], f"`{name}`")
     with contextlib.ExitStack() as paid:

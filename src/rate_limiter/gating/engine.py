@@ -15,6 +15,8 @@ from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 from .holding import Held, Holding
 from .limit import Demand, Limit, refuse_to_pay_twice
+from .parameters import Parameters
+from .record import record_of
 from .tally import observers
 
 __all__ = ["Call", "Decision", "Engine", "Host", "Plan"]
@@ -41,6 +43,8 @@ class Call(NamedTuple):
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
     headers: Mapping[str, Any] | None
+    #: Those of the task's function; ``None``: a name is a field of the message's body.
+    parameters: Parameters | None
 
 
 class Plan:
@@ -255,14 +259,14 @@ class Engine(Generic[Job]):
     def _price(self, call: Call, limit: Limit) -> Sequence[Demand]:
         """Return what a job is to take under a limit. A slow callable is logged, once a limit."""
         began = perf_counter()
-        demands = limit.demands(call.job, call.args, call.kwargs, call.headers)
+        demands = limit.demands(*call)
         took = perf_counter() - began
-        if took > _SLOW and not limit.slow:
-            limit.slow = True
+        if took > _SLOW and not (record := record_of(limit)).slow:
+            record.slow = True
             logger.warning(
                 "Limit %s: its callable took %.0f ms for one job. It runs in the loop of the worker, "
                 "and holds up all jobs",
-                limit.name,
+                record.name,
                 took * 1000,
             )
         return demands
@@ -300,9 +304,13 @@ class Engine(Generic[Job]):
         limit = demand.limit
         self._has_held = True
         if limit not in self._waiting:
-            logger.info("Limit %s: jobs begin to wait, the first for %.3g s", limit.name, delay)
+            logger.info(
+                "Limit %s: jobs begin to wait, the first for %.3g s", record_of(limit).name, delay
+            )
         self._waiting[limit] = math.inf
-        logger.debug("Held %s: limit %s has tokens for it in %.3g s", held.job, limit.name, delay)
+        logger.debug(
+            "Held %s: limit %s has tokens for it in %.3g s", held.job, record_of(limit).name, delay
+        )
         for observer in observers:
             observer.held(held.job, demand, delay)
 
@@ -315,7 +323,7 @@ class Engine(Generic[Job]):
                 self._waiting[limit] = now
             elif now >= since + _QUIET:
                 del self._waiting[limit]
-                logger.info("Limit %s: no job has waited for %g s", limit.name, _QUIET)
+                logger.info("Limit %s: no job has waited for %g s", record_of(limit).name, _QUIET)
         self._quiet_at = min(self._waiting.values(), default=math.inf) + _QUIET
 
     def _follow(self) -> None:

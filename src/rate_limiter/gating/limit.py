@@ -1,29 +1,32 @@
 """A limit: which bucket a job draws on, what it costs, and what happens when the tokens are not there.
 
-The decorator and the gates share this: it checks a declaration where it is written, and prices a job
-from its arguments. It knows neither Celery nor kombu.
+The decorator and the gates share this: it prices a job from its arguments. `declared` makes limits, and
+checks them; `tally` has what happens to them. It knows neither Celery nor kombu.
 """
 
 import inspect
-import itertools
-import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from time import monotonic, perf_counter
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Final, NamedTuple
-from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from ..all_of import members
 from ..bucket import Bucket
 from ..bucket_per_key import BucketPerKey
-from ..checks import positive, whole
+from ..checks import positive
+from .parameters import Parameters, field_of_body
+from .record import record_of
 
-__all__ = ["AnyBucket", "Demand", "Limit", "price", "refuse_to_pay_twice"]
+__all__ = ["AnyBucket", "AnyCost", "AnyKey", "Demand", "Limit", "refuse_to_pay_twice"]
 
-logger = logging.getLogger("rate_limiter")
-
-#: What a limit may be given as its bucket.
+#: What a limit takes tokens from. A callable is given the job's arguments.
 AnyBucket = Bucket | BucketPerKey | Callable[..., Bucket | BucketPerKey]
+
+#: What a job costs: a number, the name of a parameter, or a callable that is given the job's arguments.
+AnyCost = float | str | Callable[..., float]
+
+#: How a job's key is found: by the name of a parameter, or by a callable given the job's arguments.
+AnyKey = str | Callable[..., Any]
 
 #: How many jobs a gate holds at most for a limit with a bucket per key: enough that the backlog of one
 #: key does not keep the jobs of others from the worker.
@@ -31,12 +34,6 @@ _HOLD_PER_KEY: Final = 1000
 
 #: How many seconds' worth of a limit a gate holds, unless the user says otherwise.
 _HOLD_SECONDS: Final = 4.0
-
-#: A callable of the user's that takes longer, in seconds, holds up the gate and is told of.
-_SLOW: Final = 0.05
-
-POLICIES: Final = ("wait", "retry", "drop", "raise")
-OVERFLOWS: Final = ("hold", "pause")
 
 
 class Demand(NamedTuple):
@@ -47,123 +44,71 @@ class Demand(NamedTuple):
     limit: "Limit"
 
 
-_numbers = itertools.count()
-_limits: "WeakValueDictionary[int, Limit]" = WeakValueDictionary()
-
-
+@dataclass(frozen=True, eq=False, repr=False, slots=True, weakref_slot=True)
 class Limit:
-    """One declared limit.
+    """One limit, as it was declared. `declared.new_limit` makes and checks it.
 
     Args:
         bucket: A `Bucket` or a `BucketPerKey`, or a callable that is given the job's arguments and
             returns one.
-        tokens: The cost of a job: a number, or a callable that is given the job's arguments.
-        key: A callable that is given the job's arguments and returns its key in a `BucketPerKey`.
+        tokens: The cost of a job: a number, the name of a parameter, or a callable that is given the
+            job's arguments.
+        key: The name of a parameter, or such a callable: the job's key in a `BucketPerKey`.
         buckets: All that a callable for ``bucket`` may return.
         when_limited: One of ``"wait"``, ``"retry"``, ``"drop"``, ``"raise"``, or a callable that is
             called instead.
         timeout: The most seconds that ``"wait"`` waits in the decorator.
-        name: What logs and errors call the limit.
+        name: The name that the user gave it, or ``""``. Messages and logs use the name in
+            `record.record_of`.
         max_held: The most jobs that a gate holds because of it; ``None``: as the gate says.
         overflow: What a gate does beyond that: ``"hold"`` or ``"pause"``.
 
-    Raises:
-        TypeError: An argument is of the wrong type.
-        ValueError: An argument has an impossible value, for one a cost above the capacity.
-
     """
 
-    def __init__(
-        self,
-        bucket: AnyBucket,
-        *,
-        tokens: float | Callable[..., float] = 1,
-        key: Callable[..., Any] | None = None,
-        buckets: Iterable[Bucket] = (),
-        when_limited: str | Callable[..., Any] = "wait",
-        timeout: float | None = None,
-        name: str = "",
-        max_held: int | None = None,
-        overflow: str | None = None,
-    ) -> None:
-        if isinstance(bucket, type) or not (
-            isinstance(bucket, Bucket | BucketPerKey) or callable(bucket)
-        ):
-            raise TypeError(
-                "bucket must be a bucket such as TokenBucket(capacity=10, tokens_per_second=5), "
-                f"or a callable that returns one, not {bucket!r}"
-            )
-        if key is not None and not callable(key):
-            raise TypeError(f"key must be a callable that is given the job's arguments, not {key!r}")
-        if key is None and isinstance(bucket, BucketPerKey):
-            raise ValueError(f"key is missing: it says which bucket of {bucket!r} a job draws on")
-        if key is not None and isinstance(bucket, Bucket):
-            raise ValueError(f"key goes with a BucketPerKey, not with {bucket!r}")
-        buckets = tuple(buckets)
-        for each in buckets:
-            if isinstance(each, type) or not isinstance(each, Bucket):
-                raise TypeError(f"buckets must be buckets, not {each!r}")
-        if buckets and isinstance(bucket, Bucket | BucketPerKey):
-            raise ValueError("buckets goes with a callable for bucket: it says what that may return")
-        if not callable(when_limited) and when_limited not in POLICIES:
-            raise ValueError(
-                f"when_limited must be one of {', '.join(map(repr, POLICIES))} or a callable, "
-                f"not {when_limited!r}"
-            )
-        if timeout is not None:
-            if when_limited != "wait":
-                raise ValueError(f"timeout goes with when_limited='wait', not {when_limited!r}")
-            if timeout != 0:
-                positive("timeout", timeout)
-        if max_held is not None:
-            whole("max_held", max_held)
-        if overflow is not None and overflow not in OVERFLOWS:
-            raise ValueError(
-                f"overflow must be one of {', '.join(map(repr, OVERFLOWS))}, not {overflow!r}"
-            )
-        self.bucket = bucket
-        self.tokens = tokens
-        self.key = key
-        self.buckets = buckets
-        self.when_limited = when_limited
-        self.timeout = timeout
-        self.name = name
-        self.max_held = max_held
-        self.overflow = overflow or "hold"
-        #: Whether it has been told that its callables are slow.
-        self.slow = False
-        #: Tells limits apart across a fork.
-        self.number = next(_numbers)
-        _limits[self.number] = self
-        self._asks_headers = [f for f in (bucket, tokens, key) if callable(f) and _wants_headers(f)]
-        self._turns: WeakKeyDictionary[Bucket, float] = WeakKeyDictionary()
-        #: The demands of every job, where they are the same for all.
-        self.fixed: tuple[Demand, ...] = ()
-        if not callable(tokens):
-            cost = positive("tokens", tokens)
-            most = math.inf
-            if isinstance(bucket, Bucket) or (isinstance(bucket, BucketPerKey) and not bucket.limits):
-                most = bucket.capacity
-            if cost > most:
-                raise ValueError(
-                    f"tokens must be at most the bucket's capacity {most:g}, not {tokens!r}: "
-                    "such a job could never run"
-                )
-            if isinstance(bucket, Bucket):
-                self.fixed = tuple(Demand(member, cost, self) for member in members(bucket))
+    bucket: AnyBucket
+    _: KW_ONLY
+    tokens: AnyCost = 1
+    key: AnyKey | None = None
+    buckets: tuple[Bucket, ...] = ()
+    when_limited: str | Callable[..., Any] = "wait"
+    timeout: float | None = None
+    name: str = ""
+    max_held: int | None = None
+    overflow: str = "hold"
+    #: The demands of every job, where they are the same for all. A capacity that is configured below
+    #: the cost later is found by the bucket, which raises.
+    fixed: tuple[Demand, ...] = field(init=False, default=())
+    _cost: float | None = field(init=False, default=None)
+    _calls_for_bucket: bool = field(init=False, default=False)
+    _wants_headers: tuple[Callable[..., Any], ...] = field(init=False, default=())
+
+    def __post_init__(self) -> None:
+        is_bucket = isinstance(self.bucket, Bucket)
+        calls = not is_bucket and not isinstance(self.bucket, BucketPerKey)
+        asking = [f for f in (self.bucket, self.tokens, self.key) if callable(f) and _wants_headers(f)]
+        object.__setattr__(self, "_calls_for_bucket", calls)
+        object.__setattr__(self, "_wants_headers", tuple(asking))
+        if not isinstance(self.tokens, str) and not callable(self.tokens):
+            cost = float(self.tokens)
+            object.__setattr__(self, "_cost", cost)
+            if is_bucket:
+                fixed = tuple(Demand(member, cost, self) for member in members(self.bucket))  # type: ignore[arg-type]
+                object.__setattr__(self, "fixed", fixed)
+        record_of(self)  # numbered before the worker's pool forks
 
     def __repr__(self) -> str:
-        return f"<Limit {self.name or '(unnamed)'}: {self.bucket!r}>"
-
-    @staticmethod
-    def numbered(number: int) -> "Limit | None":
-        """Return the limit with a `number`, if there is one in this process."""
-        return _limits.get(number)
+        return f"<Limit {record_of(self).name or '(unnamed)'}: {self.bucket!r}>"
 
     @property
     def asks_headers(self) -> bool:
         """Whether one of its callables has a keyword-only parameter ``headers``."""
-        return bool(self._asks_headers)
+        return bool(self._wants_headers)
+
+    @property
+    def parameter_names(self) -> list[tuple[str, str]]:
+        """The arguments that are names of parameters, each with the name."""
+        arguments = ("key", self.key), ("tokens", self.tokens)
+        return [(argument, name) for argument, name in arguments if isinstance(name, str)]
 
     def demands(
         self,
@@ -171,6 +116,7 @@ class Limit:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         headers: Mapping[str, Any] | None = None,
+        parameters: Parameters | None = None,
     ) -> tuple[Demand, ...]:
         """Return what a job is to take: from one bucket, or from each that an `AllOf` stands for.
 
@@ -179,6 +125,8 @@ class Limit:
             args: The positional arguments that the producer sent.
             kwargs: The keyword arguments that the producer sent.
             headers: The headers that the producer sent, for callables that ask for them.
+            parameters: Those of the task's function. ``None``: a name is a field of the first argument,
+                which is the body of a message.
 
         Raises:
             ValueError: The price cannot be computed, or is one that can never be paid. The message
@@ -187,14 +135,14 @@ class Limit:
         """
         if self.fixed:
             return self.fixed
-        bucket = self._bucket(job, args, kwargs, headers)
-        tokens: Any = self.tokens
-        if callable(tokens):
-            tokens = self._ask("tokens", tokens, job, args, kwargs, headers)
-        try:
-            cost = positive("tokens", tokens)
-        except (TypeError, ValueError):
-            raise ValueError(self._complaint("tokens", job, tokens, "a number above 0")) from None
+        bucket = self._bucket(job, args, kwargs, headers, parameters)
+        cost, tokens = self._cost, self.tokens
+        if cost is None:
+            tokens = self._of_job("tokens", self.tokens, job, args, kwargs, headers, parameters)
+            try:
+                cost = positive("tokens", tokens)
+            except (TypeError, ValueError):
+                raise ValueError(self._complaint("tokens", job, tokens, "a number above 0")) from None
         if cost > bucket.capacity:
             most = f"at most the capacity {bucket.capacity:g}"
             raise ValueError(self._complaint("tokens", job, tokens, most))
@@ -206,33 +154,10 @@ class Limit:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         headers: Mapping[str, Any] | None = None,
+        parameters: Parameters | None = None,
     ) -> tuple[Bucket, ...]:
         """Return the buckets that a job draws on, whatever it costs. See `demands`."""
-        return tuple(members(self._bucket(job, args, kwargs, headers)))
-
-    def _bucket(
-        self,
-        job: str,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        headers: Mapping[str, Any] | None,
-    ) -> Bucket:
-        bucket: Any = self.bucket
-        if callable(bucket) and not isinstance(bucket, Bucket):
-            bucket = self._ask("bucket", bucket, job, args, kwargs, headers)
-        if isinstance(bucket, BucketPerKey) and self.key is not None:
-            key = self._ask("key", self.key, job, args, kwargs, headers)
-            try:
-                return bucket[key]
-            except Exception as error:  # a bad key, or its limits cannot be told
-                raise ValueError(f"{self._blamed(job)}: {error}") from error
-        if not isinstance(bucket, Bucket):
-            raise ValueError(self._complaint("bucket", job, bucket, "a bucket"))
-        if self.buckets and not all(
-            any(member is each for each in self.buckets) for member in members(bucket)
-        ):
-            raise ValueError(self._complaint("bucket", job, bucket, "one of buckets=…"))
-        return bucket
+        return tuple(members(self._bucket(job, args, kwargs, headers, parameters)))
 
     def bound(self, window: int, default: int | None = None) -> int:
         """Return how many jobs a gate holds because of it before the broker is to keep the rest.
@@ -249,36 +174,54 @@ class Limit:
             bound = max(window, least, math.ceil(_HOLD_SECONDS * rate))
         return bound
 
-    def turn(self, bucket: Bucket, tokens: float, delay: float) -> float:
-        """Give a job that is sent away a turn of its own.
-
-        Args:
-            bucket: The bucket that refused it.
-            tokens: What it costs there.
-            delay: When the bucket will have as much, in seconds from now.
-
-        Returns:
-            Seconds from now, after the turns that were given before: those sent away do not all come
-            back at once.
-
-        """
-        now = monotonic()
-        turn = max(now + delay, self._turns.get(bucket, 0.0) + tokens / bucket.tokens_per_second)
-        self._turns[bucket] = turn
-        return turn - now
-
-    def _ask(
+    def _bucket(
         self,
-        argument: str,
-        function: Callable[..., Any],
         job: str,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         headers: Mapping[str, Any] | None,
+        parameters: Parameters | None,
+    ) -> Bucket:
+        bucket: Any = self.bucket
+        if self._calls_for_bucket:
+            bucket = self._of_job("bucket", bucket, job, args, kwargs, headers, parameters)
+        if isinstance(bucket, BucketPerKey) and self.key is not None:
+            key = self._of_job("key", self.key, job, args, kwargs, headers, parameters)
+            try:
+                return bucket[key]
+            except Exception as error:  # a bad key, or its limits cannot be told
+                raise ValueError(f"{self._blamed(job)}: {error}") from error
+        if not self._calls_for_bucket:
+            return bucket  # type: ignore[no-any-return]
+        if not isinstance(bucket, Bucket):
+            raise ValueError(self._complaint("bucket", job, bucket, "a bucket"))
+        if self.buckets and not all(
+            any(member is each for each in self.buckets) for member in members(bucket)
+        ):
+            raise ValueError(self._complaint("bucket", job, bucket, "one of buckets=…"))
+        return bucket
+
+    def _of_job(
+        self,
+        argument: str,
+        source: Any,
+        job: str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        headers: Mapping[str, Any] | None,
+        parameters: Parameters | None,
     ) -> Any:
-        extra = {"headers": headers or {}} if function in self._asks_headers else {}
+        """Return what the name or the callable that was declared gives for one job."""
+        if isinstance(source, str):
+            try:
+                if parameters is None:
+                    return field_of_body(source, args[0])
+                return parameters.argument(source, args, kwargs)
+            except LookupError as error:
+                raise ValueError(f"{self._blamed(job)}: {argument}={source!r}: {error}") from None
+        extra = {"headers": headers or {}} if source in self._wants_headers else {}
         try:
-            return function(*args, **kwargs, **extra)
+            return source(*args, **kwargs, **extra)
         except Exception as error:
             # Only the text of the error: its object may not survive the result backend.
             raise ValueError(f"{self._blamed(job)}: {argument}=… raised {error!r}") from error
@@ -287,40 +230,7 @@ class Limit:
         return f"{self._blamed(job)}: {argument} is {value!r}, expected {expected}"
 
     def _blamed(self, job: str) -> str:
-        return f"{job}, limit {self.name or job.partition(' ')[2]}"
-
-
-def price(
-    limits: Iterable[Limit],
-    job: str,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    headers: Mapping[str, Any] | None = None,
-) -> list[Demand]:
-    """Return what a job is to take under several limits, at a gate.
-
-    The arguments are those of `Limit.demands`. A callable of the user's that holds up the gate is told
-    of, once for each limit.
-
-    Raises:
-        ValueError: As `Limit.demands`, or a bucket would be paid twice.
-
-    """
-    demands: list[Demand] = []
-    for limit in limits:
-        began = perf_counter()
-        demands += limit.demands(job, args, kwargs, headers)
-        took = perf_counter() - began
-        if took > _SLOW and not limit.slow:
-            limit.slow = True
-            logger.warning(
-                "Limit %s: its callable took %.0f ms for one job; it runs in the loop of the worker, and "
-                "holds up all jobs",
-                limit.name,
-                took * 1000,
-            )
-    refuse_to_pay_twice([demand.bucket for demand in demands], job)
-    return demands
+        return f"{job}, limit {record_of(self).name or job.partition(' ')[2]}"
 
 
 def refuse_to_pay_twice(buckets: Iterable[Any], whose: str) -> None:

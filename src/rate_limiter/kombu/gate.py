@@ -2,8 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 from kombu.message import Message
@@ -11,19 +10,14 @@ from kombu.messaging import Consumer
 
 from ..bucket import Bucket
 from ..checks import whole
-from ..gating.limit import AnyBucket, Limit, refuse_to_pay_twice
+from ..gating.declared import Declarations, new_limit
+from ..gating.limit import AnyBucket, AnyCost, AnyKey, Limit, refuse_to_pay_twice
+from ..gating.record import record_of
 from .session import Session
 
 __all__ = ["Gate"]
 
 AnyConsumer = TypeVar("AnyConsumer", bound=Consumer)
-
-
-class _Declared(NamedTuple):
-    """A limit, and the queues it is for."""
-
-    patterns: tuple[str, ...]
-    limit: Limit
 
 
 class Gate:
@@ -72,7 +66,7 @@ class Gate:
             raise TypeError(f"on_refused must be called with (message, error), not {on_refused!r}")
         self.max_held = max_held
         self.on_refused = on_refused
-        self._declared: list[_Declared] = []
+        self._declared = Declarations("queues")
         self._started = False
         self.sessions: WeakSet[Session] = WeakSet()
         self._session: Session | None = None
@@ -80,9 +74,10 @@ class Gate:
     def limit(
         self,
         *queues: str,
-        bucket: AnyBucket,
-        tokens: float | Callable[..., float] = 1,
-        key: Callable[..., Any] | None = None,
+        bucket: AnyBucket | str,
+        burst: float | None = None,
+        tokens: AnyCost = 1,
+        key: AnyKey | None = None,
         when_limited: str = "wait",
         name: str | None = None,
         max_held: int | None = None,
@@ -93,18 +88,24 @@ class Gate:
 
         Args:
             queues: Names of queues, or shell patterns for them (``"mail.*"``). None: all queues.
-            bucket: The `Bucket` that all their messages share; or a callable that is given ``(body,
-                message)`` and returns one. ``message.headers`` and ``message.delivery_info
-                ["routing_key"]`` are there to decide by.
-            tokens: What a message costs: a number above 0, at most the bucket's capacity; or a callable
-                like that for ``bucket``. They run in the consumer's loop: keep them quick.
-            key: Such a callable too, where ``bucket`` is a `BucketPerKey`: it returns the message's key
-                there.
+            bucket: The `Bucket` that all their messages share. Or a rate: tokens per second, minute, hour
+                or day, as in ``"5/s"``, ``"100/m"``, ``"2/h"``, ``"1000/d"``. Or a callable that is given
+                ``(body, message)`` and returns a bucket; ``message.headers`` and
+                ``message.delivery_info["routing_key"]`` are there to decide by.
+            burst: With a rate, the capacity of the bucket, in tokens. By default a tenth of a second's
+                worth, at least 1, and at least what a message costs. Without a default where the cost
+                depends on the message.
+            tokens: What a message costs: a number above 0, at most the bucket's capacity. Or the name of
+                the field that says it, in a body that is a mapping; a message without it is rejected.
+                Or such a callable as for ``bucket``. They run in the consumer's loop: keep them quick.
+            key: With a `BucketPerKey` or a rate: the name of the field that picks the bucket, or such a
+                callable.
             when_limited: ``"wait"``: the message is held. ``"retry"``: it goes to the end of its queue
                 when its turn comes, one after another at the bucket's rate, and is held until then.
                 ``"drop"``: it is rejected, not requeued, so a dead-letter exchange gets it. ``"raise"``:
                 the same, after ``on_refused`` was called with a `RateLimitExceeded`.
-            name: What logs and errors call the limit. By default the names of its queues.
+            name: What logs and errors call the limit, another for each. By default the names of its
+                queues.
             max_held: For this limit, instead of the gate's.
             overflow: What happens beyond ``max_held``. ``"hold"``, the default: the broker keeps the
                 rest. ``"pause"``: the queue is not consumed for a while; for queues that carry one
@@ -114,31 +115,24 @@ class Gate:
         Raises:
             RuntimeError: A consumer has started.
             TypeError: An argument has the wrong type.
-            ValueError: An argument has an impossible value, for one a cost above the capacity.
+            ValueError: An argument has an impossible value, for one a cost above the capacity, or the
+                name of another limit.
 
         """
         if self._started:
             raise RuntimeError("limit() comes before the consumer starts: declare it beside the gate")
-        for pattern in queues:
-            if not isinstance(pattern, str):
-                raise TypeError(f"queues must be names or patterns, not {pattern!r}")
-            if not pattern:
-                raise ValueError("queues must be names or patterns, not ''")
-        if name is not None and not isinstance(name, str):
-            raise TypeError(f"name must be a string, not {name!r}")
-        if callable(when_limited):
-            raise ValueError("when_limited may be a callable in @throttle only: the gate runs no tasks")
-        limit = Limit(
+        limit = new_limit(
             bucket,
+            burst=burst,
             tokens=tokens,
             key=key,
             buckets=buckets,
             when_limited=when_limited,
-            name=name or ", ".join(queues) or "all queues",
+            name=name,
             max_held=max_held,
             overflow=overflow,
         )
-        self._declared.append(_Declared(queues or ("*",), limit))
+        self._declared.add(queues, limit)
 
     def attach(self, consumer: AnyConsumer) -> AnyConsumer:
         """Gate all messages of a consumer, before it begins to consume.
@@ -218,7 +212,7 @@ class Gate:
         held: Counter[str] = Counter()
         for session in list(self.sessions):
             for limit, count in session.held_by.items():
-                held[limit.name] += count
+                held[record_of(limit).name] += count
         return dict(held)
 
     @property
@@ -234,11 +228,7 @@ class Gate:
 
         """
         self._started = True
-        limits = tuple(
-            declared.limit
-            for declared in self._declared
-            if any(fnmatchcase(queue, pattern) for pattern in declared.patterns)
-        )
+        limits = tuple(self._declared.of(queue))
         refuse_to_pay_twice([limit.bucket for limit in limits], f"queue {queue}")
         return limits
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ..gating.limit import Limit
+from ..gating.record import record_of
 
 __all__ = ["Pausing", "check"]
 
@@ -37,7 +38,7 @@ class Pausing:
         queue = next(queue for queue in consumer.queues if queue.name == name)
         consumer.cancel_by_queue(name)
         self._paused[name] = _Paused(consumer, queue)
-        logger.info("Paused queue %s: enough of %s is held", name, limit.name)
+        logger.info("Paused queue %s: enough of %s is held", name, record_of(limit).name)
 
     def resume(self, name: str) -> None:
         """Consume a paused queue again."""
@@ -63,11 +64,11 @@ def check(queue: Any, consumer: Any, limits: Iterable[Limit]) -> None:
     for limit in limits:
         if consumer.no_ack or queue.no_ack:
             raise ValueError(
-                f"queue {queue.name} is consumed with no_ack, and limited by {limit.name}: the broker "
+                f"queue {queue.name} is consumed with no_ack, and limited by {record_of(limit).name}: the broker "
                 "would forget what is held; consume it with acknowledgements"
             )
         if limit.overflow == "pause" and queue.auto_delete:
             raise ValueError(
-                f"queue {queue.name} is auto_delete, so overflow='pause' of {limit.name} would delete "
+                f"queue {queue.name} is auto_delete, so overflow='pause' of {record_of(limit).name} would delete "
                 "it: use overflow='hold'"
             )

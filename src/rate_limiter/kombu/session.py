@@ -23,6 +23,7 @@ from ..broker.relay import restore_origin
 from ..exceptions import RateLimitExceeded
 from ..gating.engine import Call, Engine, Host
 from ..gating.limit import Demand, Limit
+from ..gating.record import record_of
 from .pausing import Pausing, check
 from .returning import Returning
 from .window import DEFAULT, Window
@@ -133,7 +134,9 @@ class Session(Host[_Job]):
             self._pausing.add(consumer)
         for limit in limits - self._announced:
             names = [name for name, each in limits_of.items() if limit in each]
-            logger.info("Limit %s: %r for queue %s", limit.name, limit.bucket, ", ".join(names))
+            logger.info(
+                "Limit %s: %r for queue %s", record_of(limit).name, limit.bucket, ", ".join(names)
+            )
         self._announced |= limits
         if consumer.on_message:
             consumer.on_message = self.wrap(consumer.on_message)
@@ -145,7 +148,7 @@ class Session(Host[_Job]):
         for limit in self._gate.limits:
             if limit not in self._announced:
                 self._announced.add(limit)
-                logger.warning("Limit %s matches no queue that is consumed", limit.name)
+                logger.warning("Limit %s matches no queue that is consumed", record_of(limit).name)
 
     def wrap(self, callback: Callable[..., Any], queue: str | None = None) -> Callable[..., None]:
         """Return what calls ``callback`` with the same arguments once the tokens are taken."""
@@ -253,7 +256,7 @@ class Session(Host[_Job]):
     def call_of(self, job: _Job) -> Call:
         """Return a message as callables of the user's are given it."""
         body = job.args[0] if len(job.args) > 1 else job.message.payload
-        return Call(f"queue {job.queue}", (body, job.message), {}, job.message.headers)
+        return Call(f"queue {job.queue}", (body, job.message), {}, job.message.headers, None)
 
     def refuse(self, job: _Job, demand: Demand, delay: float) -> bool:
         """End a message, or let it wait for its turn to the end of its queue."""
@@ -266,12 +269,16 @@ class Session(Host[_Job]):
             job.limit = limit
             self._engine.kept[limit] += 1
             self._enter(job)
-            self._returning.add(job, limit.turn(bucket, tokens, delay))
+            self._returning.add(job, record_of(limit).turn(bucket, tokens, delay))
         elif limit.when_limited == "drop":
-            logger.info("Dropped a message of queue %s: rate limit exceeded: %s", job.queue, limit.name)
+            logger.info(
+                "Dropped a message of queue %s: rate limit exceeded: %s",
+                job.queue,
+                record_of(limit).name,
+            )
             self._end(job)
         else:
-            reason = f"rate limit exceeded: {limit.name}"
+            reason = f"rate limit exceeded: {record_of(limit).name}"
             logger.debug("Refused a message of queue %s: %s", job.queue, reason)
             self._end(job, RateLimitExceeded(reason, delay))
         return True

@@ -1,0 +1,431 @@
+"""Declaring limits: every check of a declaration, which jobs a limit is for, and what it is called.
+
+A limit is declared with `throttle`, with ``Gate.limit`` of either gate, in the settings, or as an attribute of
+a task. All of them come here, so a wrong declaration gets the same error wherever it stands.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from numbers import Real
+from typing import Any, Final
+
+from ..bucket import Bucket
+from ..bucket_per_key import BucketPerKey
+from ..checks import positive, whole
+from ..token_bucket import TokenBucket
+from .limit import Limit
+from .parameters import Parameters
+from .record import record_of
+
+__all__ = ["Declarations", "Declared", "Names", "check_parameters", "new_limit"]
+
+POLICIES: Final = ("wait", "retry", "drop", "raise")
+OVERFLOWS: Final = ("hold", "pause")
+
+#: The units of a rate, in seconds.
+_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+#: How many seconds' worth of a rate may go at once, unless the user says otherwise: a worker that wakes
+#: up late needs it to keep the rate.
+_BURST_SECONDS: Final = 0.1
+
+#: In place of a bucket: make one for the rate.
+_AT_RATE: Final = object()
+
+
+# -- one limit ----------------------------------------------------------------------------------------
+
+
+def new_limit(
+    bucket: Any = _AT_RATE,
+    *,
+    rate: Any = None,
+    burst: Any = None,
+    tokens: Any = 1,
+    key: Any = None,
+    limits: Any = None,
+    buckets: Iterable[Any] = (),
+    when_limited: Any = "wait",
+    timeout: Any = None,
+    name: Any = None,
+    max_held: Any = None,
+    overflow: Any = None,
+    fallback: bool = False,
+) -> Limit:
+    """Check a declaration, and make the limit.
+
+    Args:
+        bucket: A `Bucket`, a `BucketPerKey`, a callable that returns one; or a rate in text. Text makes a
+            `TokenBucket`, or with ``key`` a `BucketPerKey`.
+        rate: A rate instead of a bucket: a number of tokens per second, or text such as ``"100/m"``.
+        burst: The capacity, with a rate. By default a tenth of a second's worth, at least 1, and at least
+            what a job costs.
+        tokens: See `Limit`.
+        key: See `Limit`.
+        limits: With a rate and a key, the rates of some keys: a mapping of a key to a rate, or to a mapping
+            with ``rate`` and ``burst``; or a callable as in `BucketPerKey`.
+        buckets: See `Limit`.
+        when_limited: See `Limit`.
+        timeout: See `Limit`.
+        name: See `Limit`. ``None``: none is given.
+        max_held: See `Limit`.
+        overflow: See `Limit`. ``None``: ``"hold"``.
+        fallback: Whether ``when_limited`` may be a callable.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument has an impossible value, for one a cost above the capacity.
+
+    """
+    _check_text("name", name)
+    _check_policy(when_limited, timeout, fallback)
+    if max_held is not None:
+        whole("max_held", max_held)
+    if overflow is not None and overflow not in OVERFLOWS:
+        raise ValueError(f"overflow must be one of {_quoted(OVERFLOWS)}, not {overflow!r}")
+    if not callable(tokens) and not _is_name(tokens):
+        if isinstance(tokens, str):
+            raise TypeError(
+                "tokens must be a number above 0, the name of a parameter, or a callable that is given "
+                f"the job's arguments, not {tokens!r}"
+            )
+        positive("tokens", tokens)
+    if key is not None and not callable(key) and not _is_name(key):
+        raise TypeError(
+            "key must be the name of a parameter, or a callable that is given the job's arguments, not "
+            f"{key!r}"
+        )
+    if isinstance(bucket, str):
+        bucket, rate = _AT_RATE, bucket
+    if bucket is _AT_RATE:
+        bucket = _at_rate(rate, burst, tokens, key, limits)
+    elif burst is not None:
+        raise ValueError(f"burst goes with a rate such as '100/m': {bucket!r} has its own capacity")
+    buckets = _check_buckets(bucket, key, buckets)
+    if not callable(tokens) and not isinstance(tokens, str):
+        _check_cost(tokens, bucket)
+    return Limit(
+        bucket,
+        tokens=tokens,
+        key=key,
+        buckets=buckets,
+        when_limited=when_limited,
+        timeout=timeout,
+        name=name or "",
+        max_held=max_held,
+        overflow=overflow or "hold",
+    )
+
+
+def check_parameters(limit: Limit, function: Callable[..., Any] | Parameters, whose: str) -> None:
+    """Check that a task has the parameters that a limit names.
+
+    Args:
+        limit: The limit.
+        function: The task's function as its callers see it, so without ``self``; or its parameters.
+        whose: What to call the task in errors.
+
+    Raises:
+        ValueError: It has no parameter of that name, and takes no ``**kwargs``.
+
+    """
+    if not limit.parameter_names:
+        return
+    parameters = function if isinstance(function, Parameters) else Parameters(function)
+    for argument, name in limit.parameter_names:
+        if name not in parameters.names and not parameters.any_keyword:
+            known = ", ".join(parameters.names) or "it has none"
+            raise ValueError(
+                f"{argument} must be the name of a parameter, not {name!r}: the parameters of {whose} are "
+                f"{known}"
+            )
+
+
+def _at_rate(rate: Any, burst: Any, tokens: Any, key: Any, limits: Any) -> TokenBucket | BucketPerKey:
+    per_second = _per_second(rate)
+    capacity = _burst(burst, per_second, tokens)
+    if key is None:
+        if limits is not None:
+            raise ValueError("limits goes with key: it has the rates of some keys")
+        return TokenBucket(capacity, per_second)
+    if limits is None or callable(limits):
+        return BucketPerKey(capacity, per_second, limits=limits)
+    if not isinstance(limits, Mapping):
+        raise TypeError(f"limits must map keys to rates, not be {limits!r}")
+    rates = {each: _capacity_and_rate(each, value, tokens) for each, value in limits.items()}
+    return BucketPerKey(capacity, per_second, limits=rates.get)
+
+
+def _capacity_and_rate(key: Any, value: Any, tokens: Any) -> tuple[float, float]:
+    options = value if isinstance(value, Mapping) else {"rate": value}
+    try:
+        check_options(options, ("rate", "burst"))
+        per_second = _per_second(options.get("rate"))
+        capacity = _burst(options.get("burst"), per_second, tokens)
+        if not callable(tokens) and not isinstance(tokens, str):
+            _check_cost(tokens, TokenBucket(capacity, per_second))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"limits[{key!r}]: {error}") from None
+    return capacity, per_second
+
+
+def _per_second(rate: Any) -> float:
+    """Return the tokens per second of ``"100/m"``, ``"5"`` or 5."""
+    number = math.nan
+    try:
+        if isinstance(rate, str):
+            count, slash, unit = rate.partition("/")
+            number = float(count) / _UNITS[unit.strip() if slash else "s"]
+        elif isinstance(rate, Real) and not isinstance(rate, bool):
+            number = float(rate)
+    except (KeyError, ValueError, OverflowError):
+        pass
+    if not 0 < number < math.inf:
+        raise ValueError(
+            "rate must be a number above 0, per second or with a unit (s, m, h or d) as in '100/m', not "
+            f"{rate!r}"
+        )
+    return number
+
+
+def _burst(burst: Any, per_second: float, tokens: Any) -> float:
+    if burst is not None:
+        return positive("burst", burst)
+    if callable(tokens) or isinstance(tokens, str):
+        raise ValueError(
+            "burst is missing: where the cost depends on the job, it says the most that one may cost"
+        )
+    return max(1.0, per_second * _BURST_SECONDS, positive("tokens", tokens))
+
+
+def _check_buckets(bucket: Any, key: Any, buckets: Iterable[Any]) -> tuple[Bucket, ...]:
+    is_bucket = not isinstance(bucket, type) and isinstance(bucket, Bucket)
+    if isinstance(bucket, type) or not (
+        is_bucket or isinstance(bucket, BucketPerKey) or callable(bucket)
+    ):
+        raise TypeError(
+            "bucket must be a bucket such as TokenBucket(capacity=10, tokens_per_second=5), a rate such as "
+            f"'100/m', or a callable that returns a bucket, not {bucket!r}"
+        )
+    if key is None and isinstance(bucket, BucketPerKey):
+        raise ValueError(f"key is missing: it says which bucket of {bucket!r} a job draws on")
+    if key is not None and is_bucket:
+        raise ValueError(f"key goes with a BucketPerKey, not with {bucket!r}")
+    buckets = tuple(buckets)
+    for each in buckets:
+        if isinstance(each, type) or not isinstance(each, Bucket):
+            raise TypeError(f"buckets must be buckets, not {each!r}")
+    if buckets and (is_bucket or isinstance(bucket, BucketPerKey)):
+        raise ValueError("buckets goes with a callable for bucket: it says what that may return")
+    return buckets
+
+
+def _check_cost(tokens: float, bucket: Any) -> None:
+    most = math.inf
+    if isinstance(bucket, Bucket) or (isinstance(bucket, BucketPerKey) and not bucket.limits):
+        most = bucket.capacity
+    if positive("tokens", tokens) > most:
+        raise ValueError(
+            f"tokens must be at most the bucket's capacity {most:g}, not {tokens!r}: "
+            "such a job could never run"
+        )
+
+
+def _check_policy(when_limited: Any, timeout: Any, fallback: bool) -> None:
+    if callable(when_limited):
+        if not fallback:
+            raise ValueError(
+                f"when_limited may be a callable in @throttle only, not {when_limited!r} here; expected "
+                f"one of {_quoted(POLICIES)}"
+            )
+    elif when_limited not in POLICIES:
+        raise ValueError(
+            f"when_limited must be one of {_quoted(POLICIES)} or a callable, not {when_limited!r}"
+        )
+    if timeout is not None:
+        if when_limited != "wait":
+            raise ValueError(f"timeout goes with when_limited='wait', not {when_limited!r}")
+        if timeout != 0:
+            positive("timeout", timeout)
+
+
+def check_options(options: Mapping[Any, Any], known: Iterable[str]) -> None:
+    """Refuse an option that there is not.
+
+    Raises:
+        ValueError: There is one. The message names it, and those that there are.
+
+    """
+    known = sorted(known)
+    unknown = sorted(str(option) for option in options if option not in known)
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]!r}; expected {', '.join(known)}")
+
+
+def _check_text(argument: str, value: Any) -> None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{argument} must be text, not {value!r}")
+    if value == "":
+        raise ValueError(f"{argument} must be text, not ''")
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.isidentifier()
+
+
+def _quoted(words: Iterable[str]) -> str:
+    return ", ".join(map(repr, words))
+
+
+# -- what they are called -----------------------------------------------------------------------------
+
+
+class Names:
+    """The names of the limits of one app: no two limits have the same."""
+
+    def __init__(self) -> None:
+        self._limits: dict[str, Limit] = {}
+
+    def add(self, limit: Limit, derived: str) -> None:
+        """Name a limit as the user did, or else as it is derived; the second one ``"… (2)"``.
+
+        Raises:
+            ValueError: The user gave another limit the same name.
+
+        """
+        record = record_of(limit)
+        if self._limits.get(record.name) is limit:
+            return
+        if not limit.name:
+            self._limits[self._free(record.name or derived)] = limit
+            record.name = next(reversed(self._limits))
+            return
+        other = self._limits.get(limit.name)
+        if other is not None and other.name:
+            raise ValueError(
+                f"name must be another for each limit: {limit.name!r} is the name of two, {limit.bucket!r} "
+                f"and {other.bucket!r}"
+            )
+        self._limits[limit.name] = limit
+        if other is not None:  # its name was only derived
+            record_of(other).name = self._free(limit.name)
+            self._limits[record_of(other).name] = other
+
+    def _free(self, name: str) -> str:
+        free, count = name, 1
+        while free in self._limits:
+            count += 1
+            free = f"{name} ({count})"
+        return free
+
+
+# -- which jobs they are for --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Declared:
+    """A limit, and the jobs it is for.
+
+    Args:
+        limit: The limit.
+        patterns: The names of its tasks (of its queues, in the gate for kombu), or patterns for them; none:
+            all of them.
+        queue: The queue of its jobs; ``None``: any.
+
+    """
+
+    limit: Limit
+    patterns: tuple[str, ...] = ()
+    queue: str | None = None
+
+    def covers(self, name: str) -> bool:
+        """Whether it is for a task of that name, in whatever queue."""
+        return not self.patterns or any(fnmatchcase(name, pattern) for pattern in self.patterns)
+
+
+class Declarations:
+    """The limits that are declared by name or queue, in the order of their declaration.
+
+    Args:
+        noun: What the patterns stand for: ``"tasks"`` or ``"queues"``.
+        reserved: How the names begin that cannot be limited.
+        names: The names of the limits.
+
+    Finding the limits of a job takes no longer where many others are declared by exact name. Patterns are
+    tried one by one.
+
+    """
+
+    def __init__(self, noun: str, *, reserved: str | None = None, names: Names | None = None) -> None:
+        self._noun = noun
+        self._reserved = reserved
+        self._names = names if names is not None else Names()
+        self._all: list[Declared] = []
+        #: By place in the list: for tasks of an exact name, for all tasks of a queue, and the others.
+        self._by_name: dict[str, list[int]] = {}
+        self._by_queue: dict[str, list[int]] = {}
+        self._others: list[int] = []
+
+    def __iter__(self) -> Iterator[Declared]:
+        return iter(self._all)
+
+    def add(self, patterns: Iterable[Any], limit: Limit, queue: Any = None) -> None:
+        """Declare which jobs a limit is for.
+
+        Args:
+            patterns: See `Declared`.
+            limit: The limit.
+            queue: See `Declared`.
+
+        Raises:
+            TypeError: A pattern or the queue is no text.
+            ValueError: One of them is empty, or a name is reserved, or another limit has its name.
+
+        """
+        patterns = tuple(patterns)
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise TypeError(f"{self._noun} must be names or patterns, not {pattern!r}")
+            if not pattern:
+                raise ValueError(f"{self._noun} must be names or patterns, not ''")
+            if self._reserved and pattern.startswith(self._reserved):
+                raise ValueError(f"{self._noun} must not be Celery's own, as {pattern!r} is")
+        _check_text("queue", queue)
+        derived = ", ".join(patterns)
+        if queue:
+            derived = f"{derived} in queue {queue}" if derived else f"queue {queue}"
+        self._names.add(limit, derived or f"all {self._noun}")
+        place = len(self._all)
+        self._all.append(Declared(limit, patterns, queue))
+        if patterns and not any(set(pattern) & set("*?[") for pattern in patterns):
+            for pattern in set(patterns):
+                self._by_name.setdefault(pattern, []).append(place)
+        elif queue and not patterns:
+            self._by_queue.setdefault(queue, []).append(place)
+        else:
+            self._others.append(place)
+
+    def of(self, name: str, queue: str | None = None) -> list[Limit]:
+        """Return the limits of a job.
+
+        Args:
+            name: The name of its task (of its queue, in the gate for kombu).
+            queue: The queue that it came from.
+
+        """
+        found = self._for_name(name)
+        if queue is not None:
+            found += self._by_queue.get(queue, ())
+        places = [self._all[place] for place in sorted(found)]
+        return [each.limit for each in places if each.queue in (None, queue)]
+
+    def queues_of(self, name: str) -> set[str]:
+        """Return the queues in which a task of that name has limits of its own."""
+        found = {self._all[place].queue for place in self._for_name(name)}
+        return {queue for queue in found if queue is not None} | set(self._by_queue)
+
+    def _for_name(self, name: str) -> list[int]:
+        others = [place for place in self._others if self._all[place].covers(name)]
+        return [*self._by_name.get(name, ()), *others]

@@ -1,0 +1,299 @@
+"""@throttle: how it is written, and what a job costs that is called here, without a worker."""
+
+import functools
+import subprocess
+import sys
+
+import pytest
+from celery import Celery, Task, shared_task
+
+from rate_limiter import BucketPerKey, TokenBucket
+from rate_limiter.celery import throttle
+from rate_limiter.gating.record import record_of
+
+app = Celery("shop", broker="memory://", set_as_current=False)
+
+
+def limit_of(function):
+    (limit,) = function.__rate_limits__
+    return limit
+
+
+@pytest.mark.parametrize(
+    ("arguments", "capacity", "rate"),
+    [
+        ({"bucket": "5/s"}, 1, 5),
+        ({"bucket": "5"}, 1, 5),
+        ({"bucket": " 50 / s "}, 5, 50),
+        ({"bucket": "90/m"}, 1, 1.5),
+        ({"bucket": "7.2/h"}, 1, 0.002),
+        ({"bucket": "864/d"}, 1, 0.01),
+        ({"bucket": "864/d", "burst": 864}, 864, 0.01),
+        ({"bucket": "5/s", "tokens": 3}, 3, 5),
+        ({"bucket": "5/s", "tokens": 0.5}, 1, 5),
+        ({"bucket": "5/s", "burst": 0.5, "tokens": 0.5}, 0.5, 5),
+        ({"bucket": "5/s", "burst": 9, "tokens": "size"}, 9, 5),
+    ],
+)
+def test_a_rate_is_a_bucket(arguments, capacity, rate):
+    """Text with a unit, or without one per second; the burst is a tenth of a second's worth, the cost, 1."""
+    bucket = limit_of(throttle(**arguments)(lambda size: None)).bucket
+    assert type(bucket) is TokenBucket
+    assert (bucket.capacity, bucket.tokens_per_second) == (capacity, pytest.approx(rate, rel=1e-15))
+
+
+def test_a_rate_with_a_key_is_a_bucket_per_key():
+    """Each value of the parameter has the rate."""
+    bucket = limit_of(throttle("5/s", burst=7, key="tenant")(lambda tenant: None)).bucket
+    assert type(bucket) is BucketPerKey
+    assert bucket["acme"].capacity == 7
+
+
+# -- without parentheses ----------------------------------------------------------------------------------
+
+
+def plain(function):
+    return function
+
+
+@pytest.mark.parametrize("decorate", [app.task, shared_task, plain, staticmethod])
+def test_parentheses_cannot_be_left_out(decorate):
+    """@throttle without a bucket is an error at the line, whatever stands above it."""
+    with pytest.raises(TypeError, match=r"not the function .*send_email; write @throttle\(bucket\)"):
+
+        @decorate
+        @throttle
+        def send_email(to): ...
+
+
+def test_parentheses_cannot_be_left_out_above_others():
+    """Nor where another decorator stands below it, or in a class."""
+
+    def other(function):
+        @functools.wraps(function)
+        def wrapper(*args):
+            return function(*args)
+
+        return wrapper
+
+    with pytest.raises(TypeError, match=r"write @throttle\(bucket\)"):
+
+        @throttle
+        @other
+        def send_email(to): ...
+
+    with pytest.raises(TypeError, match=r"write @throttle\(bucket\)"):
+
+        class Upload(Task):
+            @throttle
+            def run(self, to): ...
+
+
+def test_a_callable_bucket_is_no_missing_parenthesis():
+    """A function that returns a bucket may stand where a bucket does, wherever it was written."""
+    bucket = TokenBucket(1, 1)
+
+    def pick(to):
+        return bucket
+
+    @throttle(pick)
+    @throttle(lambda to: TokenBucket(1, 1))
+    def send_email(to): ...
+
+    outer, _ = send_email.__rate_limits__
+    assert outer.demands("task t", ("x",), {})[0].bucket is bucket
+
+
+def nothing(): ...
+
+
+@pytest.mark.parametrize(
+    "task", [app.task(nothing, name="t", lazy=False, shared=False), shared_task(nothing)]
+)
+def test_a_task_is_no_bucket(task):
+    """@throttle without parentheses and above @app.task is wrong twice."""
+    with pytest.raises(TypeError, match="is given a bucket, and stands below @app.task"):
+        throttle(task)
+
+
+# -- arguments by their names -------------------------------------------------------------------------------
+
+
+def paid(run, *calls):
+    """Return what each call took from the buckets of its tenant."""
+    took = []
+    for args, kwargs in calls:
+        bucket = run.bucket[kwargs.get("tenant", args[0] if args else "acme")]
+        before = bucket.tokens
+        run(*args, **kwargs)
+        took.append(round(before - bucket.tokens))
+    return took
+
+
+WAYS = [
+    (("beta", 3), {}),
+    (("beta",), {"size": 3}),
+    ((), {"size": 3, "tenant": "beta"}),
+    (("beta",), {}),
+    ((), {"size": 5}),
+]
+TOOK = [3, 3, 3, 2, 5]
+
+
+def new_task(**options):
+    tenants = BucketPerKey(100, 1e-9)
+    if options.get("bind"):
+
+        @throttle(tenants, key="tenant", tokens="size")
+        def upload(self, tenant="acme", size=2): ...
+    else:
+
+        @throttle(tenants, key="tenant", tokens="size")
+        def upload(tenant="acme", size=2): ...
+
+    own = Celery("shop", broker="memory://", set_as_current=False)
+    return tenants, own.task(upload, name="upload", lazy=False, shared=False, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"bind": True}, {"autoretry_for": (OSError,)}], ids=str)
+@pytest.mark.parametrize("how", ["apply", "call", "run"])
+def test_arguments_are_found_by_name(options, how):
+    """By position or by keyword, with the function's defaults; in a bound task too."""
+    tenants, task = new_task(**options)
+
+    def run(*args, **kwargs):
+        if how == "apply":
+            task.apply(args, kwargs).get()
+        else:
+            (task if how == "call" else task.run)(*args, **kwargs)
+
+    run.bucket = tenants
+    assert paid(run, *WAYS) == TOOK
+
+
+def test_arguments_are_found_by_name_in_a_class():
+    """So they are in a task that is a class."""
+    tenants = BucketPerKey(100, 1e-9)
+
+    class Upload(Task):
+        name = "upload"
+
+        @throttle(tenants, key="tenant", tokens="size")
+        def run(self, tenant="acme", size=2): ...
+
+    own = Celery("shop", broker="memory://", set_as_current=False)
+    task = own.register_task(Upload())
+
+    def run(*args, **kwargs):
+        task.apply(args, kwargs).get()
+
+    run.bucket = tenants
+    assert paid(run, *WAYS) == TOOK
+
+
+def test_a_job_without_the_argument_fails_alone():
+    """Where the task takes **kwargs, only the job tells."""
+
+    @app.task(name="fetch", lazy=False, shared=False)
+    @throttle("5/s", key="tenant")
+    def fetch(url, **others):
+        return others
+
+    assert fetch.apply(("x",), {"tenant": "acme"}).get() == {"tenant": "acme"}
+    with pytest.raises(
+        ValueError, match="task fetch, limit fetch: key='tenant': the job has no such arg"
+    ):
+        fetch.apply(("x",)).get()
+
+
+def test_the_name_is_the_tasks_once_it_is_known():
+    """A limit without a name is called after its task; a second one there gets a number."""
+
+    @throttle("1/s")
+    @throttle("2/s")
+    def fetch(): ...
+
+    own = Celery("shop", broker="memory://", set_as_current=False)
+    task = own.task(fetch, name="jobs.fetch", lazy=False, shared=False)
+    assert [record_of(limit).name for limit in fetch.__rate_limits__] == ["", ""]
+    task.apply().get()
+    assert [record_of(limit).name for limit in fetch.__rate_limits__] == [
+        "jobs.fetch",
+        "jobs.fetch (2)",
+    ]
+
+
+# -- what the producer sent -----------------------------------------------------------------------------------
+
+
+class Model:
+    """Made of what was sent, as Celery makes pydantic's."""
+
+    def __init__(self, sent):
+        self.prompt = sent["prompt"]
+
+
+def with_models(function):
+    """Do what Celery does with ``pydantic=True``: it puts itself around what stands below @app.task."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*map(Model, args), **{name: Model(value) for name, value in kwargs.items()})
+
+    return wrapper
+
+
+@pytest.mark.parametrize("how", ["apply", "call"])
+@pytest.mark.parametrize(
+    ("args", "kwargs"), [(({"prompt": "abc"},), {}), ((), {"text": {"prompt": "abc"}})]
+)
+def test_callables_are_given_what_the_producer_sent(how, args, kwargs):
+    """Not the models that Celery makes of it; a fallback gets these, as the function does."""
+    bucket = TokenBucket(5, 1e-9)
+    ran = []
+
+    @throttle(
+        bucket,
+        tokens=lambda text: len(text["prompt"]),
+        when_limited=lambda text: ran.append(text),  # noqa: PLW0108 - append takes no keyword
+    )
+    def complete(text):
+        ran.append(text)
+
+    own = Celery("shop", broker="memory://", set_as_current=False)
+    task = own.task(with_models(complete), name="complete", lazy=False, shared=False)
+    for _ in range(2):
+        task.apply(args, kwargs).get() if how == "apply" else task(*args, **kwargs)
+    assert round(bucket.tokens) == 2
+    assert [each.prompt for each in ran] == ["abc", "abc"]
+
+
+def test_pydantic_models_are_priced_as_sent():
+    """And so it is with Celery's own."""
+    pydantic = pytest.importorskip("pydantic")
+
+    class Text(pydantic.BaseModel):
+        prompt: str
+
+    bucket = TokenBucket(5, 1e-9)
+
+    @throttle(bucket, tokens=lambda text: len(text["prompt"]))
+    def complete(text: Text) -> None:
+        assert text.prompt == "abc"
+
+    own = Celery("shop", broker="memory://", set_as_current=False)
+    task = own.task(complete, name="complete", lazy=False, shared=False, pydantic=True)
+    task.apply(({"prompt": "abc"},)).get()
+    assert round(bucket.tokens) == 2
+
+
+def test_nothing_of_celery_is_in_gating():
+    """What declares and prices limits imports neither celery nor kombu."""
+    code = (
+        "import sys, pkgutil, importlib, rate_limiter.gating as package\n"
+        "for module in pkgutil.iter_modules(package.__path__):\n"
+        "    importlib.import_module('rate_limiter.gating.' + module.name)\n"
+        "print([name for name in sys.modules if name.split('.')[0] in ('celery', 'kombu')])"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert printed.stdout.strip() == "[]"
