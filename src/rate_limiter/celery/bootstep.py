@@ -21,7 +21,6 @@ from celery.concurrency.prefork import TaskPool
 from celery.exceptions import ImproperlyConfigured
 from celery.worker import state
 
-from ..broker.lease import Lease
 from ..gating.holding import Holding
 from ..gating.limit import Demand, Limit, price
 from . import receipt
@@ -102,10 +101,9 @@ class GateStep(bootsteps.StartStopStep):
         self.thread = threading.get_ident()
         # The other timers are threads: what they release would run beside the consumer's own thread.
         self.has_timer = consumer.hub is not None or getattr(consumer.pool, "is_green", False)
-        self.window = Window(consumer)
+        self.window = Window(consumer, self._held_now)
         self.queues = Queues(consumer, self.by_queue)
         self.bounds.clear()
-        self.lease = Lease(consumer, self._held_now)
         self.open = True
         if consumer.hub is None:
             self._work_between_messages(consumer)
@@ -121,9 +119,8 @@ class GateStep(bootsteps.StartStopStep):
                 state.reserved_requests.discard(request)
                 state.requests.pop(request.id, None)
         if was_open:
-            self.lease.stop()
             self.queues.stop()
-            self.window.stop()
+            self.window.stop(forgotten)
         if forgotten:
             logger.info("Gave %d held jobs back to the broker", len(forgotten))
 
