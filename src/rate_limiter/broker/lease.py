@@ -1,51 +1,43 @@
-"""Redis: held jobs are kept from running a second time.
+"""Redis: a held job is kept from being given to a second worker.
 
-kombu's Redis transport gives a job that was not acknowledged within ``visibility_timeout`` seconds (an
-hour by default) to another worker. It keeps the time of each delivery in a sorted set; what is held
-has its time renewed there well before it is up.
+kombu's Redis transport gives a job to another worker when it has not been acknowledged for
+``visibility_timeout`` seconds (an hour by default). The transport keeps the time of each delivery in a
+sorted set. The lease of a held job is renewed by writing the present time there.
 """
 
-import logging
-from collections.abc import Callable
+from collections.abc import Iterable
 from time import time
 from typing import Any
 
 __all__ = ["Lease"]
 
-logger = logging.getLogger("rate_limiter")
-
 
 class Lease:
-    """Renews what is held on one connection. Does nothing on other brokers than Redis.
+    """Renews the leases of one channel. Only Redis has leases.
 
     Args:
-        consumer: Celery's consumer.
-        held: Returns the requests that are held.
+        channel: A kombu channel.
 
     """
 
-    def __init__(self, consumer: Any, held: Callable[[], list[Any]]) -> None:
-        self._held = held
-        self._timer = consumer.timer
-        self._channel = consumer.task_consumer.channel
-        self._entry: Any = None
-        if hasattr(self._channel, "unacked_index_key"):
-            self._entry = self._timer.call_repeatedly(self._channel.visibility_timeout / 3, self._renew)
+    def __init__(self, channel: Any) -> None:
+        self._channel = channel
+        #: Seconds between two renewals: a third of ``visibility_timeout``. ``None``: there are no leases.
+        self.interval: float | None = None
+        if hasattr(channel, "unacked_index_key"):
+            self.interval = channel.visibility_timeout / 3
 
-    def stop(self) -> None:
-        """End the renewing, with the connection."""
-        if self._entry is not None:
-            self._timer.cancel(self._entry)
-            self._entry = None
+    def renew(self, tags: Iterable[str]) -> None:
+        """Renew leases. Any thread may call this: it uses a connection of the channel's pool.
 
-    def _renew(self) -> None:
-        now = time()  # what kombu writes there (kombu/transport/redis.py, QoS.append)
-        leases = {request.message.delivery_tag: now for request in self._held()}
-        if not leases:
-            return
-        try:
+        Args:
+            tags: The delivery tags of the jobs. A tag that is acknowledged already is left out.
+
+        Raises:
+            Exception: Redis could not be reached.
+
+        """
+        leases = dict.fromkeys(tags, time())  # as kombu/transport/redis.py does in QoS.append
+        if leases and self._channel.connection is not None:
             with self._channel.conn_or_acquire() as client:
                 client.zadd(self._channel.unacked_index_key, leases, xx=True)
-        except Exception:
-            # The connection is about to be found lost; what is held will be forgotten then.
-            logger.warning("Could not renew the leases of %d held jobs", len(leases), exc_info=True)

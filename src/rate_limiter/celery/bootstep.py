@@ -18,7 +18,6 @@ from celery.concurrency.prefork import TaskPool
 from celery.exceptions import ImproperlyConfigured
 from celery.worker import state
 
-from ..broker.lease import Lease
 from ..gating.engine import Call, Engine, Host
 from ..gating.limit import Demand, Limit
 from ..gating.record import record_of
@@ -91,9 +90,8 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
     def start(self, consumer: Any) -> None:
         """Begin with nothing held: the broker delivers again what an earlier connection held."""
         self.engine.window = lambda _limit: int(consumer.initial_prefetch_count)
-        self.window = Window(consumer)
+        self.window = Window(consumer, self.engine.jobs)
         self.queues = Queues(consumer, self.by_queue)
-        self.lease = Lease(consumer, self.engine.jobs)
         self.loop = Loop(consumer, self._next_due, self._work, self.window.update)
         self.open = True
 
@@ -109,9 +107,8 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
                 state.requests.pop(request.id, None)
         if was_open:
             self.loop.stop()
-            self.lease.stop()
             self.queues.stop()
-            self.window.stop()
+            self.window.stop(forgotten)
         if forgotten:
             logger.info("Gave %d held jobs back to the broker", len(forgotten))
 

@@ -1,13 +1,18 @@
-"""The prefetch window, raised by what the gate holds.
+"""What the gate does to one connection of a worker.
 
-A held job stays in the prefetch window. Were the window not raised, a few held jobs would fill it, and
-nothing behind them in the queue would reach the worker.
+It raises the prefetch count by the number of held jobs, renews their leases on Redis, and lets them go
+back to the broker in order.
 """
 
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from celery.worker.consumer.tasks import Tasks
+
+from ..broker.lease import Lease
+from ..broker.prefetch import Prefetch
+from ..broker.restore import give_back, restore_in_order
 
 __all__ = ["Window"]
 
@@ -15,75 +20,89 @@ logger = logging.getLogger("rate_limiter")
 
 
 class Window:
-    """Keeps the window of one connection above what is held.
+    """The prefetch window of one connection.
 
     Args:
-        consumer: Celery's consumer.
-
-    On RabbitMQ each change is a round trip, so it moves in chunks: of the consumer's own window, or
-    half of what is held.
+        consumer: Celery's consumer, connected.
+        held: Returns the requests that are held. Called by Celery's timer, which is a thread of its own
+            in a worker without event loop.
 
     """
 
-    def __init__(self, consumer: Any) -> None:
+    def __init__(self, consumer: Any, held: Callable[[], Sequence[Any]]) -> None:
         self._consumer = consumer
-        self._chunk = max(1, consumer.initial_prefetch_count)
-        #: What was really added: kombu clamps increments to worker_eta_task_limit.
-        self._raised = 0
-        # Quorum queues, and RabbitMQ 4 altogether: each consumer has a count that cannot be changed.
+        self._held = held
+        self._channel = consumer.task_consumer.channel
+        self._prefetch = Prefetch(consumer.qos)
+        # Quorum queues, and every queue of RabbitMQ 4.
         self._static = not _tasks_step(consumer).qos_global(consumer) and (
             consumer.connection.transport.driver_type == "amqp"
         )
-        self._told = False
-        self._told_soon: Any = None
+        self._warned = False
+        self._update_timer: Any = None
+        self._lease = Lease(self._channel)
+        self._lease_timer: Any = None
+        if self._lease.interval is not None:
+            self._lease_timer = consumer.timer.call_repeatedly(self._lease.interval, self._renew)
+        restore_in_order(self._channel)
 
     def follow(self, held: int, most: int) -> None:
-        """Raise or lower the count for ``held`` jobs, of at most so many that may be held."""
-        chunk = max(self._chunk, held // 2)
-        spare = self._raised - held
-        if 0 <= spare <= 2 * chunk and (held or not self._raised):
-            return
+        """Raise or lower the prefetch count.
+
+        Args:
+            held: The number of held jobs that take up a part of the count.
+            most: The highest number of jobs that may be held.
+
+        """
         consumer = self._consumer
         if self._static:
-            self._tell()
+            if held:
+                self._warn()
             return
-        # After a reconnect with worker_enable_prefetch_count_reduction Celery sets the count
-        # outright with each acknowledgement, until it is back.
+        # After a reconnect with worker_enable_prefetch_count_reduction Celery itself sets the count at
+        # each acknowledgement, until it is as high as before.
         if not consumer._maximum_prefetch_restored:
             return
-        qos = consumer.qos
-        before = qos.value
-        wanted = min(held + chunk, most)
-        if wanted > self._raised:
-            qos.increment_eventually(wanted - self._raised)
-        else:
-            qos.decrement_eventually(self._raised - wanted)
-        self._raised += qos.value - before
-        if qos.value != before and consumer.hub is not None:
-            # Celery's loop tells the broker once a turn, and handles messages after that: it would
-            # sleep over this until the next timer. A timer that is due runs before it sleeps.
-            self._told_soon = consumer.timer.call_after(0, self.update)
+        if self._prefetch.follow(held, most) and consumer.hub is not None and not self._update_timer:
+            # Celery's event loop sends the count once a turn, then handles messages, then sleeps until
+            # the next timer. A timer that is due runs before that sleep.
+            self._update_timer = consumer.timer.call_after(0, self._update_soon)
 
     def update(self) -> None:
-        """Tell the broker now."""
-        qos = self._consumer.qos
-        for _ in range(10):  # the reply may bring messages that raise it once more
-            if qos.prev == qos.value:
-                break
-            qos.update()
+        """Send the prefetch count to the broker, if it has changed."""
+        self._prefetch.update()
 
-    def stop(self) -> None:
-        """Leave the connection alone, which is closing."""
-        if self._told_soon is not None:
-            self._consumer.timer.cancel(self._told_soon)
+    def stop(self, held: Sequence[Any]) -> None:
+        """Let go of the connection, which is closing or lost.
 
-    def _tell(self) -> None:
-        if not self._told:
-            self._told = True
+        Args:
+            held: The requests that were held. They go back to the broker.
+
+        """
+        for timer in self._update_timer, self._lease_timer:
+            if timer is not None:
+                self._consumer.timer.cancel(timer)
+        give_back(self._channel, [request.message for request in held])
+
+    def _update_soon(self) -> None:
+        self._update_timer = None
+        self._prefetch.update()
+
+    def _renew(self) -> None:
+        tags = [request.message.delivery_tag for request in self._held()]
+        try:
+            self._lease.renew(tags)
+        except Exception:
+            # If the connection is lost, Celery will notice, and the gate will forget the held jobs.
+            logger.warning("Could not renew the leases of %d held jobs", len(tags), exc_info=True)
+
+    def _warn(self) -> None:
+        if not self._warned:
+            self._warned = True
             logger.warning(
                 "The prefetch count is static here (quorum queues, RabbitMQ 4): while the gate holds %d "
-                "jobs of a queue, others in it wait; give them a queue of their own",
-                self._chunk,
+                "jobs of a queue, the other jobs in it wait; give them a queue of their own",
+                self._consumer.initial_prefetch_count,
             )
 
 

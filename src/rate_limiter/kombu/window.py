@@ -1,26 +1,26 @@
-"""What a gate does to one channel: its prefetch count, kept above what is held, and its leases on Redis.
+"""What the gate does to one channel of a kombu consumer.
 
-A held message stays in the prefetch window. Were the window not raised, a few held ones would fill it,
-and nothing behind them in the queue would arrive.
+It raises the prefetch count by the number of held messages, renews their leases on Redis, and lets them
+go back to the broker in order.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
-from time import monotonic, time
+from collections.abc import Iterable
+from time import monotonic
 from typing import Any, Final
 
-__all__ = ["Window"]
+from kombu.common import QoS
+
+from ..broker.lease import Lease
+from ..broker.prefetch import HIGHEST_COUNT, STATIC_QUEUE_TYPES, Prefetch
+from ..broker.restore import give_back, restore_in_order
+
+__all__ = ["DEFAULT", "Window"]
 
 logger = logging.getLogger("rate_limiter")
 
-#: What a consumer gets that sets no ``prefetch_count``: without one nothing would bound what is held.
+#: The prefetch count of a consumer that sets none: without one nothing would bound what is held.
 DEFAULT: Final = 20
-
-#: The protocol has 16 bits for it.
-_MOST: Final = 0xFFFF
-
-#: Their consumers have a count each, which cannot be changed. RabbitMQ 4 knows no other.
-_STATIC_TYPES: Final = ("quorum", "stream")
 
 
 class Window:
@@ -28,10 +28,10 @@ class Window:
 
     Args:
         channel: A kombu channel.
-        static: Whether the broker has refused a count for the whole channel before.
+        static: Whether the broker has refused a prefetch count for a whole channel before.
 
-    On RabbitMQ a count that can change is one for the whole channel, so the consumers' own are lifted.
-    Each change is a round trip: it moves in chunks, of the consumers' own count or half of what is held.
+    On RabbitMQ a count that can be changed is one for the whole channel. So the counts of its consumers
+    are removed, and the channel gets their sum.
 
     """
 
@@ -42,95 +42,83 @@ class Window:
         self.held = 0
         self._amqp = client.transport.driver_type == "amqp"
         self._static = self._amqp and (static or client.qos_semantics_matches_spec)
-        self._queues: set[str] = set()
-        self._own = 0
-        self._base = 0
-        self._raised = 0
+        #: The prefetch count of each queue, without a gate.
+        self._counts: dict[str, int] = {}
+        self._prefetch: Prefetch | None = None
+        self._lease = Lease(channel)
         self._renewal = 0.0
-        #: Seconds until Redis gives out again what is not acknowledged.
-        self._lease: float | None = None
-        if hasattr(channel, "unacked_index_key"):
-            self._lease = channel.visibility_timeout
+        restore_in_order(channel)
 
     def add(self, consumer: Any, room: int) -> int:
-        """Take over the count of a consumer that is about to consume.
+        """Take over the prefetch count of a consumer that is about to consume.
 
         Args:
             consumer: A ``kombu.Consumer`` of this channel.
-            room: How many messages its limits may hold, for brokers that keep to the first count.
+            room: How many messages its limits may hold. A static count is raised by this number at once.
 
         Returns:
-            The count that it has without a gate.
+            The prefetch count that the consumer has without a gate.
 
         """
-        for queue in consumer.queues:
-            self._queues.add(queue.name)
-            if (queue.queue_arguments or {}).get("x-queue-type") in _STATIC_TYPES:
-                self._static = self._amqp
-        own = consumer.prefetch_count
+        count: int = consumer.prefetch_count or 0
         if not self._amqp:
-            own = own or self.channel.qos.prefetch_count  # it may have been set on the channel
-        if not own and not self._own:
+            count = count or self.channel.qos.prefetch_count  # it may have been set on the channel
+        if not count and not self._counts:
             logger.info(
                 "The consumer of %s sets no prefetch_count: it gets %d, or nothing would bound what is "
                 "held",
                 ", ".join(sorted(queue.name for queue in consumer.queues)),
                 DEFAULT,
             )
-        self._own = own or self._own or DEFAULT
-        # RabbitMQ counts for each queue, the others for the channel
-        self._base = self._own * len(self._queues) if self._amqp else self._own
+        count = count or next(reversed(self._counts.values()), DEFAULT)
+        for queue in consumer.queues:
+            self._counts[queue.name] = count
+            if (queue.queue_arguments or {}).get("x-queue-type") in STATIC_QUEUE_TYPES:
+                self._static = self._amqp
         if self._static:
-            self._tell(self._own + room, whole_channel=False)
-        else:
-            if self._amqp:
-                self.channel.basic_qos(0, 0, False)
-            self._tell(self._base + self._raised, whole_channel=self._amqp)
-        return self._own
+            self._prefetch = None
+            self.channel.basic_qos(0, min(count + room, HIGHEST_COUNT), False)
+            return count
+        total = count
+        if self._amqp:
+            self.channel.basic_qos(0, 0, False)
+            total = sum(self._counts.values())  # the other transports have one for the whole channel
+        # `follow` raises this count again by what is held.
+        qos = QoS(self._set_count, min(total, HIGHEST_COUNT), HIGHEST_COUNT)  # type: ignore[no-untyped-call]
+        self._prefetch = Prefetch(qos)
+        self._prefetch.update()
+        return count
 
     def follow(self, held: int, most: int) -> None:
-        """Raise or lower the count for ``held`` messages, of at most so many that may be held."""
-        chunk = max(self._base, held // 2)
-        spare = self._raised - held
-        if self._static or not self._base or (0 <= spare <= 2 * chunk and (held or not self._raised)):
-            return
-        raised = min(held + chunk, most) if held else 0
-        if raised != self._raised:
-            self._raised = raised
-            self._tell(self._base + raised, whole_channel=self._amqp)
+        """Raise or lower the prefetch count.
+
+        Args:
+            held: The number of held messages that take up a part of the count.
+            most: The highest number of messages that may be held.
+
+        """
+        if self._prefetch is not None and self._prefetch.follow(held, most):
+            self._prefetch.update()
 
     @property
     def renewal(self) -> float | None:
-        """The moment, by the monotonic clock, at which leases are to be renewed."""
-        return None if self._lease is None else self._renewal
+        """The moment of the monotonic clock for the next `renew`; ``None`` if there are no leases."""
+        return None if self._lease.interval is None else self._renewal
 
     @property
     def lease_is_due(self) -> bool:
-        """Whether `renew` is to be called."""
-        return self._lease is not None and self.held > 0 and monotonic() >= self._renewal
+        """Whether it is time for `renew`."""
+        return self._lease.interval is not None and self.held > 0 and monotonic() >= self._renewal
 
     def renew(self, tags: Iterable[str]) -> None:
-        """Redis gives what is not acknowledged to others in time: move that moment, well before."""
-        assert self._lease is not None  # noqa: S101 - for mypy
-        self._renewal = monotonic() + self._lease / 3
-        # what kombu writes there (kombu/transport/redis.py, QoS.append)
-        leases = dict.fromkeys(tags, time())
-        if leases:
-            with self.channel.conn_or_acquire() as client:
-                client.zadd(self.channel.unacked_index_key, leases, xx=True)
+        """Renew the leases of held messages, which are given by their delivery tags."""
+        assert self._lease.interval is not None  # noqa: S101 - for mypy
+        self._renewal = monotonic() + self._lease.interval
+        self._lease.renew(tags)
 
-    def give_back(self, messages: Sequence[Any]) -> None:
-        """Put back, in order, what was held of an open channel that is about to be closed.
+    def give_back(self, messages: Iterable[Any]) -> None:
+        """Let held messages go back to the broker: the channel is about to be closed."""
+        give_back(self.channel, messages)
 
-        RabbitMQ does that itself. kombu does it for Redis, and so that the last comes first; and not at
-        all for ``memory://``.
-        """
-        if self._lease is not None:
-            for message in reversed(messages):  # each goes to the head of its queue
-                self.channel.qos.restore_by_tag(message.delivery_tag)
-        elif not getattr(self.channel, "do_restore", True):
-            for message in messages:
-                message.requeue()
-
-    def _tell(self, count: int, *, whole_channel: bool) -> None:
-        self.channel.basic_qos(0, min(count, _MOST), whole_channel)
+    def _set_count(self, prefetch_count: int) -> None:
+        self.channel.basic_qos(0, prefetch_count, self._amqp)

@@ -1,0 +1,100 @@
+"""Which part of the package may import which."""
+
+import ast
+import pathlib
+
+import pytest
+
+import rate_limiter
+
+PACKAGE = pathlib.Path(rate_limiter.__file__).parent
+PARTS = {"gating", "broker", "celery", "kombu"}
+OURS = {f"rate_limiter.{part}" for part in PARTS}
+
+#: What the modules of each part must not import; "" has the modules at the top.
+FENCES = {
+    "": {"celery", "kombu", "redis"} | OURS,
+    "gating": {"celery", "kombu", "redis"} | OURS - {"rate_limiter.gating"},
+    "broker": {"celery"} | OURS - {"rate_limiter.broker"},
+    "celery": {"rate_limiter.kombu"},
+    "kombu": {"celery", "rate_limiter.celery"},
+}
+
+
+def imports(source: str, package: str) -> set[str]:
+    """Return the full names that a module imports, wherever in it: in functions, for types only."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def behind(fence: set[str], names: set[str]) -> set[str]:
+    """Return the names that belong to what a fence shuts out."""
+    return {name for name in names for shut in fence if name == shut or name.startswith(f"{shut}.")}
+
+
+def modules(part: str) -> dict[str, set[str]]:
+    """Return what each module of a part imports."""
+    package = f"rate_limiter.{part}".rstrip(".")
+    files = (PACKAGE / part).rglob("*.py") if part else PACKAGE.glob("*.py")
+    return {file.name: imports(file.read_text(), package) for file in files}
+
+
+@pytest.mark.parametrize("part", FENCES)
+def test_each_part_stays_behind_its_fence(part):
+    """Imports point inward: gates to gating and broker, these to the core; never outward or across."""
+    found = modules(part)
+    assert found
+    assert {name: out for name, names in found.items() if (out := behind(FENCES[part], names))} == {}
+
+
+def test_every_part_has_a_fence():
+    """A new part of the package gets a fence too."""
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == PARTS == set(FENCES) - {""}
+
+
+@pytest.mark.parametrize("part", FENCES)
+def test_imports_of_our_own_are_relative(part):
+    """The package has two names, rate_limiter and src.rate_limiter: its own imports must fit both."""
+    files = (PACKAGE / part).rglob("*.py") if part else PACKAGE.glob("*.py")
+    absolute = [
+        node
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if (isinstance(node, ast.ImportFrom) and not node.level and node.module)
+        if node.module.startswith("rate_limiter")
+    ]
+    assert absolute == []
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import celery.app", "celery.app"),
+        ("from celery import Task", "celery"),
+        ("def f():\n    from kombu.common import QoS", "kombu.common"),
+        ("if TYPE_CHECKING:\n    import redis as r", "redis"),
+        ("from ..broker.lease import Lease", "rate_limiter.broker.lease"),
+        ("from .. import kombu", "rate_limiter.kombu"),
+        ("from ..celery.gate import Gate", "rate_limiter.celery.gate"),
+    ],
+)
+def test_the_fence_sees_every_form_of_import(source, found):
+    """Absolute, relative, nested, for types: no import escapes the test."""
+    names = imports(source, "rate_limiter.gating")
+    assert found in names
+    assert behind(FENCES["gating"], names)
+
+
+def test_a_name_that_only_begins_alike_is_no_import_of_it():
+    """A module named celeryx, or our own gating.kombu_like, is not behind the fence."""
+    assert (
+        behind(FENCES["gating"], imports("import celeryx\nfrom .limit import a", "rate_limiter.gating"))
+        == set()
+    )
