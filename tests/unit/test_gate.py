@@ -45,6 +45,21 @@ def test_finds_limits_by_name_and_pattern(app):
     assert names(gate, "celery.chord_unlock") == []
 
 
+def test_limits_stand_in_the_order_of_their_declaration(app):
+    """However they are found: by pattern, by name or by queue."""
+    gate = Gate(app)
+    gate.limit("jobs.*", bucket="1/s")
+    gate.limit(queue="bulk", bucket="1/s")
+    gate.limit("jobs.upload", bucket="1/s")
+    gate.limit("*", queue="bulk", bucket="1/s")
+    assert names(gate, "jobs.upload", "bulk") == [
+        "jobs.*",
+        "queue bulk",
+        "jobs.upload",
+        "* in queue bulk",
+    ]
+
+
 def test_finds_limits_by_queue(app):
     """A limit with a queue is for the jobs that came from it, of all tasks or of those it names."""
     gate = Gate(app)
@@ -255,17 +270,21 @@ def test_no_two_limits_are_called_the_same(app):
     gate.limit("jobs.*", queue="bulk", bucket="3/s")
     gate.limit("jobs.sms", bucket="4/s", name="jobs.* (2)")
     gate.limit(bucket="4/s", queue="bulk")
+    gate.limit("jobs.*", bucket="6/s")
     assert sorted(names(gate, "jobs.sms", "bulk")) == [
         "hourly",
         "jobs.*",
         "jobs.* (2)",
         "jobs.* (2) (2)",
+        "jobs.* (3)",
         "jobs.* in queue bulk",
         "jobs.sms",
         "jobs.sms (2)",
         "jobs.sms (3)",
         "queue bulk",
     ]
+    gate.limit("jobs.sms", bucket="7/s", name="jobs.* (2) (2)")
+    assert "jobs.* (2) (2) (2)" in names(gate, "jobs.sms")
     (named,) = [limit for limit in gate.tasks_of() if limit.name == "jobs.* (2)"]
     assert record_of(named).name == "jobs.* (2)"
 
@@ -337,16 +356,18 @@ def test_limits_by_exact_name_are_found_without_a_search(app, monkeypatch):
     assert len(tried) <= 3 * len(app.tasks)
 
 
-@pytest.mark.parametrize("place", ["option", "annotation", "base class"])
+@pytest.mark.parametrize("place", ["option", "annotation", "base class", "assignment"])
 def test_a_misspelled_attribute_is_named(app, place):
     """rate_limiter_limits= on a task would limit nothing: the worker does not start."""
-    options = {"option": {"rate_limiter_limits": "5/s"}, "annotation": {}}
+    options = {"option": {"rate_limiter_limits": "5/s"}}
     if place == "base class":
         base = type("Base", (app.Task,), {"rate_limiter_limits": "5/s"})
         options[place] = {"base": base}
     if place == "annotation":
         app.conf.task_annotations = {"jobs.sms": {"rate_limiter_limits": "5/s"}}
-    app.task(nothing, shared=False, name="jobs.sms", **options[place])
+    task = app.task(nothing, shared=False, name="jobs.sms", **options.get(place, {}))
+    if place == "assignment":
+        task.rate_limiter_limits = "5/s"
     with pytest.raises(
         ImproperlyConfigured,
         match="rate_limiter_limits of jobs.sms: unknown attribute; expected rate_limiter_limit$",

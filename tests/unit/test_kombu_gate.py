@@ -58,6 +58,35 @@ def test_one_bucket_is_not_paid_twice():
         gate.limits_for("emails")
 
 
+def test_a_rate_and_the_fields_of_a_body(caplog):
+    """Fields say key and cost by name; a message without them is rejected alone, and its error says so."""
+    refused, ran = [], []
+    gate = Gate(on_refused=lambda message, error: refused.append(str(error)))
+    gate.limit("uploads", bucket="1/h", burst=5, key="tenant", tokens="size")
+    with Connection("memory://", transport_options={"polling_interval": 0}) as connection:
+        queue = Queue(f"uploads-{id(gate)}")
+        consumer = connection.Consumer([queue], callbacks=[], accept=["json"])
+        consumer.callbacks.append(
+            gate.wrap(lambda body, message: ran.append(body) or message.ack(), "uploads")
+        )
+        bodies = [
+            {"tenant": "acme", "size": 5},
+            {"tenant": "acme"},
+            "text",
+            {"tenant": "beta", "size": 2},
+        ]
+        with consumer, connection.Producer() as producer:
+            for body in bodies:
+                producer.publish(body, routing_key=queue.name, declare=[queue], serializer="json")
+            for _ in bodies:
+                connection.drain_events(timeout=1)
+    assert ran == [bodies[0], bodies[3]]
+    assert refused == [
+        "queue uploads, limit uploads: tokens='size': the body has no such field",
+        "queue uploads, limit uploads: key='tenant': the body is not a mapping",
+    ]
+
+
 def test_limits_come_before_the_start():
     """A limit that is declared when a consumer has begun would not reach all its messages."""
     gate = Gate()

@@ -104,6 +104,14 @@ def test_a_callable_bucket_is_no_missing_parenthesis():
     assert outer.demands("task t", ("x",), {})[0].bucket is bucket
 
 
+def test_a_callable_bucket_is_told_by_its_code(tmp_path):
+    """A function of another file is not mistaken for the one that stands on these lines here."""
+    code = "\n" * (sys._getframe().f_lineno - 5) + "def pick(to):" + "\n" * 20 + "    return to"
+    names = {}
+    exec(compile(code, __file__, "exec"), names)
+    throttle(names["pick"])
+
+
 def nothing(): ...
 
 
@@ -189,6 +197,15 @@ def test_arguments_are_found_by_name_in_a_class():
 
     run.bucket = tenants
     assert paid(run, *WAYS) == TOOK
+
+
+def test_self_is_no_parameter():
+    """Producers do not send it."""
+
+    def upload(self, size): ...
+
+    with pytest.raises(ValueError, match="not 'self': the parameters of .*upload` are size$"):
+        throttle("1/s", burst=2, tokens="self")(upload)
 
 
 def test_a_job_without_the_argument_fails_alone():

@@ -74,8 +74,7 @@ def parameters_of(task: Task) -> Parameters:
     """Return the parameters of a task's function, without ``self``."""
     parameters = _parameters.get(task)
     if parameters is None:
-        # With autoretry_for, task.run is Celery's (celery/app/autoretry.py).
-        parameters = _parameters[task] = Parameters(getattr(task, "_orig_run", task.run))
+        parameters = _parameters[task] = Parameters(task.run)
     return parameters
 
 

@@ -4,7 +4,7 @@ Here limits are declared and found; `bootstep` holds the jobs.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 from weakref import WeakSet
 
 from celery import Celery, Task
@@ -32,7 +32,7 @@ from .settings import declare_settings, limit_from
 __all__ = ["Gate"]
 
 #: How the names of Celery's own tasks begin, which cannot be limited.
-_CELERYS: str = "celery."
+_CELERYS: Final = "celery."
 
 
 class Gate:

@@ -45,6 +45,9 @@ R = TypeVar("R")
 #: Marks what `watch` has put in place of a task's body.
 _WATCHED: Final = "__rate_limiter_watched__"
 
+#: Shown where it is written in another way.
+_HOW: Final = "\n\n    @app.task\n    @throttle(bucket)\n    def send_email(to): ...\n"
+
 #: How many seconds a job that was sent back may wait for the rest, when it comes again.
 _TURN_WAIT: Final = 0.5
 
@@ -176,9 +179,6 @@ def watch(task: Task, limits: Iterable[Limit] = ()) -> None:
 
     setattr(watched, _WATCHED, True)
     setattr(task, body, watched)
-
-
-_HOW: Final = "\n\n    @app.task\n    @throttle(bucket)\n    def send_email(to): ...\n"
 
 
 def _refuse_what_is_decorated(bucket: Any, caller: FrameType) -> None:
