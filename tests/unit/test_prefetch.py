@@ -23,11 +23,19 @@ def counts():
     return []
 
 
-def prefetch_of(counts, clock, own=8, **options):
+class ClampedQoS(QoS):
+    """What Celery has under worker_eta_task_limit = 10, with every kombu."""
+
+    def increment_eventually(self, n=1):  # noqa: D102
+        self.value = min(10, self.value + n)
+        return self.value
+
+
+def prefetch_of(counts, clock, own=8, kind=QoS):
     def send(prefetch_count):
         counts.append(prefetch_count)
 
-    qos = QoS(send, own, **options)
+    qos = kind(send, own)
     return qos, Prefetch(qos, clock)
 
 
@@ -70,12 +78,26 @@ def test_the_count_is_lowered_when_jobs_leave(counts, clock):
 
 def test_a_count_that_is_clamped_comes_back_to_where_it_was(counts, clock):
     """Only what was really added is taken away again."""
-    qos, prefetch = prefetch_of(counts, clock, max_prefetch=10)
+    qos, prefetch = prefetch_of(counts, clock, kind=ClampedQoS)
     for held in (1, 2, 3, 50):
         prefetch.follow(held, 100)
     assert qos.value == 10
     prefetch.follow(0, 100)
     assert qos.value == 8
+
+
+@pytest.mark.parametrize("own", [65_500, 65_535])
+def test_the_count_stays_in_16_bits(counts, clock, own):
+    """Above 65,535 kombu would send "no limit": the count ends there, and comes back to where it was."""
+    qos, prefetch = prefetch_of(counts, clock, own)
+    for held in (20, 1000):
+        prefetch.follow(held, 1000)
+        prefetch.update()
+    assert qos.value == 65_535
+    prefetch.follow(0, 1000)
+    prefetch.update()
+    assert qos.value == own
+    assert 0 not in counts
 
 
 def test_a_change_is_sent_once(counts, clock):

@@ -13,7 +13,7 @@ from kombu.common import QoS
 
 __all__ = ["HIGHEST_COUNT", "STATIC_QUEUE_TYPES", "Prefetch"]
 
-#: The highest prefetch count: AMQP has 16 bits for it.
+#: The highest prefetch count: AMQP has 16 bits for it. For a higher one kombu sends 0, no limit at all.
 HIGHEST_COUNT: Final = 0xFFFF
 
 #: Queue types whose prefetch count belongs to each consumer and cannot be changed while it consumes.
@@ -45,7 +45,7 @@ class Prefetch:
     def __init__(self, qos: QoS, clock: Callable[[], float] = monotonic) -> None:
         self._qos: Any = qos
         self._clock = clock
-        #: The number really added to the count: ``max_prefetch`` of a QoS may allow less than asked for.
+        #: The number really added to the count: ``worker_eta_task_limit`` may allow less than asked for.
         self._raised = 0
         #: The moment before which the count is not lowered while jobs are held.
         self._lower_at = 0.0
@@ -65,7 +65,8 @@ class Prefetch:
         if held <= self._raised <= held + step:
             return False
         before = self._qos.value
-        wanted = min(held + step, most)
+        room = HIGHEST_COUNT - (before - self._raised)
+        wanted = max(0, min(held + step, most, room))
         if wanted > self._raised:
             self._qos.increment_eventually(wanted - self._raised)
         elif not held or self._clock() >= self._lower_at:

@@ -84,7 +84,7 @@ class Window:
             self.channel.basic_qos(0, 0, False)
             total = sum(self._counts.values())  # the other transports have one for the whole channel
         # `follow` raises this count again by what is held.
-        qos = QoS(self._set_count, min(total, HIGHEST_COUNT), HIGHEST_COUNT)  # type: ignore[no-untyped-call]
+        qos = QoS(self._set_count, min(total, HIGHEST_COUNT))  # type: ignore[no-untyped-call]
         self._prefetch = Prefetch(qos)
         self._prefetch.update()
         return count
