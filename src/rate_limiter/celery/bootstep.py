@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 from celery import Task, bootsteps
-from celery.app.task import Context
 from celery.concurrency.prefork import TaskPool
 from celery.exceptions import ImproperlyConfigured
 from celery.worker import state
@@ -28,6 +27,7 @@ from . import receipt
 from .ending import fail, refuse_at_gate
 from .pausing import Queues
 from .prefork import is_spawned, share_all
+from .returning import Returning
 from .settings import enabled
 from .throttle import watch
 from .window import Window
@@ -106,6 +106,7 @@ class GateStep(bootsteps.StartStopStep):
         self.queues = Queues(consumer, self.by_queue)
         self.bounds.clear()
         self.lease = Lease(consumer, self._held_now)
+        self.returning = Returning(consumer, self.lock, self.has_timer, self._end_later)
         self.open = True
         if consumer.hub is None:
             self._work_between_messages(consumer)
@@ -121,6 +122,7 @@ class GateStep(bootsteps.StartStopStep):
                 state.reserved_requests.discard(request)
                 state.requests.pop(request.id, None)
         if was_open:
+            self.returning.stop()
             self.lease.stop()
             self.queues.stop()
             self.window.stop()
@@ -210,7 +212,7 @@ class GateStep(bootsteps.StartStopStep):
     def _demands(self, request: Any, limits: Sequence[Limit]) -> Sequence[Demand]:
         headers = None
         if any(limit.asks_headers for limit in limits):
-            headers = Context(request.request_dict).headers
+            headers = receipt.headers_of(request.request_dict)
         return price(limits, f"task {request.type}", request.args, request.kwargs, headers)
 
     def _refuse(self, request: Any, demand: Demand, delay: float) -> bool:
@@ -218,7 +220,9 @@ class GateStep(bootsteps.StartStopStep):
         room = self.held.held_by[limit] < self._bound(limit)
         if limit.when_limited == "retry" and request.eta and room:
             return False  # it comes when its turn is due, and waits for what little is missing
-        self._end(request, partial(refuse_at_gate, request, demand, delay))
+        if limit.when_limited == "retry" and not self.returning.takes(request):
+            return False
+        self._end(request, partial(refuse_at_gate, request, demand, delay, self.returning.send))
         return True
 
     def _fail(self, request: Any, error: Exception) -> None:

@@ -8,15 +8,16 @@ worker without a gate believes none. It is consumed once, before the task's body
 
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from celery import Task
+from celery.app.task import Context
 
 from ..gating.limit import Demand, Limit
 from .declarations import limits_of
 
-__all__ = ["consume", "is_spawned", "issue", "open_office", "paid", "strip"]
+__all__ = ["consume", "headers_of", "is_spawned", "issue", "open_office", "paid", "strip"]
 
 #: Where it is kept in the request.
 KEY: Final = "rate_limiter_receipt"
@@ -71,6 +72,8 @@ def consume(task: Task, request: Any) -> list[tuple[Limit, float]]:
     receipt = request.__dict__.pop(KEY, None)
     # Context copies each key it does not know into `headers`, which retry() sends along.
     if request.headers:
+        if not isinstance(request.headers, dict):
+            request.headers = headers_of(vars(request))
         request.headers.pop(KEY, None)
     secret = _secret or os.environ.get(_VARIABLE)
     if not secret or not isinstance(receipt, tuple | list) or receipt[:1] not in ((secret,), [secret]):
@@ -81,6 +84,22 @@ def consume(task: Task, request: Any) -> list[tuple[Limit, float]]:
         if limit is not None:
             found.append((limit, tokens))
     return found
+
+
+def headers_of(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the headers that the producer of a job has added to those of Celery.
+
+    Args:
+        request: ``Request.request_dict``, or what ``task.request`` contains.
+
+    A header that is named ``headers`` takes their place in Celery's ``Context``. Here it is one of them.
+
+    """
+    named = request.get("headers")
+    if named is None or isinstance(named, dict):
+        return Context(request).headers or {}
+    others = {name: value for name, value in request.items() if name != "headers"}
+    return {**(Context(others).headers or {}), "headers": named}
 
 
 def is_spawned() -> bool:

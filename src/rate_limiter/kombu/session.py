@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from ..broker.origin import MARK, mark_messages
-from ..broker.relay import Copies, restore_origin
+from ..broker.origin import MARK, MOVED, can_be_sent_to, mark_messages, restore_origin
+from ..broker.relay import Relay
 from ..exceptions import RateLimitExceeded
 from ..gating.holding import Holding
 from ..gating.limit import Demand, Limit, price
@@ -43,9 +43,6 @@ _EXACT: Final = 0.004
 #: How long to wait for the last confirmations, in seconds: without them messages run twice.
 _FAREWELL: Final = 0.5
 
-#: How often to look for confirmations while copies wait for theirs, in seconds.
-_CONFIRM: Final = 0.02
-
 
 class _Job:
     """A message on its way through the gate."""
@@ -61,16 +58,15 @@ class _Job:
         self.callback = callback
         self.args = args
         self.message = args[-1]
-        #: Whether it was sent back before.
-        self.copy = restore_origin(self.message)
+        restore_origin(self.message)
         info = self.message.delivery_info
+        #: Whether it was sent back before.
+        self.copy: bool = info.pop(MOVED, False)
         queue = info.pop(MARK, queue)
         #: The queue it came from; if nobody knows that, what comes nearest to it.
         self.queue: str = queue or info.get("routing_key") or ""
-        #: Whether a copy can go to the end of its queue. On Redis a fanout has only subscribers.
-        self.can_return = bool(queue) and queue not in getattr(
-            self.message.channel, "_fanout_queues", ()
-        )
+        #: Whether a copy can go to the end of its queue.
+        self.can_return = queue is not None and can_be_sent_to(self.message.channel, queue)
         self.window = window
         #: Whether it counts among what its window holds.
         self.held = False
@@ -106,7 +102,7 @@ class Session:
         self._gate = gate
         self._on_refused = on_refused
         self._held: Holding[_Job] = Holding(refuse=self._refuse, fail=self._fail, skip=self._skip)
-        self._copies = Copies(done=self._copied, failed=self._await_turn)
+        self._relay = Relay(moved=self._moved, failed=self._await_turn)
         self._count = itertools.count()
         #: Messages to be sent to the end of their queue, and when.
         self._turns: list[tuple[float, int, _Job]] = []
@@ -183,7 +179,7 @@ class Session:
         """Forget what is held, with the connection: the broker has it still. Return how many."""
         forgotten = len(self._held) + self._turns_of.total()
         self._held.clear()
-        self._copies.close()
+        self._relay.close()
         self._turns.clear()
         self._turns_of.clear()
         self._inbox.clear()
@@ -198,7 +194,7 @@ class Session:
         """Take nothing in any more, while the connection is still there."""
         self.open = False
         with self._occupied():
-            self._copies.wait(_FAREWELL)
+            self._relay.wait(_FAREWELL)
             messages = list(self._messages())
             for window in self._windows.values():
                 window.give_back([m for m in messages if m.channel is window.channel])
@@ -212,15 +208,6 @@ class Session:
     def held_by(self) -> Counter[Limit]:
         """How many messages are held because of each limit."""
         return self._held.held_by + self._turns_of
-
-    @property
-    def connections(self) -> list[Any]:
-        """The connections that it has opened itself, and whose heartbeats are to go on."""
-        return [self._copies.connection] if self._copies.connection is not None else []
-
-    def lost(self) -> None:
-        """Close the connections that it has opened itself."""
-        self._copies.close()
 
     # -- the way of a message ---------------------------------------------------------------------
 
@@ -330,19 +317,19 @@ class Session:
 
     def _send_back(self) -> None:
         now = monotonic()
-        while self._turns and self._turns[0][0] <= now and not self._copies.full:
+        while self._turns and self._turns[0][0] <= now and not self._relay.full:
             job = heapq.heappop(self._turns)[2]
             if self._skip(job):
                 self._uncount_turn(job)
                 continue
             try:
-                self._copies.send(job)
+                self._relay.send(job, job.message, job.queue)
             except Exception:
                 logger.warning("Could not send back a message of queue %s", job.queue, exc_info=True)
                 self._await_turn(job)
-        self._copies.collect()
+        self._relay.tend()
 
-    def _copied(self, job: _Job) -> None:
+    def _moved(self, job: _Job) -> None:
         self._uncount_turn(job)
         if not self._skip(job):
             self._leave(job)
@@ -381,7 +368,9 @@ class Session:
             self._send_back()
             self._pause_and_resume()
             self._follow()
-        self._unsettled = bool(self._held.held_by or self._turns_of.total() or self._paused)
+        self._unsettled = bool(
+            self._held.held_by or self._turns_of.total() or self._paused or self._relay.due < math.inf
+        )
         return handled
 
     def timeout(self, most: float) -> float:
@@ -389,11 +378,10 @@ class Session:
         if self._inbox:
             return 0.0
         moments = [self._held.next_due] if self._held.held_by else []
-        if self._turns and not self._copies.full:
+        if self._turns and not self._relay.full:
             moments.append(self._turns[0][0])
         now = monotonic()
-        if self._copies.pending:
-            moments.append(now + _CONFIRM)
+        moments.append(self._relay.due)
         moments += [window.renewal for window in self._windows.values() if window.held]
         left = min((moment for moment in moments if moment is not None), default=math.inf) - now
         # drain_events waits for as long once more when something came that was no message, on AMQP
