@@ -1,6 +1,8 @@
 """The app of `test_sent_back`: it notes each message that arrives, as kombu gives it to Celery."""
 
 import base64
+import json
+from pathlib import Path
 
 from celery import signals
 from kombu.common import Broadcast
@@ -11,7 +13,7 @@ from rate_limiter import RetryAfter
 from rate_limiter.celery import throttle
 
 if CONFIG["queues"]:
-    app.conf.task_queues += [Broadcast("everybody")]
+    app.conf.task_queues += [Broadcast(f"{app.conf.task_default_queue}-everybody")]
 
 
 def plain(value):
@@ -27,18 +29,18 @@ def plain(value):
 def note_message(request, **_):
     message, info = request.message, request.message.delivery_info
     body = message.body.encode() if isinstance(message.body, str) else bytes(message.body)
-    note(
-        "arrived",
-        {
-            "id": request.id,
-            "body": base64.b64encode(body).decode(),
-            "content": [message.content_type, message.content_encoding],
-            "headers": plain(message.headers),
-            "properties": plain(message.properties),
-            "delivery": plain(request.delivery_info),
-            "queue": info.get("rate_limiter_queue"),
-        },
-    )
+    arrival = {
+        "id": request.id,
+        "body": base64.b64encode(body).decode(),
+        "content": [message.content_type, message.content_encoding],
+        "headers": plain(message.headers),
+        "properties": plain(message.properties),
+        "delivery": plain(request.delivery_info),
+        "queue": info.get("rate_limiter_queue"),
+    }
+    # Not in the run log, which is read while it is written: these lines are too long for that.
+    with Path(CONFIG["log"] + ".arrived").open("a") as file:
+        file.write(json.dumps(arrival) + "\n")
 
 
 @app.task(name="again later", bind=True)

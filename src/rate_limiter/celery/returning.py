@@ -9,6 +9,7 @@ it anew from the task's request. The request does not tell everything: see there
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -68,6 +69,7 @@ class Returning:
         self._again = again
         self._relay = Relay(moved=self._moved, failed=self._failed)
         self._timer: Any = None
+        self._look_at = 0.0
         self._stopping = False
         mark_messages(consumer.task_consumer.channel)
 
@@ -110,20 +112,26 @@ class Returning:
         with self._lock:
             headers = {"eta": eta.isoformat()}
             self._relay.send((request, eta), message, message.delivery_info[MARK], headers)
-            if self._timer is None or self._relay.pending == 1:
-                self._look_again()
+            self._look_again()
 
     def _look_again(self) -> None:
+        due = self._relay.due
+        if due >= self._look_at and self._timer is not None:
+            return
         if self._timer is not None:
             self._consumer.timer.cancel(self._timer)
             self._timer = None
-        if self._relay.due < float("inf"):
+        if due < math.inf:
             # Other timers than Celery's event loop and those of green pools are threads.
             look = self._look if self._has_timer else partial(self._consumer.call_soon, self._look)
-            self._timer = self._consumer.timer.call_at(self._relay.due, look)
+            self._look_at = due
+            self._timer = self._consumer.timer.call_at(due, look)
 
     def _look(self) -> None:
         with self._lock:
+            self._timer = (
+                None  # on gevent to cancel it now would be to kill the greenlet that runs this
+            )
             if not self._stopping:
                 self._relay.tend()
                 self._look_again()
