@@ -2,7 +2,8 @@
 
 import copy
 import logging
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 
 import pytest
 from harness import wait_for
@@ -148,61 +149,131 @@ PROPERTIES = {
     "correlation_id": "c-1",
     "reply_to": "answers",
     "message_id": "m-1",
+    "app_id": "an app",
+    "type": "a type",
     "delivery_mode": 1,
     "expiration": 600,
 }
 
 
-@pytest.mark.parametrize("compression", [None, "gzip"])
-@pytest.mark.parametrize("serializer", ["json", "pickle", "raw"])
-def test_retry_changes_nothing_about_the_message(broker, serializer, compression):
+def as_it_came(message):
+    """Return everything about a message that is to be the same when it comes again."""
+    changing = "delivery_tag", "delivery_info", "application_headers"
+    return {
+        "body": message.body if isinstance(message.body, str) else bytes(message.body),
+        "headers": dict(message.headers),
+        "content": (message.content_type, message.content_encoding),
+        "properties": {k: v for k, v in message.properties.items() if k not in changing},
+        "exchange": message.delivery_info["exchange"],
+        "routing key": message.delivery_info["routing_key"],
+        "redelivered": bool(message.delivery_info.get("redelivered")),
+    }
+
+
+class Accepting(Worker):
+    """Accepts what is no JSON too."""
+
+    def get_consumers(self, consumer, _channel):  # noqa: D102
+        return [
+            consumer(
+                self.queues,
+                callbacks=[self.on_task],
+                prefetch_count=4,
+                accept=["json", "pickle", "application/data"],
+            )
+        ]
+
+
+def noted_arrivals():
+    """Return what will be noted of each arrival, by the message's id, and the price that notes it."""
+    arrivals = defaultdict(list)
+
+    def price(_body, message):
+        arrivals[message.properties["message_id"]].append(as_it_came(message))
+        return 1
+
+    return arrivals, price
+
+
+@pytest.mark.parametrize(
+    ("serializer", "compression", "kind"),
+    [
+        *((serializer, None, "classic") for serializer in ("json", "pickle", "raw")),
+        *((serializer, "gzip", "classic") for serializer in ("json", "pickle", "raw")),
+        ("json", "gzip", "quorum"),
+    ],
+)
+def test_retry_changes_nothing_about_the_message(broker, serializer, compression, kind):
     """What comes again is the same message: body, headers, properties, exchange and routing key."""
     exchange = Exchange(f"{broker.prefix}-x", "topic")
-    queue = broker.queue(exchange=exchange, routing_key="size.*")
-    other = broker.queue("other", exchange, routing_key="#")
-    broker.declare(queue, other)
+    queue = broker.queue(
+        exchange=exchange, routing_key="size.*", queue_arguments={"x-queue-type": kind}
+    )
+    other, copied = broker.queue("other", exchange, routing_key="#"), broker.queue("copied")
+    broker.declare(queue, other, copied)
     body = b"\x00\xff raw" if serializer == "raw" else {"text": "grüße", "n": [1, 2]}
     options = {"serializer": serializer, "compression": compression, **copy.deepcopy(PROPERTIES)}
-    bucket = TokenBucket(1, 4)
-    worker = Worker(broker, gate_for(queue, bucket, when_limited="retry"), queue)
-    seen = []
-    worker.job = lambda body, message: seen.append(
-        (
-            body if not isinstance(body, memoryview) else bytes(body),
-            {**message.headers, "compression": None, "redelivered": None},
-            message.content_type,
-            message.content_encoding,
-            {
-                name: message.properties.get(name)
-                for name in (
-                    "priority",
-                    "correlation_id",
-                    "reply_to",
-                    "message_id",
-                    "delivery_mode",
-                    "expiration",
-                )
-            },
-            message.delivery_info["exchange"],
-            message.delivery_info["routing_key"],
-        )
-    )
-    worker.get_consumers = lambda consumer, _channel: [
-        consumer(
-            [queue],
-            callbacks=[worker.on_task],
-            prefetch_count=4,
-            accept=["json", "pickle", "application/data"],
-        )
-    ]
-    broker.send(queue, body, body, exchange=exchange, routing_key="size.big", **options)
-    with running(worker):
+    if broker.rabbitmq is not None:
+        options["headers"]["CC"] = [copied.name]  # more routing keys, for RabbitMQ
+    arrivals, price = noted_arrivals()
+    gate = gate_for(queue, TokenBucket(1, 4), tokens=price, when_limited="retry")
+    for number in range(3):
+        options["message_id"] = f"m-{number}"
+        broker.send(queue, body, exchange=exchange, routing_key="size.big", **options)
+    with running(Accepting(broker, gate, queue)) as worker:
+        worker.wait_for_runs(3)
+    assert [len(arrivals[f"m-{number}"]) > 1 for number in range(3)] == [False, True, True]
+    for number in range(3):
+        first, last = arrivals[f"m-{number}"][0], arrivals[f"m-{number}"][-1]
+        assert first == last
+        assert (first["exchange"], first["routing key"]) == (exchange.name, "size.big")
+    assert all(ran == body or bytes(ran) == body for ran in worker.ran)
+    assert broker.waiting(other) == 3  # each copy went to one queue
+    assert broker.waiting(copied) == 0
+
+
+def test_retry_says_that_a_message_was_redelivered(rabbitmq_broker):
+    """A copy is a new message to the broker; its consumer is told that the original was delivered before."""
+    queue = rabbitmq_broker.queue()
+    for number in range(2):
+        rabbitmq_broker.send(queue, number, message_id=str(number))
+    with rabbitmq_broker.connection() as connection:  # delivered, and given back
+        channel = connection.channel()
+        for _ in range(2):
+            assert channel.basic_get(queue.name)
+    arrivals, price = noted_arrivals()
+    gate = gate_for(queue, TokenBucket(1, 4), tokens=price, when_limited="retry")
+    with running(Worker(rabbitmq_broker, gate, queue)) as worker:
         worker.wait_for_runs(2)
-    assert seen[0] == seen[1]
-    assert seen[0][0] == body
-    assert seen[0][1]["size"] == 3
-    assert seen[0][5:] == (exchange.name, "size.big")
-    assert broker.waiting(other) == 2  # the copy went to one queue
+    assert len(arrivals["1"]) > 1
+    assert {arrival["redelivered"] for arrival in arrivals["1"]} == {True}
+
+
+def test_retry_of_a_broadcast(broker):
+    """It goes to the queue of its consumer alone; on Redis a fanout has no queues, and it is held."""
+    fanout = Exchange(f"{broker.prefix}-x", "fanout")
+    queues = [broker.queue(name, fanout, routing_key="", auto_delete=True) for name in ("one", "two")]
+    arrivals = Counter()
+    workers = []
+    for queue in queues:
+
+        def price(body, _message, queue=queue):
+            arrivals[queue.name, body] += 1
+            return 1
+
+        gate = Gate()
+        gate.limit(queue.name, bucket=TokenBucket(1, 4), tokens=price, when_limited="retry")
+        workers.append(Worker(broker, gate, queue))
+    with running(*workers):
+        wait_for(lambda: all(worker.consumers for worker in workers))
+        broker.send(queues[0], *range(3), exchange=fanout, routing_key="")
+        for worker in workers:
+            worker.wait_for_runs(3)
+        time.sleep(0.5)  # for those that would be too many
+    for worker in workers:
+        assert sorted(worker.ran) == [0, 1, 2]
+    once = {(queue.name, number): 1 for queue in queues for number in range(3)}
+    assert (arrivals == once) is (broker.rabbitmq is None)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_bucket_and_cost_come_from_the_job(shared):
     """A callable picks the bucket, another the cost, from a header that the producer sent."""
     lab, _ = shared
     for number, weight in enumerate([3, 2, 1, 3]):
-        lab.send("tiered", "free", number, headers={"weight": weight})
+        lab.send("tiered", "free", number, headers={"weight": weight, "headers": "one of them"})
     for number, weight in enumerate([5, 7, 10, 1]):
         lab.send("tiered", "premium", number, headers={"weight": weight})
     lab.send("tiered", "premium", 4)

@@ -1,23 +1,56 @@
-"""Which queue a message was consumed from.
+"""Where a message comes from: its queue, and the exchange and routing key that it was sent to.
 
-Its routing key does not tell: a topic exchange or an alias may lie in between. So the channel is made to
-leave a mark on each message, on every transport. It knows no Celery, and of kombu only what a channel and
-a message look like.
+The routing key does not tell the queue: a topic exchange or an alias may lie in between. So the channel
+is made to note the queue in each message's ``delivery_info``, on every transport.
+
+A message that `Relay` has moved arrives from the default exchange. A header of it says where the original
+was sent to, and `restore_origin` undoes the difference before anybody looks at the message.
 """
 
 import functools
 from typing import Any, Final
 
-__all__ = ["MARK", "mark_messages"]
+__all__ = ["MARK", "MOVED", "ORIGIN", "can_be_sent_to", "mark_messages", "restore_origin"]
 
-#: Where the mark is kept, in ``message.delivery_info``.
+#: The key in ``message.delivery_info`` that holds the name of the queue.
 MARK: Final = "rate_limiter_queue"
+
+#: The key in ``message.delivery_info`` that is there if `Relay` has moved the message.
+MOVED: Final = "rate_limiter_moved"
+
+#: The header of a moved message that says what its ``delivery_info`` and its routing headers were.
+ORIGIN: Final = "x-rate-limiter-origin"
 
 
 def mark_messages(channel: Any) -> None:
-    """Mark what is consumed on a channel from now on with the name of its queue."""
+    """Note the queue of each message that is consumed on a channel from now on; restore its origin."""
     if not isinstance(channel.basic_consume, functools.partial):
         channel.basic_consume = functools.partial(_consume, channel.basic_consume)
+
+
+def restore_origin(message: Any) -> None:
+    """Make a moved message look like its original. Does nothing to any other message."""
+    origin = message.headers.pop(ORIGIN, None) if message.headers else None
+    if not isinstance(origin, dict):
+        return
+    info = message.delivery_info
+    for name in "exchange", "routing_key":
+        if isinstance(origin.get(name), str):
+            info[name] = origin[name]
+    if origin.get("redelivered") is True:
+        info["redelivered"] = True
+    if isinstance(origin.get("CC"), list):
+        message.headers["CC"] = origin["CC"]
+    info[MOVED] = True
+
+
+def can_be_sent_to(channel: Any, queue: str) -> bool:
+    """Whether a message can be put at the end of a queue that is consumed on the channel.
+
+    On Redis and MongoDB the queue of a fanout exchange (Celery's ``Broadcast``) is no queue: the exchange
+    has subscribers only.
+    """
+    return queue not in getattr(channel, "_fanout_queues", ())
 
 
 def _consume(
@@ -33,6 +66,7 @@ def _consume(
     def marked(message: Any) -> Any:
         if message.delivery_info is not None:
             message.delivery_info[MARK] = queue
+            restore_origin(message)
         return callback(message)
 
     return consume(queue=queue, no_ack=no_ack, consumer_tag=consumer_tag, callback=marked, **kwargs)

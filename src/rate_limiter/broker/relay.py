@@ -1,118 +1,170 @@
-"""Sending a message to the end of its queue, with the new copy safe before the old one is acknowledged.
+"""Moving a message to the end of a queue: the copy is stored before the original is acknowledged.
 
-On RabbitMQ the copy goes out on a connection of its own, and is safe when the broker confirms it: the
-consumer's connection would stop altogether while the broker is short of memory. Nobody waits for the
-confirmation, it is collected between messages. The virtual transports, Redis among them, store it at once.
+On RabbitMQ the copy is published on a connection of its own, because RabbitMQ stops to read from every
+connection that publishes while it is short of memory: the consumer's connection would stand still. The
+copy is stored when RabbitMQ confirms it. Nobody waits for that; `Relay.tend` collects the
+confirmations. The virtual transports (Redis among them) store a copy at once.
 """
 
 import contextlib
-import copy
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any, Final
 
+from kombu.compression import compress
 from kombu.transport import virtual
 
-__all__ = ["Copies", "restore_origin"]
+from .origin import ORIGIN
 
-#: The header of a copy. On RabbitMQ it carries what the message's exchange and routing key were.
-_ORIGIN: Final = "x-rate-limiter-origin"
+__all__ = ["Relay"]
 
-#: So many unconfirmed copies; a broker that is short of memory confirms none.
-_MOST: Final = 50
+#: At most so many copies, and bytes of them, wait for their confirmation. While RabbitMQ is short of
+#: memory it confirms none, and does not read what is sent: more than the socket holds would block.
+_MOST_PENDING: Final = 50
+_MOST_BYTES: Final = 256 * 1024
+
+#: Seconds between two looks for confirmations, while copies wait for theirs.
+_LOOK: Final = 0.02
+
+#: After so many seconds without a copy the connection is closed. It is opened again when needed.
+_IDLE: Final = 5.0
+
+#: At most so many seconds are spent to write one frame (128 KiB) of a copy to the socket.
+_WRITE: Final = 0.5
+
+#: The properties that a channel sets itself, or that are passed to it as arguments.
+_SET_BY_CHANNEL: Final = frozenset(
+    {
+        *("content_type", "content_encoding", "application_headers", "priority"),
+        *("body_encoding", "delivery_info", "delivery_tag"),  # virtual transports
+    }
+)
 
 
-class Copies:
-    """The copies of one consumer.
+class Relay:
+    """Moves the messages of one consumer.
 
     Args:
-        done: Called with a job when its copy is safe.
-        failed: Called with a job when nobody knows what became of its copy.
+        moved: Called with the job when its copy is stored. It acknowledges the original.
+        failed: Called with the job when its copy is not stored, or when nobody knows. The original is
+            still unacknowledged; if the copy was stored all the same, the message runs twice.
+
+    Both are called by `tend`, `wait` and `close`, and on a virtual transport by `send`.
 
     """
 
-    def __init__(self, done: Callable[[Any], None], failed: Callable[[Any], None]) -> None:
-        self._done = done
+    def __init__(self, moved: Callable[[Any], None], failed: Callable[[Any], None]) -> None:
+        self._moved = moved
         self._failed = failed
         self._numbers = itertools.count(1)
+        self._connection: Any = None
         self._channel: Any = None
+        #: The jobs whose copies are not confirmed, and the sizes of these, by the number of the publish.
+        self._pending: dict[int, tuple[Any, int]] = {}
+        self._bytes = 0
         self._returned: set[int] = set()
         self._outcomes: list[tuple[Callable[[Any], None], Any]] = []
-        #: Those that are not confirmed yet, by the number that the broker knows them by.
-        self.pending: dict[int, Any] = {}
-        #: The connection that they go out on; its heartbeats are the caller's.
-        self.connection: Any = None
+        self._blocked = False
+        self._used_at = 0.0
+
+    @property
+    def pending(self) -> int:
+        """How many copies wait for their confirmation."""
+        return len(self._pending)
 
     @property
     def full(self) -> bool:
-        """Whether no more should be sent for the time being."""
-        return len(self.pending) >= _MOST
+        """Whether `send` should not be called for the time being."""
+        return self._blocked or len(self._pending) >= _MOST_PENDING or self._bytes >= _MOST_BYTES
 
-    def send(self, job: Any) -> None:
-        """Send a copy of ``job.message`` to the end of ``job.queue``.
+    @property
+    def due(self) -> float:
+        """The moment, by the monotonic clock, at which `tend` is to be called; infinite: never."""
+        if self._connection is None:
+            return math.inf
+        return monotonic() + _LOOK if self._pending else self._used_at + _IDLE
+
+    def send(
+        self, job: Any, message: Any, queue: str, headers: Mapping[str, Any] | None = None
+    ) -> None:
+        """Put a copy of a message at the end of a queue.
+
+        Args:
+            job: What ``moved`` or ``failed`` is called with.
+            message: The kombu message. It is not changed.
+            queue: The name of the queue.
+            headers: Headers that the copy has instead of the original's, or besides.
 
         Raises:
-            Exception: It could not be sent.
+            Exception: It could not be sent. Then neither callback is called for it.
 
         """
-        message = job.message
-        if _is_virtual(message.channel):
-            payload = copy.deepcopy(message.serializable())
-            # one of its own: the old message's acknowledgement is not to take it away
-            payload["properties"]["delivery_tag"] = message.channel._next_delivery_tag()
-            payload["headers"] = {**(payload["headers"] or {}), _ORIGIN: {}}
-            message.channel._put(job.queue, payload)
-            self._done(job)
+        channel: Any = message.channel
+        if isinstance(channel, virtual.Channel):
+            publish: Callable[..., Any] = channel.basic_publish
+            publish(_copy(message, channel, headers), "", queue)
+            self._moved(job)
             return
-        if self._channel is None:
-            self._open(message.channel.connection.client)
+        if self._connection is None:
+            self._open(channel.connection.client)
         number = next(self._numbers)
-        self.pending[number] = job
+        copy = _copy(message, self._channel, headers, number)
+        self._pending[number] = job, len(copy.body)
+        self._bytes += len(copy.body)
+        self._used_at = monotonic()
         try:
-            self._channel.basic_publish(
-                _copied(message, self._channel, number), "", job.queue, mandatory=True
-            )
+            self._channel.basic_publish(copy, "", queue, mandatory=True, timeout=_WRITE)
         except BaseException:
-            del self.pending[number]
+            self._take(number)
             self.close()
             raise
 
-    def collect(self) -> None:
-        """Read what the broker has confirmed meanwhile."""
-        try:
-            while self.pending:
-                self.connection.drain_events(timeout=0)
-        except TimeoutError:
-            pass
-        except Exception:  # noqa: BLE001 - whatever has happened to the connection
+    def tend(self) -> None:
+        """Read what RabbitMQ has confirmed, keep the connection alive, and close it when it is idle."""
+        connection = self._connection
+        if connection is not None:
+            try:
+                with contextlib.suppress(TimeoutError):
+                    while True:
+                        connection.drain_events(timeout=0)
+                connection.heartbeat_check()
+            except Exception:  # noqa: BLE001 - whatever has happened to the connection
+                self.close()
+        self._tell()
+        if not self._pending and monotonic() >= self._used_at + _IDLE:
             self.close()
-        outcomes, self._outcomes = self._outcomes, []
-        for outcome, job in outcomes:
-            outcome(job)
 
     def wait(self, seconds: float) -> None:
-        """Wait so long at most for what the broker has not confirmed."""
+        """Wait for the confirmations, for at most so many seconds."""
         end = monotonic() + seconds
-        self.collect()
-        while self.pending and monotonic() < end:
-            with contextlib.suppress(TimeoutError):
-                self.connection.drain_events(timeout=end - monotonic())
-            self.collect()
+        self.tend()
+        while self._pending and (left := end - monotonic()) > 0:
+            with contextlib.suppress(Exception):  # `tend` finds out what it is
+                self._connection.drain_events(timeout=left)
+            self.tend()
 
     def close(self) -> None:
         """Close the connection. What was not confirmed has failed."""
-        connection, self.connection, self._channel = self.connection, None, None
+        connection, self._connection, self._channel = self._connection, None, None
+        self._blocked = False
         if connection is not None:
             with contextlib.suppress(Exception):
                 connection.collect()
-        pending = list(self.pending.values())
-        self.pending.clear()
-        for job in pending:
-            self._failed(job)
+        for number in list(self._pending):
+            self._outcomes.append((self._failed, self._take(number)))
+        self._returned.clear()
+        self._tell()
 
     def _open(self, client: Any) -> None:
-        connection = client.clone()
+        options = {
+            **(client.transport_options or {}),
+            "confirm_publish": False,  # it would wait for each confirmation
+            "on_blocked": self._on_blocked,
+            "on_unblocked": self._on_unblocked,
+        }
+        connection = client.clone(transport_options=options)
         try:
             connection.connect()
             channel = connection.channel()
@@ -125,56 +177,67 @@ class Copies:
         channel.events["basic_return"].add(self._on_return)
         channel.events["basic_ack"].add(self._on_confirmed)
         channel.events["basic_nack"].add(self._on_refused)
-        self.connection, self._channel = connection, channel
+        self._connection, self._channel = connection, channel
+
+    def _on_blocked(self, _reason: str) -> None:
+        self._blocked = True
+
+    def _on_unblocked(self) -> None:
+        self._blocked = False
 
     def _on_return(self, _error: Any, _exchange: str, _key: str, message: Any) -> None:
-        # the queue is gone; the confirmation comes all the same
-        self._returned.add(message.properties["application_headers"][_ORIGIN]["number"])
+        # There is no such queue. RabbitMQ confirms the copy all the same, after this.
+        self._returned.add(message.properties["application_headers"][ORIGIN]["number"])
 
     def _on_confirmed(self, number: int, multiple: bool) -> None:
         for each in self._up_to(number, multiple):
-            outcome = self._failed if each in self._returned else self._done
-            self._outcomes.append((outcome, self.pending.pop(each)))
+            outcome = self._failed if each in self._returned else self._moved
             self._returned.discard(each)
+            self._outcomes.append((outcome, self._take(each)))
 
     def _on_refused(self, number: int, multiple: bool) -> None:
-        self._outcomes += [(self._failed, self.pending.pop(n)) for n in self._up_to(number, multiple)]
+        for each in self._up_to(number, multiple):
+            self._outcomes.append((self._failed, self._take(each)))
 
     def _up_to(self, number: int, multiple: bool) -> list[int]:
-        return [each for each in self.pending if each == number or (multiple and each < number)]
+        return [each for each in self._pending if each == number or (multiple and each < number)]
+
+    def _take(self, number: int) -> Any:
+        job, size = self._pending.pop(number)
+        self._bytes -= size
+        return job
+
+    def _tell(self) -> None:
+        # Not from within the handlers above: what is called may read from a connection, or send again.
+        outcomes, self._outcomes = self._outcomes, []
+        for outcome, job in outcomes:
+            outcome(job)
 
 
-def restore_origin(message: Any) -> bool:
-    """Make a copy look like the message that it was copied from. Return whether it is one."""
-    origin = message.headers.pop(_ORIGIN, None) if message.headers else None
-    if not isinstance(origin, dict):
-        return False
-    for name in "exchange", "routing_key":
-        if isinstance(origin.get(name), str):
-            message.delivery_info[name] = origin[name]
-    return True
-
-
-def _is_virtual(channel: Any) -> bool:
-    return isinstance(channel, virtual.Channel)
-
-
-def _copied(message: Any, channel: Any, number: int) -> Any:
-    info = message.delivery_info
-    headers = dict(message.headers)
-    headers.pop("compression", None)  # message.body is not compressed any more
-    headers[_ORIGIN] = {
-        "exchange": info.get("exchange", ""),
-        "routing_key": info.get("routing_key", ""),
-        "number": number,
-    }
-    elsewhere = ("content_type", "content_encoding", "application_headers", "priority", "user_id")
-    properties = {name: value for name, value in message.properties.items() if name not in elsewhere}
+def _copy(
+    message: Any, channel: Any, headers: Mapping[str, Any] | None, number: int | None = None
+) -> Any:
+    """Return what the channel publishes so that the message arrives once more."""
+    info = message.delivery_info or {}
+    origin = {"exchange": info.get("exchange", ""), "routing_key": info.get("routing_key", "")}
+    if info.get("redelivered"):
+        origin["redelivered"] = True  # the copy is a new message to the broker
+    copied = {**(message.headers or {}), **(headers or {}), ORIGIN: origin}
+    if "CC" in copied:
+        origin["CC"] = copied.pop("CC")  # RabbitMQ would send the copy to these queues too
+    if number is not None:
+        origin["number"] = number
+    body = message.body
+    if (compression := copied.get("compression")) and not message.errors:
+        body, _ = compress(body, compression)  # type: ignore[no-untyped-call] # kombu undid it
+    properties = {k: v for k, v in message.properties.items() if k not in _SET_BY_CHANNEL}
+    if properties.get("user_id") != channel.connection.client.userid:
+        properties.pop("user_id", None)  # RabbitMQ refuses the name of another user
     return channel.prepare_message(
-        message.body,
+        body,
         priority=message.properties.get("priority"),
         content_type=message.content_type,
         content_encoding=message.content_encoding,
-        headers=headers,
+        headers=copied,
         properties=properties,
     )

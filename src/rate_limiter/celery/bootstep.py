@@ -13,7 +13,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from celery import bootsteps
-from celery.app.task import Context
 from celery.concurrency.prefork import TaskPool
 from celery.exceptions import ImproperlyConfigured
 from celery.worker import state
@@ -28,6 +27,7 @@ from .ending import refuse_at_gate
 from .loop import Loop
 from .pausing import Queues
 from .prefork import is_spawned, share_all
+from .returning import Returning
 from .settings import enabled
 from .throttle import watch
 from .window import Window
@@ -93,6 +93,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self.window = Window(consumer, self.engine.jobs)
         self.queues = Queues(consumer, self.by_queue)
         self.loop = Loop(consumer, self._next_due, self._work, self.window.update)
+        self.returning = Returning(consumer, self.engine.lock, self.loop.has_timer, self._end_later)
         self.open = True
 
     def stop(self, consumer: Any) -> None:
@@ -107,6 +108,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
                 state.requests.pop(request.id, None)
         if was_open:
             self.loop.stop()
+            self.returning.stop()
             self.queues.stop()
             self.window.stop(forgotten)
         if forgotten:
@@ -221,7 +223,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     def call_of(self, request: Any) -> Call:
         """Return the arguments that a job was sent with."""
-        headers = Context(request.request_dict).headers
+        headers = receipt.headers_of(request.request_dict)
         name = f"task {request.type}"
         return Call(name, request.args, request.kwargs, headers, parameters_of(request.task))
 
@@ -231,8 +233,10 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         how = limit.when_limited
         if how == "retry" and request.eta and self.engine.has_room(limit):
             return False  # it was sent back before and comes at its turn: a few tokens are missing
+        if how == "retry" and not self.returning.takes(request):
+            return False
         if how in ("retry", "drop"):
-            self._end(request, partial(refuse_at_gate, request, demand, delay))
+            self._end(request, partial(refuse_at_gate, request, demand, delay, self.returning.send))
         else:
             receipt.refuse(request.task, request.request_dict, demand.limit, delay)
             self.refused.append(request)

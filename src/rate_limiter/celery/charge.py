@@ -139,6 +139,13 @@ class Charge:
                     bucket.pause(seconds)
         return [limit for limit, paid in self._paid.items() if not paid.reachable]
 
+    def pay_again(self) -> None:
+        """Wait until the same can be taken again, as far as the buckets can be reached from here."""
+        for paid in self._paid.values():
+            if paid.reachable and paid.tokens:
+                for bucket in paid.buckets:
+                    bucket.wait(paid.tokens)
+
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
         """Be the charge of what runs in the block; unless nothing was paid: then the caller's stays."""

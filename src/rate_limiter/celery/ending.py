@@ -6,15 +6,16 @@ run ends with ``Ignore``. That alone stores no result, and ``get()`` and a chord
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
 from celery import Task, signals
 from celery.exceptions import Ignore, TaskRevokedError
-from celery.worker import state
 
 from ..exceptions import RateLimitExceeded, RetryAfter
 from ..gating.limit import Demand
 from ..gating.record import record_of
+from .returning import has_queue, publish_again
 
 __all__ = ["postpone", "refuse_at_gate", "refuse_in_task"]
 
@@ -25,15 +26,25 @@ _MOST_PAUSES: Final = 10
 logger = logging.getLogger("rate_limiter")
 
 
-def refuse_at_gate(request: Any, demand: Demand, delay: float) -> None:
-    """End a job as a revoked one (``"drop"``), or send it back (``"retry"``)."""
+def refuse_at_gate(
+    request: Any, demand: Demand, delay: float, send_back: Callable[[Any, float], None]
+) -> None:
+    """End a job as a revoked one (``"drop"``), or send it back (``"retry"``).
+
+    Args:
+        request: The ``celery.worker.request.Request``.
+        demand: The bucket that has no tokens for it, how many it costs, and the limit.
+        delay: Seconds until the bucket will have as many.
+        send_back: Called with the request and the seconds until its turn.
+
+    """
     bucket, tokens, limit = demand
     reason = f"rate limit exceeded: {record_of(limit).name or request.type}"
     if limit.when_limited == "drop":
         request._announce_revoked(reason, False, None, False)
         logger.info("Dropped %s[%s]: %s", request.name, request.id, reason)
     else:
-        _send_back(request, record_of(limit).turn(bucket, tokens, delay))
+        send_back(request, record_of(limit).turn(bucket, tokens, delay))
 
 
 def refuse_in_task(demand: Demand, delay: float, name: str, job: Task | None) -> NoReturn:
@@ -57,15 +68,18 @@ def refuse_in_task(demand: Demand, delay: float, name: str, job: Task | None) ->
     else:
         if job is None or job.request.is_eager:
             raise RateLimitExceeded(reason, delay)
-        _publish_again(job, job.request, record_of(limit).turn(bucket, tokens, delay))
+        publish_again(job, job.request, record_of(limit).turn(bucket, tokens, delay))
     raise Ignore
 
 
-def postpone(job: Task, pause: RetryAfter, seconds: float) -> NoReturn:
-    """Let a job run again after a pause that its remote wants; this is no retry.
+def postpone(job: Task, pause: RetryAfter, seconds: float) -> None:
+    """Let a job run again after the pause that its remote asks for. It is no retry.
+
+    Returns only if the job has no queue to be sent back to: it is to run again where it is.
 
     Raises:
-        RetryAfter: It has been paused too often.
+        Ignore: It was sent back.
+        RetryAfter: It has been paused ten times.
 
     """
     request = job.request
@@ -75,25 +89,9 @@ def postpone(job: Task, pause: RetryAfter, seconds: float) -> NoReturn:
     if pauses > _MOST_PAUSES:
         raise pause
     request.headers = {**headers, _PAUSES: pauses}
-    _publish_again(job, request, seconds)
-    raise Ignore
-
-
-def _send_back(request: Any, countdown: float) -> None:
-    """Send the same job again, for later, then acknowledge it: in between it is there twice."""
-    # Context keeps keys it does not know as headers, and sends those on; hostname is one it knows.
-    context = request._context
-    context.args, context.kwargs = request.args, request.kwargs
-    _publish_again(request.task, context, countdown)
-    state.task_ready(request)
-    request.acknowledge()
-
-
-def _publish_again(task: Task, context: Any, countdown: float) -> None:
-    # As Task.retry does, but the attempt does not count: `retries` stays what it is.
-    signature = task.signature_from_request(context, countdown=countdown, retries=context.retries)
-    signature.apply_async()
-    logger.info("Sent back %s[%s] for %.3g s", task.name, context.id, countdown)
+    if has_queue(job, request):
+        publish_again(job, request, seconds)
+        raise Ignore
 
 
 def _drop(job: Task, reason: str) -> None:

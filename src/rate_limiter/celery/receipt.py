@@ -8,16 +8,27 @@ once, before the task's body runs: neither ``retry()`` nor a nested call inherit
 
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 from celery import Task
+from celery.app.task import Context
 
 from ..gating.limit import Demand, Limit
 from ..gating.record import limit_numbered, record_of
 from .declarations import limits_of
 
-__all__ = ["Receipt", "consume", "fail", "is_spawned", "issue", "open_office", "refuse", "strip"]
+__all__ = [
+    "Receipt",
+    "consume",
+    "fail",
+    "headers_of",
+    "is_spawned",
+    "issue",
+    "open_office",
+    "refuse",
+    "strip",
+]
 
 #: Where it is kept in the request.
 KEY: Final = "rate_limiter_receipt"
@@ -88,7 +99,9 @@ def consume(task: Task, request: Any) -> Receipt:
     """
     receipt = request.__dict__.pop(KEY, None)
     # Context copies each key it does not know into `headers`, which retry() sends along.
-    if isinstance(request.headers, dict):
+    if request.headers:
+        if not isinstance(request.headers, dict):
+            request.headers = headers_of(vars(request))
         request.headers.pop(KEY, None)
     secret = _secret or os.environ.get(_VARIABLE)
     if not secret or not isinstance(receipt, tuple | list) or receipt[:1] not in ((secret,), [secret]):
@@ -111,6 +124,22 @@ def consume(task: Task, request: Any) -> Receipt:
             paid, error=ValueError(f"{task.name}: refused by a limit that is not known here")
         )
     return Receipt(paid, refused=(limit, delay))
+
+
+def headers_of(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the headers that the producer of a job has added to those of Celery.
+
+    Args:
+        request: ``Request.request_dict``, or what ``task.request`` contains.
+
+    A header that is named ``headers`` takes their place in Celery's ``Context``. Here it is one of them.
+
+    """
+    named = request.get("headers")
+    if named is None or isinstance(named, dict):
+        return Context(request).headers or {}
+    others = {name: value for name, value in request.items() if name != "headers"}
+    return {**(Context(others).headers or {}), "headers": named}
 
 
 def is_spawned() -> bool:

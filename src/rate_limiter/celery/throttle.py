@@ -33,6 +33,7 @@ from .declarations import LIMITS, at_gate, limits_of, name_limits, parameters_of
 from .ending import postpone, refuse_in_task
 from .prefork import share_before_fork
 from .receipt import consume
+from .returning import has_queue
 from .settings import enabled
 
 __all__ = ["throttle", "watch"]
@@ -363,6 +364,9 @@ def _call(
         if job is None or job.request.is_eager:
             raise
         postpone(job, pause, seconds)
+        # A Broadcast job on Redis has no queue to go back to: it runs again in its slot.
+        charge.pay_again()
+        return _call(function, args, kwargs, charge, job)
 
 
 def _without_self(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -393,7 +397,7 @@ def _pay(
             if len(one) > 1:
                 bucket = AllOf(*(demand.bucket for demand in one))
             if delay := _take_or_delay(Demand(bucket, tokens, limit), eta):
-                if limit.when_limited != "wait":
+                if not _waits(limit, request):
                     return demands, (Demand(bucket, tokens, limit), delay)
                 waits.append((delay, bucket, tokens, limit))
             else:
@@ -406,6 +410,15 @@ def _pay(
     if waits and len(demands) > 1:
         charge_refilled(demands)
     return demands, None
+
+
+def _waits(limit: Limit, request: Any) -> bool:
+    """Whether a job that the limit refuses waits in its slot."""
+    if limit.when_limited != "retry":
+        return limit.when_limited == "wait"
+    task = get_current_task()
+    # It would be sent back, but a Broadcast job on Redis has no queue to go back to.
+    return bool(task and request and not _is_inline(task) and not has_queue(task, request))
 
 
 def _take_or_delay(demand: Demand, eta: Any) -> float:

@@ -152,9 +152,6 @@ class _Loop:
         producer = getattr(self._consumer, "_producer_connection", None)
         if producer is not None and not _alive(producer):
             self._consumer._producer_connection = None  # the next one to publish gets another
-        for connection in self._session.connections:
-            if not _alive(connection):
-                self._session.lost()
 
 
 def _alive(connection: Any) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any, Final
 
-from ..broker.relay import Copies
+from ..broker.relay import Relay
 
 __all__ = ["Returning"]
 
@@ -19,9 +19,6 @@ logger = logging.getLogger("rate_limiter")
 
 #: When a message that could not be sent is tried again, in seconds.
 _TRY_AGAIN: Final = 1.0
-
-#: How often to look for confirmations while copies wait for theirs, in seconds.
-_CONFIRM: Final = 0.02
 
 #: How long to wait for the last confirmations, in seconds: without them messages run twice.
 _FAREWELL: Final = 0.5
@@ -39,7 +36,7 @@ class Returning:
     def __init__(self, gone: Callable[[Any], bool], sent: Callable[[Any, bool], None]) -> None:
         self._gone = gone
         self._sent = sent
-        self._copies = Copies(done=self._copied, failed=self._await_turn)
+        self._relay = Relay(moved=self._moved, failed=self._await_turn)
         self._count = itertools.count()
         #: The messages, by the moment of their turn.
         self._turns: list[tuple[float, int, Any]] = []
@@ -51,14 +48,8 @@ class Returning:
     @property
     def next_due(self) -> float:
         """The moment, by the monotonic clock, at which `send` is to be called."""
-        if self._copies.pending:
-            return monotonic() + _CONFIRM
-        return self._turns[0][0] if self._turns and not self._copies.full else math.inf
-
-    @property
-    def connections(self) -> list[Any]:
-        """The connections that it has opened itself, and whose heartbeats are to go on."""
-        return [self._copies.connection] if self._copies.connection is not None else []
+        turn = self._turns[0][0] if self._turns and not self._relay.full else math.inf
+        return min(turn, self._relay.due)
 
     def add(self, job: Any, seconds: float) -> None:
         """Let a message wait for its turn, in so many seconds."""
@@ -67,32 +58,28 @@ class Returning:
     def send(self) -> None:
         """Send a copy of each message whose turn has come; settle those that the broker has confirmed."""
         now = monotonic()
-        while self._turns and self._turns[0][0] <= now and not self._copies.full:
+        while self._turns and self._turns[0][0] <= now and not self._relay.full:
             job = heapq.heappop(self._turns)[2]
             if self._gone(job):
                 self._sent(job, True)
                 continue
             try:
-                self._copies.send(job)
+                self._relay.send(job, job.message, job.queue)
             except Exception:
                 logger.warning("Could not send back a message of queue %s", job.queue, exc_info=True)
                 self._await_turn(job)
-        self._copies.collect()
+        self._relay.tend()
 
     def wait(self) -> None:
         """Wait a moment for the last confirmations."""
-        self._copies.wait(_FAREWELL)
-
-    def lost(self) -> None:
-        """Close the connections that it has opened itself."""
-        self._copies.close()
+        self._relay.wait(_FAREWELL)
 
     def forget(self) -> None:
         """Forget all messages, with their connection."""
-        self._copies.close()
+        self._relay.close()
         self._turns.clear()
 
-    def _copied(self, job: Any) -> None:
+    def _moved(self, job: Any) -> None:
         gone = self._gone(job)
         if not gone:
             job.message.ack()

@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
-from ..broker.origin import MARK, mark_messages
-from ..broker.relay import restore_origin
+from ..broker.origin import MARK, MOVED, can_be_sent_to, mark_messages, restore_origin
 from ..exceptions import RateLimitExceeded
 from ..gating.engine import Call, Engine, Host
 from ..gating.limit import Demand, Limit
@@ -57,16 +56,15 @@ class _Job:
         self.callback = callback
         self.args = args
         self.message = args[-1]
-        #: Whether it was sent back before.
-        self.copy = restore_origin(self.message)
+        restore_origin(self.message)
         info = self.message.delivery_info
+        #: Whether it was sent back before.
+        self.copy: bool = info.pop(MOVED, False)
         queue = info.pop(MARK, queue)
         #: The queue it came from; if nobody knows that, what comes nearest to it.
         self.queue: str = queue or info.get("routing_key") or ""
-        #: Whether a copy can go to the end of its queue. On Redis a fanout has only subscribers.
-        self.can_return = bool(queue) and queue not in getattr(
-            self.message.channel, "_fanout_queues", ()
-        )
+        #: Whether a copy can go to the end of its queue.
+        self.can_return = queue is not None and can_be_sent_to(self.message.channel, queue)
         self.window = window
         #: Whether it counts among what its window holds.
         self.held = False
@@ -194,15 +192,6 @@ class Session(Host[_Job]):
     def held_by(self) -> Counter[Limit]:
         """How many messages are held because of each limit."""
         return self._engine.held_by
-
-    @property
-    def connections(self) -> list[Any]:
-        """The connections that it has opened itself, and whose heartbeats are to go on."""
-        return self._returning.connections
-
-    def lost(self) -> None:
-        """Close the connections that it has opened itself."""
-        self._returning.lost()
 
     # -- the way of a message ---------------------------------------------------------------------
 
@@ -358,7 +347,12 @@ class Session(Host[_Job]):
             while self._orders:
                 self._orders.popleft()()
             self._follow()
-        self._unsettled = bool(self.held_by or self._engine.paused or self._engine.next_due < math.inf)
+        self._unsettled = bool(
+            self.held_by
+            or self._engine.paused
+            or self._engine.next_due < math.inf
+            or self._returning.next_due < math.inf
+        )
         return handled
 
     def timeout(self, most: float) -> float:
