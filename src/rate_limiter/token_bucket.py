@@ -532,9 +532,7 @@ class TokenBucket:
             return min(delay, _MOST) if delay > 0.0 else _BEHIND_A_WAITER
         step = math.ulp(now + delay)
         while delay < _MOST and not (
-            delay > 0.0
-            and now + delay >= full_at
-            and tokens <= capacity - max(0.0, used - (now + delay - full_at) * rate) + early
+            delay > 0.0 and tokens <= capacity - max(0.0, used - (now + delay - full_at) * rate) + early
         ):
             delay = max(delay, 0.0) + step  # round it up
             step *= 2.0
@@ -654,8 +652,9 @@ class TokenBucket:
     def _tell(self) -> None:
         """Wake the head of the queue, and call the listeners."""
         self._wake_head()
-        if self._listeners is not None:
-            process, listeners = self._listeners
+        known = self._listeners
+        if known is not None:
+            process, listeners = known
             for listener in listeners if process == _process else ():
                 try:
                     listener(self)

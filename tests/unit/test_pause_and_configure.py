@@ -39,6 +39,14 @@ STEPS_OF = {
             (10.5, 1, "allow", 1, True),
         ],
     ),
+    "nothing is so little that a pause would grant it": (
+        (4, 2),
+        [
+            (0, 4, "pause", 10, None),
+            (0, 0, "take_or_delay", 1e-12, 10.0),
+            (9.9, 0, "allow", 1e-12, False),
+        ],
+    ),
     "a longer one extends it": (
         (4, 2),
         [(0, 4, "pause", 10, None), (5, 0, "pause", 10, None), (14, 0, "take_or_delay", 2, 2.0)],

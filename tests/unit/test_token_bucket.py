@@ -127,6 +127,19 @@ def test_more_than_the_capacity(new_bucket):
     assert bucket.tokens == 10
 
 
+@pytest.mark.parametrize("level", [10, 10 - 2.0**-30])
+def test_a_trace_more_than_the_capacity(new_single, level):
+    """What is allowed for rounding does not lift the capacity."""
+    bucket = new_single(10, 1, clock=ManualClock())
+    bucket.charge(10)
+    bucket.refund(level)
+    more = 10 + 2.0**-29
+    assert not bucket.allow(more)
+    with pytest.raises(ValueError, match="at most the capacity 10"):
+        bucket.take_or_delay(more)
+    assert bucket.take_or_delay(10) == 0.0
+
+
 @pytest.mark.parametrize(
     ("level", "refund", "after"),
     [(0, 3, 3), (4, 0.5, 4.5), (4, 6, 10), (4, 7, 10), (10, 1, 10), (0, 1e9, 10)],
@@ -182,13 +195,19 @@ LARGEST = sys.float_info.max
 @pytest.mark.parametrize("share", [1e-6, 1.0])
 def test_forecasts_of_absurd_buckets(new_single, capacity, rate, share):
     """Whatever the numbers are, a forecast is finite and above 0, and the level is a number."""
-    bucket = new_single(capacity, rate, clock=ManualClock(1000.0))
+    clock = ManualClock(1000.0)
+    bucket = new_single(capacity, rate, clock=clock)
     bucket.charge(LARGEST)
     for _ in range(2):
         assert 0.0 < bucket.take_or_delay(share * capacity) <= LARGEST
         bucket.charge(LARGEST)
         assert -LARGEST <= bucket.tokens <= 0
         assert not bucket.allow(capacity)
+    clock.advance(1e-3)
+    assert bucket.take_or_delay(capacity) > 0.0
+    assert -LARGEST <= bucket.tokens <= capacity
+    bucket.configure(capacity=LARGEST)
+    assert -LARGEST <= bucket.tokens <= capacity
 
 
 def test_a_debt_without_end_has_one(new_single):

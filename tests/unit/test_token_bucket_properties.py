@@ -104,6 +104,17 @@ def test_the_excess_stays_owed(new_bucket, ask, capacity, early, due):
         assert granted <= step - (step + 1) * 2.0**-30 + 2.0**-30 + 1e-12
 
 
+def test_a_refusal_is_forgotten_when_a_grant_is_due(new_bucket):
+    """A refusal just before the moment of a grant is not remembered beyond it."""
+    clock = ManualClock()
+    bucket = new_bucket(1, 1, clock=clock)
+    assert bucket.allow(1)
+    clock.now = 1 - 1.5 * 2.0**-30
+    assert not bucket.allow(1)
+    clock.now = 1 - 0.9 * 2.0**-30
+    assert bucket.allow(1)
+
+
 @pytest.mark.parametrize("rate", [10, 3, 7, 0.1, 1.7, 100])
 @pytest.mark.parametrize("burst", [1, 2, 5])
 def test_steps_that_almost_add_up(new_bucket, ask, rate, burst):
