@@ -1,8 +1,9 @@
-"""What becomes of a job that a limit refuses: at the gate, and in the task itself.
+"""How a job ends that a limit refuses: at the gate, and in the task itself.
 
 At the gate there is a ``celery.worker.request.Request`` in the worker's main process, and Celery's own
-code for it ends the job. In the task there is a ``celery.Task`` in the pool, where a job that is not to
-run ends with ``Ignore``. That alone stores no result, and ``get()`` and a chord would wait for ever.
+methods end the job. In the task there is a ``celery.Task`` in the pool, and the job ends with ``Ignore``.
+``Ignore`` stores no result, so the result is stored here first: else ``get()`` and a chord would wait for
+ever.
 """
 
 import logging
@@ -19,7 +20,7 @@ from .returning import has_queue, publish_again
 
 __all__ = ["postpone", "refuse_at_gate", "refuse_in_task"]
 
-#: The header that counts how often a job has been paused, and how often it may be.
+#: The header that counts how often `RetryAfter` has paused a job, and the most often that it may.
 _PAUSES: Final = "rate_limiter_pauses"
 _MOST_PAUSES: Final = 10
 
@@ -48,13 +49,18 @@ def refuse_at_gate(
 
 
 def refuse_in_task(demand: Demand, delay: float, name: str, job: Task | None) -> NoReturn:
-    """End a job, or send it back, from within its task.
+    """End a job, or send it back, from within its task, as the limit's ``when_limited`` says.
 
     Args:
-        demand: What it was refused.
-        delay: When the bucket will have as much, in seconds.
-        name: What to call the limit.
+        demand: The bucket that has no tokens for it, how many it costs, and the limit.
+        delay: Seconds until the bucket will have as many.
+        name: The name of the limit, for the error and the log.
         job: The task; ``None`` for a nested call, which ends with an exception for its caller.
+
+    Raises:
+        RateLimitExceeded: Under ``"raise"``; under ``"retry"`` in a nested or eager call.
+        TaskRevokedError: Under ``"drop"`` in a nested or eager call.
+        Ignore: In all other cases: the job has ended, or was sent back.
 
     """
     bucket, tokens, limit = demand
@@ -95,7 +101,7 @@ def postpone(job: Task, pause: RetryAfter, seconds: float) -> None:
 
 
 def _drop(job: Task, reason: str) -> None:
-    """Do what Request._announce_revoked does in the main process."""
+    """End a job as revoked, as ``Request._announce_revoked`` does in the main process."""
     request = job.request
     logger.info("Dropped %s[%s]: %s", job.name, request.id, reason)
     job.backend.mark_as_revoked(

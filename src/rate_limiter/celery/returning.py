@@ -122,16 +122,15 @@ class Returning:
             self._consumer.timer.cancel(self._timer)
             self._timer = None
         if due < math.inf:
-            # Other timers than Celery's event loop and those of green pools are threads.
+            # Without an event loop, and on no green pool, Celery's timer is a thread.
             look = self._look if self._has_timer else partial(self._consumer.call_soon, self._look)
             self._look_at = due
             self._timer = self._consumer.timer.call_at(due, look)
 
     def _look(self) -> None:
         with self._lock:
-            self._timer = (
-                None  # on gevent to cancel it now would be to kill the greenlet that runs this
-            )
+            # It has fired. On gevent a cancel would kill the greenlet that runs this.
+            self._timer = None
             if not self._stopping:
                 self._relay.tend()
                 self._look_again()
