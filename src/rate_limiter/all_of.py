@@ -7,7 +7,7 @@ from time import monotonic
 from typing import NamedTuple, Protocol
 
 from .bucket import Bucket
-from .checks import not_negative, positive
+from .checks import not_negative
 
 __all__ = [
     "AllOf",
@@ -80,8 +80,16 @@ class AllOf:
 
     def allow(self, tokens: float = 1) -> bool:
         """Take from all buckets now, or from none. See `TokenBucket.allow`."""
-        cost = positive("tokens", tokens)
-        return cost <= self.capacity and not take_all_or_delay(self._demands(cost))[0]
+        taken = 0
+        try:
+            for bucket in self.buckets:
+                if not bucket.allow(tokens):
+                    return False
+                taken += 1
+        finally:
+            if 0 < taken < len(self.buckets):
+                give_back(self._demands(tokens)[:taken])
+        return True
 
     try_consume = allow
 
