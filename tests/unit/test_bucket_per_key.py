@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 import sys
 import threading
 import weakref
@@ -14,6 +15,7 @@ from uuid import UUID
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import in_child
 
 from rate_limiter import Bucket, BucketPerKey
 from rate_limiter.testing import ManualClock
@@ -350,6 +352,36 @@ def test_an_interrupted_new_key_loses_no_bucket(keys):
         for tenants in interrupted(strike, keys, hold):
             assert not tenants[keys["empty"]].allow()
             assert [tenants[keys["new"]].allow() for _ in range(2)] == [True, False]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_fork_while_another_thread_makes_a_key(clock):
+    """A child can use the buckets, and forgets full ones, whatever another thread was doing."""
+    asked, go_on = threading.Event(), threading.Event()
+
+    def limits(key):
+        if key == "full" and len(tenants):  # it is to be forgotten
+            asked.set()
+            go_on.wait(30)
+
+    tenants = BucketPerKey(1, 1, limits=limits, clock=clock)
+    assert tenants["full"].allow()
+    clock.advance(1)
+    thread = threading.Thread(target=tenants.__getitem__, args=("new",))
+    thread.start()
+    assert asked.wait(30)
+
+    def check():
+        go_on.set()
+        for number in range(10):
+            tenants[number].allow()
+            clock.advance(1)
+        return list(tenants)
+
+    assert set(in_child(check)) <= {"full", 8, 9}  # the thread that is gone still holds "full"
+    go_on.set()
+    thread.join()
 
 
 def test_it_can_be_collected(clock):
