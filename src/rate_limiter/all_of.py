@@ -1,41 +1,64 @@
-"""Several buckets taken as one: the one place that takes from several, all or nothing."""
+"""Several buckets as one. All taking from several buckets at a time stands here."""
 
-import math
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from time import monotonic
-from typing import Any
+from typing import NamedTuple, Protocol
 
 from .bucket import Bucket
 from .checks import not_negative
 
-__all__ = ["AllOf", "charge_refilled", "members", "take_all_or_delay"]
+__all__ = [
+    "AllOf",
+    "Demand",
+    "charge_refilled",
+    "give_back",
+    "members",
+    "take_all_or_delay",
+    "take_all_or_longest_delay",
+    "wait_for_all",
+]
+
+
+class Demand(Protocol):
+    """So many tokens from this bucket. In what is paid together each bucket stands once."""
+
+    @property
+    def bucket(self) -> Bucket: ...  # noqa: D102
+    @property
+    def tokens(self) -> float: ...  # noqa: D102
 
 
 class AllOf:
     """Several buckets as one: takes the tokens from all of them, or from none.
 
-    Ten a second and at most a thousand a day: ``AllOf(TokenBucket(10, 10), TokenBucket(1000, 1000 /
-    86400))``. What one refuses costs the others nothing. It is itself a `Bucket`.
+    It keeps the limit of each bucket: ``capacity + tokens_per_second * t`` in any span of ``t`` seconds.
+    At most ten in any second, and at most 1,000 in any 24 hours (500 + 500)::
+
+        AllOf(TokenBucket(5, 5), TokenBucket(500, 500 / 86400))
+
+    A refusal by one bucket costs the others nothing. An ``AllOf`` is itself a `Bucket`.
 
     Args:
         buckets: At least one.
 
     Raises:
-        TypeError: One of them is no bucket.
-        ValueError: There is none, or the same one twice.
+        TypeError: An argument is not a bucket.
+        ValueError: There is no argument, or a bucket is named twice, be it inside another ``AllOf``.
 
     """
 
     def __init__(self, *buckets: Bucket) -> None:
         for bucket in buckets:
-            if isinstance(bucket, type) or not isinstance(bucket, Bucket):
+            if not isinstance(bucket, Bucket):
                 raise TypeError(f"AllOf takes buckets, not {bucket!r}")
         if not buckets:
             raise ValueError("AllOf needs at least one bucket")
         self.buckets = buckets
-        single = list(map(id, members(self)))
+        single = list(members(self))
         if len(set(single)) < len(single):
-            raise ValueError("AllOf was given the same bucket twice; it would pay twice")
+            raise ValueError(f"AllOf was given the same bucket twice, it would pay twice: {buckets!r}")
 
     def __repr__(self) -> str:
         return f"AllOf({', '.join(map(repr, self.buckets))})"
@@ -52,21 +75,20 @@ class AllOf:
 
     @property
     def tokens(self) -> float:
-        """The tokens that are there in all of them."""
+        """The lowest level: as many tokens are in every bucket now."""
         return min(bucket.tokens for bucket in self.buckets)
 
     def allow(self, tokens: float = 1) -> bool:
         """Take from all buckets now, or from none. See `TokenBucket.allow`."""
-        taken: list[Bucket] = []
+        taken = 0
         try:
             for bucket in self.buckets:
                 if not bucket.allow(tokens):
                     return False
-                taken.append(bucket)
+                taken += 1
         finally:
-            if len(taken) < len(self.buckets):
-                for bucket in taken:
-                    bucket.refund(tokens)
+            if 0 < taken < len(self.buckets):
+                give_back(self._demands(tokens)[:taken])
         return True
 
     try_consume = allow
@@ -74,49 +96,21 @@ class AllOf:
     def wait(self, tokens: float = 1, *, timeout: float | None = None) -> None:
         """Block until all buckets have granted the tokens. See `TokenBucket.wait`.
 
-        It stands in the queue of one bucket after the other, the slowest first, and keeps what it has:
-        first come, first served at each, and no two that wait can stop each other. So each bucket holds
-        its rate by what it grants; but if a later one stalls, several threads that have the others'
-        tokens already may return at once. ``timeout`` counts by the real clock, also where a bucket has
-        another one; after it everything is given back.
+        It waits at one bucket after the other, at the slowest first, and keeps the tokens it has got.
+        Each bucket serves its callers in order, and no two callers can block each other. Each bucket
+        grants at its own rate; but if a later bucket stalls, several threads that already have the
+        tokens of the earlier ones may return at the same time. ``timeout`` is in seconds of real time,
+        also where a bucket has another clock; after it all tokens are given back.
         """
-        deadline = math.inf if timeout is None else monotonic() + not_negative(timeout)
-        delay, slowest = self._take(tokens)
-        if not delay:
-            return
-        taken: list[Bucket] = []
-        try:
-            for bucket in sorted(self.buckets, key=lambda bucket: bucket is not slowest):
-                left = None if timeout is None else max(0.0, deadline - monotonic())
-                bucket.wait(tokens, timeout=left)
-                taken.append(bucket)
-        except BaseException:
-            for bucket in taken:
-                bucket.refund(tokens)
-            raise
-        charge_refilled([(bucket, tokens) for bucket in taken[:-1]])
+        wait_for_all([(self._demands(tokens), timeout)])
 
     def take_or_delay(self, tokens: float = 1) -> float:
-        """Take from all buckets, or return the delay of the slowest. See `TokenBucket.take_or_delay`."""
-        return self._take(tokens)[0]
-
-    def _take(self, tokens: float) -> tuple[float, Bucket]:
-        """Take from all, or return the longest delay, and whose that is."""
-        delay, refused = take_all_or_delay([(bucket, tokens) for bucket in self.buckets])
-        slowest = self.buckets[refused]
-        if delay:
-            for bucket in self.buckets[refused + 1 :]:
-                other = bucket.take_or_delay(tokens)
-                if not other:
-                    bucket.refund(tokens)
-                elif other > delay:
-                    delay, slowest = other, bucket
-        return delay, slowest
+        """Take from all buckets, or return the longest delay. See `TokenBucket.take_or_delay`."""
+        return take_all_or_longest_delay(self._demands(tokens))[0]
 
     def refund(self, tokens: float) -> None:
         """Give back to all of them."""
-        for bucket in self.buckets:
-            bucket.refund(tokens)
+        give_back(self._demands(tokens))
 
     def charge(self, tokens: float) -> None:
         """Take from all of them without asking."""
@@ -131,12 +125,20 @@ class AllOf:
     def configure(
         self, *, capacity: float | None = None, tokens_per_second: float | None = None
     ) -> None:
-        """Raise ``TypeError``: the numbers are those of its buckets, so configure these."""
+        """Raise ``TypeError``: an ``AllOf`` has no numbers of its own. Configure one of its buckets."""
         raise TypeError("AllOf has no capacity and no rate of its own: configure one of its buckets")
+
+    def _demands(self, tokens: float) -> list["_Share"]:
+        return [_Share(bucket, tokens) for bucket in self.buckets]
+
+
+class _Share(NamedTuple):
+    bucket: Bucket
+    tokens: float
 
 
 def members(bucket: Bucket) -> Iterator[Bucket]:
-    """Yield the buckets that a bucket is made of: itself, or what an `AllOf` stands for."""
+    """Yield the bucket itself, or for an `AllOf` the buckets in it, however nested."""
     if isinstance(bucket, AllOf):
         for each in bucket.buckets:
             yield from members(each)
@@ -144,42 +146,119 @@ def members(bucket: Bucket) -> Iterator[Bucket]:
         yield bucket
 
 
-def charge_refilled(taken: Iterable[tuple[Any, ...]]) -> None:
-    """Charge buckets as if tokens that were taken a while ago were taken only now.
-
-    Args:
-        taken: Tuples that begin with a bucket and the tokens that were taken from it.
-
-    """
-    for bucket, tokens, *_ in taken:
-        refilled = min(tokens, bucket.tokens + tokens - bucket.capacity)
-        if refilled > 0.0:  # it has been full since, for all that
-            bucket.charge(refilled)
-
-
-def take_all_or_delay(demands: Sequence[tuple[Any, ...]]) -> tuple[float, int]:
-    """Take from several buckets, from all or from none.
-
-    Args:
-        demands: Tuples that begin with a bucket and the tokens to take from it.
+def take_all_or_delay(demands: Sequence[Demand]) -> tuple[float, int]:
+    """Take all tokens or none, and ask no bucket after the first that refuses.
 
     Returns:
-        ``0.0`` when all was taken. Otherwise nothing was, and it is the seconds until it makes sense
-        to ask again the bucket at the position that is returned with it.
+        ``0.0`` and 0 if all were taken. Otherwise nothing is taken: the delay in seconds of the first
+        bucket that refused, and its position.
 
     Raises:
-        ValueError: As `TokenBucket.take_or_delay`.
+        ValueError: As `TokenBucket.take_or_delay`. Nothing is taken.
 
     """
     taken = 0
     try:
         for demand in demands:
-            delay = demand[0].take_or_delay(demand[1])
+            delay = demand.bucket.take_or_delay(demand.tokens)
             if delay:
                 return delay, taken
             taken += 1
     finally:
         if taken < len(demands):
-            for demand in demands[:taken]:
-                demand[0].refund(demand[1])
+            give_back(demands[:taken])
     return 0.0, 0
+
+
+def take_all_or_longest_delay(demands: Sequence[Demand]) -> tuple[float, int]:
+    """Take all tokens or none, and ask every bucket.
+
+    Returns:
+        ``0.0`` and 0 if all were taken. Otherwise nothing is taken: the longest delay in seconds, and
+        the position of its bucket.
+
+    Raises:
+        ValueError: As `TokenBucket.take_or_delay`. Nothing is taken.
+
+    """
+    delays = _take_all_or_delays(demands)
+    longest = max(delays)
+    return longest, delays.index(longest)
+
+
+def wait_for_all(waits: Iterable[tuple[Sequence[Demand], float | None]]) -> bool:
+    """Block until the tokens of all groups are taken.
+
+    A group that can be taken at once is taken, all of it or none. Then it waits at one bucket after the
+    other and keeps the tokens it has got: at the slowest first, so that the other buckets keep their
+    tokens for as long as possible.
+
+    Args:
+        waits: The groups: demands, and the most seconds of real time to wait for them; ``None``: no
+            limit. The time of a group begins when the wait for its first bucket begins.
+
+    Returns:
+        Whether it had to wait.
+
+    Raises:
+        RateLimitExceeded: As `TokenBucket.wait`, or the time is up. Nothing is taken: all tokens are
+            given back, as after any other exception.
+        ValueError: As `TokenBucket.wait`.
+
+    """
+    taken: list[Demand] = []
+    refused: list[tuple[float, list[Demand], float | None]] = []
+    try:
+        for demands, timeout in waits:
+            most = None if timeout is None else not_negative(timeout)
+            delays = _take_all_or_delays(demands)
+            if any(delays):
+                order = sorted(range(len(demands)), key=delays.__getitem__, reverse=True)
+                refused.append((max(delays), [demands[index] for index in order], most))
+            else:
+                taken += demands
+        for _, slowest_first, most in sorted(refused, key=itemgetter(0), reverse=True):
+            began, left = monotonic(), most
+            for demand in slowest_first:
+                demand.bucket.wait(demand.tokens, timeout=left)
+                taken.append(demand)
+                if most is not None:
+                    left = max(0.0, most - (monotonic() - began))
+        if refused:
+            charge_refilled(taken[:-1])
+    except BaseException:
+        give_back(taken)
+        raise
+    return bool(refused)
+
+
+def give_back(demands: Iterable[Demand]) -> None:
+    """Refund tokens that were taken; also those of the other buckets, if the refund of one raises."""
+    with contextlib.ExitStack() as refunds:
+        for demand in demands:
+            refunds.callback(demand.bucket.refund, demand.tokens)
+
+
+def charge_refilled(demands: Iterable[Demand]) -> None:
+    """Make tokens that were taken before a wait count as taken now.
+
+    A bucket that has become full since then would hold fewer tokens if they were taken only now: the
+    difference is charged.
+    """
+    for demand in demands:
+        bucket, tokens = demand.bucket, demand.tokens
+        refilled = min(tokens, bucket.tokens + tokens - bucket.capacity)
+        if refilled > 0.0:
+            bucket.charge(refilled)
+
+
+def _take_all_or_delays(demands: Sequence[Demand]) -> list[float]:
+    """Take all tokens or none, ask every bucket, and return the delay of each."""
+    delays: list[float] = []
+    try:
+        for demand in demands:
+            delays.append(demand.bucket.take_or_delay(demand.tokens))  # noqa: PERF401 - may raise
+    finally:
+        if any(delays) or len(delays) < len(demands):
+            give_back(demand for demand, delay in zip(demands, delays, strict=False) if not delay)
+    return delays

@@ -1,34 +1,42 @@
-"""One bucket per tenant, account or whatever a key stands for."""
+"""One bucket per key: per tenant, per account."""
 
 import logging
 import math
 import os
+import reprlib
 import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Final
+from uuid import UUID
 
 from .checks import positive, whole
 from .token_bucket import TokenBucket
 
 __all__ = ["BucketPerKey", "Key"]
 
-#: What may stand for a tenant.
-Key = str | int | tuple[Any, ...]
+#: The types of a key. The parts of a tuple are of the other types.
+Key = str | int | UUID | tuple[Any, ...]
 
 logger = logging.getLogger("rate_limiter")
 
+#: The most characters of a key, as text.
 _LONGEST_KEY: Final = 200
 
-#: How many buckets are looked at when a new one is made: so many may be forgotten, oldest first.
-_LOOKS: Final = 2
-#: And when there is no room.
-_LOOKS_FOR_ROOM: Final = 64
+#: Values of exactly these types are equal only if they are the same key. Others are checked at each
+#: look-up: a dict finds the key 1 for 1.0 as well.
+_PLAIN: Final = frozenset({str, int, UUID})
 
-#: How many hold an object. Other Pythons than CPython cannot tell: there nothing is forgotten.
-_holders: Final[Callable[[object], float]] = getattr(sys, "getrefcount", lambda _: math.inf)
+#: How many buckets a new key checks, and forgets if they are full.
+_CHECKS: Final = 2
+#: The same at ``max_keys``.
+_CHECKS_AT_MAX_KEYS: Final = 64
+
+#: Returns how many references an object has. Only CPython can tell; elsewhere no bucket is forgotten.
+_references: Final[Callable[[object], float]] = getattr(sys, "getrefcount", lambda _: math.inf)
 
 
 class BucketPerKey:
@@ -37,26 +45,28 @@ class BucketPerKey:
         per_tenant = BucketPerKey(capacity=10, tokens_per_second=5)
         per_tenant["acme"].allow()
 
-    It forgets full buckets, for a full bucket is a new bucket: little by little, when new ones are
-    made. One that is not full, that anybody still holds, or that was configured, is never forgotten, so
-    nobody gets more tokens by cycling through keys.
+    Each new key makes it check a few buckets and forget those that are full, for a full bucket is the
+    same as a new one. It never forgets a bucket that is not full, that somebody holds a reference to, or
+    that was configured. So nobody gets more tokens by using many keys in turn.
 
     Args:
         capacity: The capacity of each bucket. Above 0.
         tokens_per_second: The rate of each bucket. Above 0.
-        max_keys: The most buckets that are kept. Beyond it, new keys share one bucket more, at the
-            rate above, until others are full. Told once, by a warning.
-        limits: Called with a key when its bucket is made; returns ``(capacity, tokens_per_second)``
-            for it (premium, standard, free), or ``None``: as above. It may be called again for the
-            same key.
+        max_keys: The most buckets that are kept. Until one of them is full, all further keys share one
+            more bucket of the capacity and rate above. The first time it logs a warning.
+        limits: Called with a key when its bucket is made. Returns the key's own ``(capacity,
+            tokens_per_second)`` (premium, standard, free), or ``None`` for those above. It may be
+            called again for the same key.
         clock: As in `TokenBucket`.
 
     Raises:
         ValueError: A number is not above 0, or is not finite.
         TypeError: An argument has the wrong type.
 
-    A key is a ``str``, an ``int``, or a tuple of them, of at most 200 characters. A forked child counts
-    on its own from the parent's levels on; buckets per key cannot be shared between processes.
+    A key is a ``str``, an ``int``, a ``UUID``, or a tuple of these, of at most 200 characters as text.
+    Equal keys have the same bucket: ``True`` is the key 1; a ``UUID`` and its text are two keys. Buckets
+    per key cannot be shared between processes: a forked child starts with the parent's levels and
+    counts on its own.
 
     """
 
@@ -76,9 +86,17 @@ class BucketPerKey:
         self.max_keys = whole("max_keys", max_keys)
         self.limits = limits
         self._clock = clock
-        #: By key; those that were looked at longest ago come first.
+        # A signal handler may interrupt a thread that holds the lock, and make a key too. So a bucket is
+        # at every moment in one of the two dicts.
         self._buckets: dict[Key, TokenBucket] = {}
-        self._overflow: TokenBucket | None = None
+        #: The bucket that is about to be forgotten.
+        self._leaving: dict[Key, TokenBucket] = {}
+        self._forgetting = False
+        #: The keys; those whose buckets were checked longest ago come first. A key may stand here twice.
+        self._order: deque[Key] = deque()
+        #: The bucket of all keys beyond `max_keys`.
+        self._overflow = TokenBucket(self.capacity, self.tokens_per_second, clock=clock)
+        self._overflowed = False
         self._lock = threading.RLock()
         _all.add(self)
 
@@ -86,22 +104,24 @@ class BucketPerKey:
         """Return the bucket of a key.
 
         Raises:
-            TypeError: The key is neither ``str`` nor ``int`` nor a tuple of them.
-            ValueError: It has more than 200 characters.
+            TypeError: The key is not a ``str``, an ``int``, a ``UUID`` or a tuple of these.
+            ValueError: It has more than 200 characters as text.
 
         """
-        try:
+        if type(key) in _PLAIN or (
+            isinstance(key, tuple) and len(key) <= _LONGEST_KEY and _PLAIN.issuperset(map(type, key))
+        ):
             bucket = self._buckets.get(key)
-        except TypeError:  # it cannot be hashed
-            bucket = None
-        return self._make(key) if bucket is None else bucket
+            if bucket is not None:
+                return bucket
+        return self._find_or_make(key)
 
     def __len__(self) -> int:
-        """How many buckets there are."""
+        """Return the number of buckets."""
         return len(self._buckets)
 
     def __bool__(self) -> bool:
-        """Whether it is one: it is, without any key too."""
+        """Return ``True``, also without any key."""
         return True
 
     def __iter__(self) -> Iterator[Key]:
@@ -114,18 +134,23 @@ class BucketPerKey:
             f"{len(self)} keys>"
         )
 
-    def _make(self, key: Key) -> TokenBucket:
+    def _find_or_make(self, key: Key) -> TokenBucket:
         _check(key)
-        capacity, rate = self._limits_of(key)
+        bucket = self._buckets.get(key)
+        if bucket is not None:
+            return bucket
+        limits = self._limits_of(key)
         with self._lock:
-            bucket = self._buckets.get(key)
-            if bucket is not None:  # another thread was faster
-                return bucket
-            self._forget_full(_LOOKS if len(self) < self.max_keys else _LOOKS_FOR_ROOM)
+            # Another thread was faster; or this is a signal handler, and the bucket is to stay now.
+            bucket = self._buckets.get(key) or self._leaving.get(key)
+            if bucket is not None:
+                return self._buckets.setdefault(key, bucket)
+            self._forget_full(_CHECKS if len(self) < self.max_keys else _CHECKS_AT_MAX_KEYS)
             if len(self) >= self.max_keys:
                 return self._shared_by_the_rest()
-            bucket = self._buckets[key] = TokenBucket(capacity, rate, clock=self._clock)
-            return bucket
+            bucket = TokenBucket(*limits, clock=self._clock)
+            self._order.append(key)
+            return self._buckets.setdefault(key, bucket)
 
     def _limits_of(self, key: Key) -> tuple[float, float]:
         own = None if self.limits is None else self.limits(key)
@@ -137,52 +162,86 @@ class BucketPerKey:
             raise TypeError(
                 f"limits must return (capacity, tokens_per_second) or None, not {own!r}"
             ) from None
-        return capacity, rate
+        return positive("capacity", capacity), positive("tokens_per_second", rate)
 
-    def _forget_full(self, looks: int) -> None:
-        for _ in range(min(looks, len(self._buckets))):
-            key = next(iter(self._buckets))
-            bucket = self._buckets.pop(key)
-            # Out of reach now: whoever holds it besides this variable had it before.
-            if (
-                _holders(bucket) > _ALONE
-                or bucket.tokens < bucket.capacity
-                or self._is_own(key, bucket)
-            ):
-                self._buckets[key] = bucket  # as the last one
-            del bucket
-
-    def _is_own(self, key: Key, bucket: TokenBucket) -> bool:
-        """Whether a bucket was configured: made anew it would be another."""
+    def _forget_full(self, checks: int) -> None:
+        """Check so many buckets, and forget those that are full."""
+        if self._forgetting:  # this is a signal handler
+            return
+        self._forgetting = True
         try:
-            return (bucket.capacity, bucket.tokens_per_second) != self._limits_of(key)
-        except Exception:  # noqa: BLE001 - limits=… cannot tell now
+            # If an exception, or a fork, interrupted this before, a bucket is left there.
+            self._buckets.update(self._leaving)
+            for _ in range(min(checks, len(self._order))):
+                if self._forget(self._order[0]):
+                    self._order.popleft()
+                else:
+                    self._order.rotate(-1)
+        finally:
+            self._forgetting = False
+
+    def _forget(self, key: Key) -> bool:
+        """Forget the bucket of a key if it is as a new one; return whether the key has no bucket now."""
+        bucket = self._buckets.get(key)
+        if bucket is None:
             return True
+        if bucket.tokens < bucket.capacity:
+            return False
+        try:
+            limits = self._limits_of(key)
+        except Exception:  # noqa: BLE001 - of the user's function: the bucket may have been configured
+            return False
+        self._leaving[key] = bucket
+        del self._buckets[key]
+        # No other thread can find the bucket now. One that found it before holds a reference.
+        if (
+            _references(bucket) > _UNUSED
+            or bucket.tokens < bucket.capacity
+            or (bucket.capacity, bucket.tokens_per_second) != limits
+        ):
+            self._buckets[key] = bucket
+        self._leaving.clear()
+        return key not in self._buckets
 
     def _shared_by_the_rest(self) -> TokenBucket:
-        if self._overflow is None:
-            self._overflow = TokenBucket(self.capacity, self.tokens_per_second, clock=self._clock)
+        if not self._overflowed:
+            self._overflowed = True
             logger.warning("%r is at max_keys: new keys share one bucket until others are full", self)
         return self._overflow
 
 
 def _check(key: Any) -> None:
     parts = key if isinstance(key, tuple) else (key,)
+    characters = 0
     for part in parts:
-        if not isinstance(part, str | int):
-            raise TypeError(f"key must be a str, an int or a tuple of them, not {key!r:.200}")
-    if sum(len(part) if isinstance(part, str) else part.bit_length() / 3.3 for part in parts) > (
-        _LONGEST_KEY
-    ):
-        raise ValueError(f"key must have at most {_LONGEST_KEY} characters, not {key!r:.50}…")
+        if isinstance(part, str):
+            characters += len(part) or 1
+        elif isinstance(part, int):
+            characters += len(f"{part:d}") if part.bit_length() < 4 * _LONGEST_KEY else _LONGEST_KEY + 1
+        elif isinstance(part, UUID):
+            characters += len(str(part))
+        else:
+            raise TypeError(
+                f"key must be a str, an int, a UUID or a tuple of them, not {_shortened(key)}"
+            )
+        if characters > _LONGEST_KEY:
+            raise ValueError(f"key must have at most {_LONGEST_KEY} characters, not {_shortened(key)}")
 
 
-def _held_by_a_variable() -> float:
-    held = {"key": object()}.pop("key")
-    return min(_holders(held), 9.0)
+def _shortened(key: Any) -> str:
+    try:
+        return reprlib.repr(key)
+    except ValueError:  # Python prints no int of over 4,300 digits
+        return "one with an int that is too long to print"
 
 
-_ALONE: Final = _held_by_a_variable()
+def _references_if_unused() -> float:
+    leaving = {"key": object()}
+    bucket = leaving["key"]
+    return min(_references(bucket), 9.0)
+
+
+_UNUSED: Final = _references_if_unused()
 
 _all: "weakref.WeakSet[BucketPerKey]" = weakref.WeakSet()
 
@@ -191,6 +250,7 @@ def _after_fork_in_child() -> None:
     """Of all threads only the forking one lives on: a lock another held would never be released."""
     for buckets in list(_all):
         buckets._lock = threading.RLock()
+        buckets._forgetting = False
 
 
 if hasattr(os, "register_at_fork"):

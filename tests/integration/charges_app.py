@@ -108,11 +108,13 @@ if gate or CONFIG["pool"] != "prefork":
     class Tenants(BucketPerKey):
         """Notes what is taken, by key."""
 
-        def _make(self, key):
-            made = super()._make(key)
-            noted = NotedBucket(f"tenant {key}", made.capacity, made.tokens_per_second)
-            self._buckets[key] = noted
-            return noted
+        def __getitem__(self, key):
+            made = super().__getitem__(key)
+            if key not in noted:
+                noted[key] = NotedBucket(f"tenant {key}", made.capacity, made.tokens_per_second)
+            return noted[key]
+
+    noted = {}
 
     @app.task(name="tenant's")
     @throttle(Tenants(1, 5), key=lambda tenant, *_: tenant)

@@ -279,7 +279,7 @@ def test_a_tenants_backlog_stands_before_nobody(broker):
     assert len(big) < 20
     ((body, error),) = worker.refused
     assert body == "lost"
-    assert "key must be a str, an int or a tuple of them, not 1.5" in str(error)
+    assert "key must be a str, an int, a UUID or a tuple of them, not 1.5" in str(error)
 
 
 def test_limits_are_announced_once(broker, caplog):

@@ -1,9 +1,12 @@
 """Several buckets as one."""
 
+from typing import NamedTuple
+
 import pytest
 from waiters import Job
 
 from rate_limiter import AllOf, Bucket, RateLimitExceeded, SharedTokenBucket, TokenBucket
+from rate_limiter.all_of import take_all_or_delay, take_all_or_longest_delay, wait_for_all
 from rate_limiter.testing import ManualClock
 
 
@@ -69,6 +72,14 @@ def test_wait_with_timeout_takes_nothing(both, buckets):
     with pytest.raises(RateLimitExceeded):
         both.wait(timeout=0.5)
     assert [bucket.tokens for bucket in buckets] == [0, 0]
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan"), "1"])
+def test_wrong_timeout_costs_nothing(both, timeout):
+    """A timeout that is none raises, also where the tokens are there."""
+    with pytest.raises((ValueError, TypeError), match="timeout must be"):
+        both.wait(timeout=timeout)
+    assert both.tokens == 2
 
 
 def test_wait_knows_the_slowest(clock):
@@ -168,6 +179,131 @@ def test_same_bucket_twice(buckets):
         AllOf(buckets[0], buckets[0])
     with pytest.raises(ValueError, match="twice"):
         AllOf(AllOf(*buckets), buckets[0])
+
+
+class Named(TokenBucket):
+    """A bucket that any number of objects stand for, as one on a server."""
+
+    __slots__ = ()
+
+    def __eq__(self, other):
+        return isinstance(other, Named)
+
+    def __hash__(self):
+        return 1
+
+
+def test_equal_buckets_are_the_same_bucket():
+    """Two objects that are equal stand for one bucket, which would pay twice."""
+    with pytest.raises(ValueError, match="twice"):
+        AllOf(Named(2, 1), AllOf(TokenBucket(2, 1), Named(2, 1)))
+
+
+def test_keeps_the_limit_of_each_bucket(clock):
+    """The example of its docstring: at most ten in any second, at most 1,000 in any 24 hours."""
+    both = AllOf(
+        TokenBucket(5, 5, clock=clock),
+        TokenBucket(500, 500 / 86400, clock=clock),
+    )
+    granted = []
+    for _ in range(1700):
+        both.wait()
+        granted.append(clock())
+    for span, most in ((1, 10), (86400, 1000)):
+        assert all(late - early >= span for early, late in zip(granted, granted[most:], strict=False))
+    assert granted[998] < 86400  # no fewer either
+
+
+class Share(NamedTuple):
+    """So many tokens of a bucket."""
+
+    bucket: TokenBucket
+    tokens: float
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_which_bucket_refuses(buckets, order):
+    """The first bucket that refuses, or the one that refuses for longest; none of them pays."""
+    fast, slow = (Share(bucket, 1) for bucket in buckets)
+    third = Share(TokenBucket(1, 1), 1)
+    for bucket in buckets:
+        bucket.allow(bucket.capacity)
+    demands = [third, *[fast, slow][::order]]
+    assert take_all_or_delay(demands) == (pytest.approx(1 if order == 1 else 10), 1)
+    assert take_all_or_longest_delay(demands) == (pytest.approx(10), demands.index(slow))
+    assert third.bucket.tokens == 1
+    assert take_all_or_delay([third]) == (0.0, 0)
+    assert third.bucket.tokens == pytest.approx(0, abs=0.1)
+
+
+def test_waits_for_the_slowest_first_and_keeps_what_it_has(clock):
+    """Groups that grant at once are taken; then the slowest is waited for, and what refilled is charged."""
+    asked = []
+
+    class Watched(TokenBucket):
+        __slots__ = ()
+
+        def wait(self, tokens=1, *, timeout=None):
+            asked.append((self, timeout, free.tokens))
+            super().wait(tokens, timeout=timeout)
+
+    free, fast, slow, other = (Watched(2, rate, clock=clock) for rate in (1, 0.5, 0.1, 0.2))
+    assert not wait_for_all([([Share(free, 1)], None)])
+    clock.advance(1)
+    for bucket in (fast, slow, other):
+        bucket.allow(2)
+    both = [Share(fast, 1), Share(slow, 1)]
+    assert wait_for_all([([Share(free, 2)], 1), ([Share(other, 1)], 5), (both, None)])
+    assert asked == [(slow, None, 0), (fast, None, 2), (other, 5, 2)]
+    assert clock() == pytest.approx(11)
+    assert [bucket.tokens for bucket in (free, fast, slow, other)] == pytest.approx([0, 1, 0, 1])
+
+
+def test_time_of_a_group_is_for_all_its_buckets(clock, monkeypatch):
+    """The time that the first bucket of a group took is missing at the second, by the real clock."""
+    left = []
+
+    class Slow(TokenBucket):
+        __slots__ = ()
+
+        def wait(self, tokens=1, *, timeout=None):
+            left.append(timeout)
+            now[0] += 4
+            self.refund(tokens)
+
+    now = [0.0]
+    monkeypatch.setattr("rate_limiter.all_of.monotonic", lambda: now[0])
+    both = AllOf(Slow(1, 1, clock=clock), Slow(1, 1, clock=clock))
+    both.allow()
+    both.wait(timeout=5)
+    assert left == [5, 1]
+
+
+@pytest.mark.parametrize("ask", [AllOf.allow, AllOf.take_or_delay])
+def test_error_of_one_costs_the_others_nothing(clock, ask):
+    """If one bucket raises, the others get back what they gave, whatever their refund does."""
+
+    class Broken(TokenBucket):
+        __slots__ = ()
+
+        def take_or_delay(self, tokens=1):
+            raise ConnectionError
+
+        allow = take_or_delay
+
+        def refund(self, tokens):
+            super().refund(tokens)
+            raise ConnectionError
+
+    class Deaf(Broken):
+        __slots__ = ()
+        take_or_delay = TokenBucket.take_or_delay
+        allow = TokenBucket.allow
+
+    good, deaf = TokenBucket(2, 1, clock=clock), Deaf(2, 1, clock=clock)
+    with pytest.raises(ConnectionError):
+        ask(AllOf(good, deaf, Broken(2, 1, clock=clock)))
+    assert (good.tokens, deaf.tokens) == (2, 2)
 
 
 def test_more_than_capacity(both):

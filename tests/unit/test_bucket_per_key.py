@@ -2,13 +2,20 @@
 
 import gc
 import logging
+import os
+import sys
 import threading
 import weakref
+from decimal import Decimal
 from fractions import Fraction
+from http import HTTPStatus
+from itertools import count
+from uuid import UUID
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import in_child
 
 from rate_limiter import Bucket, BucketPerKey
 from rate_limiter.testing import ManualClock
@@ -31,9 +38,27 @@ def test_each_key_has_its_own_bucket(clock):
     assert sorted(tenants) == ["a", "b"]
 
 
-@pytest.mark.parametrize("key", ["acme", "", "x" * 200, 7, -(10**100), ("acme", 7), ()])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "acme",
+        "",
+        "x" * 200,
+        7,
+        -(10**198),
+        True,
+        HTTPStatus.OK,
+        UUID(int=7),
+        ("acme", 7, UUID(int=7)),
+        ("acme", True),
+        (),
+        (0,) * 200,
+        ("",) * 200,
+        (UUID(int=7),) * 5,
+    ],
+)
 def test_what_may_be_a_key(key, clock):
-    """A str, an int, or a tuple of them."""
+    """A str, an int, a UUID, or a tuple of them, up to 200 characters."""
     tenants = BucketPerKey(1, 1, clock=clock)
     assert tenants[key].allow()
     assert not tenants[key].allow()
@@ -42,7 +67,7 @@ def test_what_may_be_a_key(key, clock):
 @pytest.mark.parametrize(
     ("key", "error", "text"),
     [
-        (None, TypeError, "key must be a str, an int or a tuple of them, not None"),
+        (None, TypeError, "key must be a str, an int, a UUID or a tuple of them, not None"),
         (1.5, TypeError, "not 1.5"),
         (["acme"], TypeError, r"not \['acme'\]"),
         (("acme", None), TypeError, r"not \('acme', None\)"),
@@ -50,7 +75,14 @@ def test_what_may_be_a_key(key, clock):
         (b"acme", TypeError, "not b'acme'"),
         ("x" * 201, ValueError, "key must have at most 200 characters, not 'xxx"),
         (("x" * 100, "y" * 101), ValueError, "at most 200 characters"),
-        (10**201, ValueError, "at most 200 characters"),
+        (10**200, ValueError, "at most 200 characters"),
+        (-(10**199), ValueError, "at most 200 characters"),
+        pytest.param(10**5000, ValueError, "at most 200 .* not one with an int that is too", id="long"),
+        ((0,) * 201, ValueError, "at most 200 characters"),
+        ((0,) * 200_000, ValueError, "at most 200 characters"),
+        (("",) * 201, ValueError, "at most 200 characters"),
+        ((UUID(int=7),) * 6, ValueError, "at most 200 characters"),
+        ([0] * 200_000, TypeError, r"not \[0, 0, 0, 0, 0, 0, \.\.\.\]"),
     ],
 )
 def test_what_may_not_be_a_key(key, error, text):
@@ -59,6 +91,26 @@ def test_what_may_not_be_a_key(key, error, text):
     with pytest.raises(error, match=text):
         tenants[key]
     assert len(tenants) == 0
+
+
+@pytest.mark.parametrize("key", [1.0, Decimal(1), 1 + 0j, (1.0,), ("acme", Fraction(1))])
+def test_a_key_does_not_depend_on_others(key):
+    """What is equal to a key but may not be one is refused, whatever was used before."""
+    tenants = BucketPerKey(1, 1)
+    for used in (None, 1, (1,), ("acme", 1)):
+        if used is not None:
+            tenants[used].allow()
+        with pytest.raises(TypeError, match="key must be"):
+            tenants[key]
+
+
+def test_equal_keys_have_the_same_bucket():
+    """True is the key 1, in a tuple too, whichever came first; a UUID and its text are two."""
+    tenants = BucketPerKey(1, 1)
+    assert tenants[True] is tenants[1]
+    assert tenants[200] is tenants[HTTPStatus.OK]
+    assert tenants["acme", 0] is tenants["acme", False]
+    assert tenants[str(UUID(int=7))] is not tenants[UUID(int=7)] is tenants[UUID(int=7)]
 
 
 def test_rates_per_key(clock):
@@ -110,6 +162,18 @@ def test_full_buckets_are_forgotten(clock):
         tenants[number].allow()
         clock.advance(0.1)
     assert 10 <= len(tenants) <= 25
+
+
+@pytest.mark.parametrize("keys", [100, 1000])
+def test_a_new_key_checks_a_few_buckets(keys):
+    """However many buckets there are, a new key looks at the level of at most 64 of them."""
+    reads = []
+    tenants = BucketPerKey(1, 1, max_keys=keys, clock=lambda: reads.append(None) or 0.0)
+    for number in range(keys):
+        tenants[number].allow()
+    reads.clear()
+    tenants["new"]
+    assert len(reads) == 64
 
 
 def test_a_bucket_that_is_not_full_is_never_forgotten(clock):
@@ -174,8 +238,8 @@ def test_no_key_ever_gets_more_than_its_rate(asks):
             granted.setdefault(key, []).append(Fraction(clock.now))
     for moments in granted.values():
         for first, start in enumerate(moments):
-            for count, moment in enumerate(moments[first:], 1):
-                assert count <= 2 + (moment - start) / 2
+            for number, moment in enumerate(moments[first:], 1):
+                assert number <= 2 + (moment - start) / 2
 
 
 def test_threads_that_ask_for_new_keys_share_their_buckets(restless_threads):
@@ -193,6 +257,131 @@ def test_threads_that_ask_for_new_keys_share_their_buckets(restless_threads):
     for thread in threads:
         thread.join()
     assert {key: granted.count(key) for key in range(40)} == dict.fromkeys(range(40), 3)
+
+
+def at(point, handler):
+    """Call a handler where CPython calls those of signals, at the ``point``-th time in a new key."""
+    passed = count()
+
+    def profile(frame, event, _):
+        # An exception in a callback of a weakref, `_remove`, goes nowhere.
+        if event not in ("call", "c_return") or frame.f_code.co_name == "_remove":
+            return
+        while frame is not None and frame.f_code is not BucketPerKey.__getitem__.__code__:
+            frame = frame.f_back
+        if frame is not None and next(passed) == point:
+            sys.setprofile(None)
+            handler()
+
+    sys.setprofile(profile)
+
+
+def interrupted(handler, keys, hold=None):
+    """Ask for a new key with a handler at each point in turn: yield the buckets after each."""
+    for point in count():
+        clock = ManualClock(auto_advance=False)
+        tenants = BucketPerKey(1, 1, clock=clock)
+        slow = {keys["empty"], keys["slow"]}
+        for name in ("full", "empty", "slow"):
+            assert tenants[keys[name]].allow()
+        for key in slow:
+            tenants[key].configure(tokens_per_second=0.001)
+        clock.advance(1)  # "full", which the next key checks, is full now
+        held = tenants[hold] if hold is not None else None
+        struck = []
+
+        def strike(tenants=tenants, struck=struck):
+            struck.append(True)
+            handler(tenants)
+
+        try:
+            at(point, strike)
+            tenants[keys["new"]]
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.setprofile(None)
+        if not struck:
+            assert point > 30
+            return
+        yield tenants
+        if held is not None:
+            assert tenants[hold] is held
+            del held
+        for number in range(10):
+            clock.advance(1)
+            tenants[number].allow()
+        assert slow <= set(tenants) <= {*slow, 6, 7, 8, 9}  # the others were full
+        assert len(tenants._order) == len(tenants)
+
+
+KEYS = pytest.mark.parametrize(
+    "keys",
+    [
+        {
+            name: make(number)
+            for number, name in enumerate(("empty", "slow", "full", "new", "other", "more"))
+        }
+        for make in (str, lambda number: UUID(int=number))  # a UUID has its hash from Python code
+    ],
+    ids=["str", "UUID"],
+)
+
+
+@KEYS
+@pytest.mark.parametrize(
+    "asked", [["other"], ["new", "full"], ["full", "new"], ["other", "full", "more", "new"]]
+)
+def test_a_signal_handler_may_ask_for_keys(keys, asked):
+    """Wherever a handler strikes, each key has one bucket, and buckets are forgotten as before."""
+    for hold in (None, keys["full"]):
+        for tenants in interrupted(
+            lambda each: [each[keys[name]].allow() for name in asked], keys, hold
+        ):
+            assert not [name for name in ("empty", "slow", *asked) if tenants[keys[name]].allow()]
+
+
+@KEYS
+def test_an_interrupted_new_key_loses_no_bucket(keys):
+    """Wherever an exception strikes, the levels stay, and buckets are forgotten as before."""
+
+    def strike(tenants):
+        raise KeyboardInterrupt
+
+    for hold in (None, keys["full"]):
+        for tenants in interrupted(strike, keys, hold):
+            assert not tenants[keys["empty"]].allow()
+            assert [tenants[keys["new"]].allow() for _ in range(2)] == [True, False]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_fork_while_another_thread_makes_a_key(clock):
+    """A child can use the buckets, and forgets full ones, whatever another thread was doing."""
+    asked, go_on = threading.Event(), threading.Event()
+
+    def limits(key):
+        if key == "full" and len(tenants):  # it is to be forgotten
+            asked.set()
+            go_on.wait(30)
+
+    tenants = BucketPerKey(1, 1, limits=limits, clock=clock)
+    assert tenants["full"].allow()
+    clock.advance(1)
+    thread = threading.Thread(target=tenants.__getitem__, args=("new",))
+    thread.start()
+    assert asked.wait(30)
+
+    def check():
+        go_on.set()
+        for number in range(10):
+            tenants[number].allow()
+            clock.advance(1)
+        return list(tenants)
+
+    assert set(in_child(check)) <= {"full", 8, 9}  # the thread that is gone still holds "full"
+    go_on.set()
+    thread.join()
 
 
 def test_it_can_be_collected(clock):

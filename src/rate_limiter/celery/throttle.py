@@ -9,8 +9,7 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterable
-from operator import itemgetter
+from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 from types import FrameType
 from typing import Any, Final, NamedTuple, ParamSpec, TypeVar, cast
@@ -20,7 +19,7 @@ from celery import Task, signals
 from celery._state import get_current_task
 from celery.local import Proxy
 
-from ..all_of import AllOf, charge_refilled
+from ..all_of import charge_refilled, give_back, take_all_or_longest_delay, wait_for_all
 from ..bucket import Bucket
 from ..exceptions import RateLimitExceeded, RetryAfter
 from ..gating.declared import Names, check_parameters, new_limit
@@ -385,30 +384,32 @@ def _pay(
     request: Any,
     parameters: Parameters,
 ) -> tuple[list[Demand], tuple[Demand, float] | None]:
-    """Take the tokens of all limits; or of none, and return what was refused too, and the delay."""
+    """Take the tokens of all limits, or of none.
+
+    Returns:
+        What all limits demand; and if nothing was taken, the demand that was refused, and its delay.
+
+    """
     headers, eta = (request.headers, request.eta) if request is not None else (None, None)
     each = [limit.demands(f"task {name}", sent, kwargs, headers, parameters) for limit in limits]
     demands = [demand for one in each for demand in one]
-    refuse_to_pay_twice([bucket for bucket, _, _ in demands], f"`{name}`")
+    refuse_to_pay_twice([demand.bucket for demand in demands], f"`{name}`")
     with contextlib.ExitStack() as paid:
         waits = []
+        taken: list[Demand] = []
         for one in each:
-            bucket, tokens, limit = one[0]
-            if len(one) > 1:
-                bucket = AllOf(*(demand.bucket for demand in one))
-            if delay := _take_or_delay(Demand(bucket, tokens, limit), eta):
-                if not _waits(limit, request):
-                    return demands, (Demand(bucket, tokens, limit), delay)
-                waits.append((delay, bucket, tokens, limit))
+            limit = one[0].limit
+            if _waits(limit, request):
+                waits.append((one, limit.timeout))
             else:
-                paid.callback(bucket.refund, tokens)
-        # The slowest first, so that the others keep what they have for as long as can be.
-        for _, bucket, tokens, limit in sorted(waits, key=itemgetter(0), reverse=True):
-            bucket.wait(tokens, timeout=limit.timeout)
-            paid.callback(bucket.refund, tokens)
+                delay, refused = _take_or_delay(one, eta)
+                if delay:
+                    return demands, (one[refused], delay)
+                taken += one
+                paid.callback(give_back, one)
+        if wait_for_all(waits):
+            charge_refilled(taken)
         paid.pop_all()
-    if waits and len(demands) > 1:
-        charge_refilled(demands)
     return demands, None
 
 
@@ -421,14 +422,15 @@ def _waits(limit: Limit, request: Any) -> bool:
     return bool(task and request and not _is_inline(task) and not has_queue(task, request))
 
 
-def _take_or_delay(demand: Demand, eta: Any) -> float:
-    bucket, tokens, limit = demand
-    delay = bucket.take_or_delay(tokens)
-    if delay and eta and limit.when_limited == "retry":
-        # It comes when its turn is due: what little is missing it waits for.
+def _take_or_delay(demands: Sequence[Demand], eta: Any) -> tuple[float, int]:
+    """Take the tokens of one limit, or return the longest delay, and the position of its demand."""
+    delay, refused = take_all_or_longest_delay(demands)
+    if delay and eta and demands[0].limit.when_limited == "retry":
+        # The job was sent back before and comes at its scheduled time. It waits for a few tokens that
+        # are missing, so that it need not be sent back again.
         try:
-            bucket.wait(tokens, timeout=_TURN_WAIT)
+            wait_for_all([(demands, _TURN_WAIT)])
         except RateLimitExceeded:
-            return delay
-        return 0.0
-    return delay
+            return delay, refused
+        return 0.0, 0
+    return delay, refused

@@ -201,7 +201,7 @@ def _burst(burst: Any, per_second: float, tokens: Any) -> float:
 
 
 def _check_buckets(bucket: Any, key: Any, buckets: Iterable[Any]) -> tuple[Bucket, ...]:
-    is_bucket = not isinstance(bucket, type) and isinstance(bucket, Bucket)
+    is_bucket = isinstance(bucket, Bucket)
     if isinstance(bucket, type) or not (
         is_bucket or isinstance(bucket, BucketPerKey) or callable(bucket)
     ):
@@ -215,7 +215,7 @@ def _check_buckets(bucket: Any, key: Any, buckets: Iterable[Any]) -> tuple[Bucke
         raise ValueError(f"key goes with a BucketPerKey, not with {bucket!r}")
     buckets = tuple(buckets)
     for each in buckets:
-        if isinstance(each, type) or not isinstance(each, Bucket):
+        if not isinstance(each, Bucket):
             raise TypeError(f"buckets must be buckets, not {each!r}")
     if buckets and (is_bucket or isinstance(bucket, BucketPerKey)):
         raise ValueError("buckets goes with a callable for bucket: it says what that may return")

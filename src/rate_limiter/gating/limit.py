@@ -6,7 +6,7 @@ checks them; `tally` has what happens to them. It knows neither Celery nor kombu
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -195,9 +195,7 @@ class Limit:
             return bucket  # type: ignore[no-any-return]
         if not isinstance(bucket, Bucket):
             raise ValueError(self._complaint("bucket", job, bucket, "a bucket"))
-        if self.buckets and not all(
-            any(member is each for each in self.buckets) for member in members(bucket)
-        ):
+        if self.buckets and not all(member in self.buckets for member in members(bucket)):
             raise ValueError(self._complaint("bucket", job, bucket, "one of buckets=…"))
         return bucket
 
@@ -243,14 +241,15 @@ def refuse_to_pay_twice(buckets: Iterable[Any], whose: str) -> None:
         ValueError: One does. The message names it, and whose limits these are.
 
     """
-    seen: set[int] = set()
+    seen: set[Any] = set()
     for bucket in buckets:
         for member in members(bucket):
-            if id(member) in seen:
+            key = member if isinstance(member, Hashable) else id(member)  # a callable of the user's
+            if key in seen:
                 raise ValueError(
                     f"{whose}: the same bucket limits it twice; declare it once: {member!r}"
                 )
-            seen.add(id(member))
+            seen.add(key)
 
 
 def _wants_headers(function: Callable[..., Any]) -> bool:
