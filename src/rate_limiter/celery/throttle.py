@@ -9,7 +9,7 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import itemgetter
 from time import monotonic
 from types import FrameType
@@ -27,7 +27,7 @@ from ..gating.declared import Names, check_parameters, new_limit
 from ..gating.limit import AnyBucket, AnyCost, AnyKey, Demand, Limit, refuse_to_pay_twice
 from ..gating.parameters import Parameters
 from ..gating.record import record_of
-from ..gating.tally import observers
+from ..gating.tally import tell
 from .charge import Charge, collect
 from .declarations import LIMITS, at_gate, limits_of, name_limits, parameters_of, refuse_async
 from .ending import postpone, refuse_in_task
@@ -322,7 +322,8 @@ def _pay_and_call(
     name = function.__qualname__ if task is None else task.name
     began = monotonic()
     try:
-        paid, refused = _pay(due, name, sent.args, sent.kwargs, task and task.request, sent.parameters)
+        demands = _price(due, name, sent, task and task.request)
+        refused, slowest = _pay(demands, name, task and task.request)
     except BaseException:
         charge.give_back()
         raise
@@ -330,14 +331,14 @@ def _pay_and_call(
         charge.give_back()  # what the gate was paid
         demand, delay = refused
         how = demand.limit.when_limited
-        for observer in observers:
-            observer.refused(name, demand, delay, how if isinstance(how, str) else "fallback")
+        tell("refused", name, demand, delay, how if isinstance(how, str) else "fallback")
         if callable(how):
             return how(*_without_self(args), **kwargs)
         return refuse_in_task(demand, delay, record_of(demand.limit).name or name, job)
+    paid = [demand for one in demands for demand in one]
     if paid:
-        for observer in observers:
-            observer.admitted(name, paid, monotonic() - began, paid[0].limit)
+        waited = 0.0 if slowest is None else monotonic() - began
+        tell("admitted", name, paid, waited, slowest)
     charge.add(paid)
     return _call(function, args, kwargs, charge, job)
 
@@ -373,39 +374,77 @@ def _is_inline(task: Task) -> bool:
     return bool(task.request.called_directly or len(task.request_stack) > 1)
 
 
+def _price(limits: Iterable[Limit], name: str, sent: _Sent, request: Any) -> list[Sequence[Demand]]:
+    """Return what each limit demands of one call."""
+    headers = request.headers if request is not None else None
+    demands: list[Sequence[Demand]] = []
+    for limit in limits:
+        try:
+            demands.append(limit.demands(f"task {name}", *sent[:2], headers, sent.parameters))
+            refuse_to_pay_twice([demand.bucket for one in demands for demand in one], f"`{name}`")
+        except Exception as error:
+            tell("failed", name, limit, error)
+            raise
+    return demands
+
+
 def _pay(
-    limits: Iterable[Limit],
-    name: str,
-    sent: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    request: Any,
-    parameters: Parameters,
-) -> tuple[list[Demand], tuple[Demand, float] | None]:
-    """Take the tokens of all limits; or of none, and return what was refused too, and the delay."""
-    headers, eta = (request.headers, request.eta) if request is not None else (None, None)
-    each = [limit.demands(f"task {name}", sent, kwargs, headers, parameters) for limit in limits]
-    demands = [demand for one in each for demand in one]
-    refuse_to_pay_twice([bucket for bucket, _, _ in demands], f"`{name}`")
+    each: Iterable[Sequence[Demand]], name: str, request: Any
+) -> tuple[tuple[Demand, float] | None, Limit | None]:
+    """Take the tokens of all limits, or of none.
+
+    Args:
+        each: What each limit demands.
+        name: What to call the job.
+        request: ``task.request``, if there is a task.
+
+    Returns:
+        What was refused and its delay, if nothing was taken; and the limit that it has waited for most.
+
+    Raises:
+        RateLimitExceeded: The wait for a limit with ``timeout`` would last, or has lasted, too long.
+        ValueError: A bucket can never grant its tokens.
+
+    """
+    eta = request.eta if request is not None else None
     with contextlib.ExitStack() as paid:
         waits = []
         for one in each:
             bucket, tokens, limit = one[0]
             if len(one) > 1:
                 bucket = AllOf(*(demand.bucket for demand in one))
-            if delay := _take_or_delay(Demand(bucket, tokens, limit), eta):
-                if limit.when_limited != "wait":
-                    return demands, (Demand(bucket, tokens, limit), delay)
-                waits.append((delay, bucket, tokens, limit))
-            else:
+            with _telling(name, Demand(bucket, tokens, limit)):
+                delay = _take_or_delay(Demand(bucket, tokens, limit), eta)
+            if not delay:
                 paid.callback(bucket.refund, tokens)
+            elif limit.when_limited != "wait":
+                return (Demand(bucket, tokens, limit), delay), None
+            else:
+                waits.append((delay, bucket, tokens, limit))
         # The slowest first, so that the others keep what they have for as long as can be.
-        for _, bucket, tokens, limit in sorted(waits, key=itemgetter(0), reverse=True):
-            bucket.wait(tokens, timeout=limit.timeout)
+        waits.sort(key=itemgetter(0), reverse=True)
+        for _, bucket, tokens, limit in waits:
+            with _telling(name, Demand(bucket, tokens, limit)):
+                bucket.wait(tokens, timeout=limit.timeout)
             paid.callback(bucket.refund, tokens)
         paid.pop_all()
+    demands = [demand for one in each for demand in one]
     if waits and len(demands) > 1:
         charge_refilled(demands)
-    return demands, None
+    return None, waits[0][3] if waits else None
+
+
+@contextlib.contextmanager
+def _telling(name: str, demand: Demand) -> Iterator[None]:
+    """Tell how taking a demand from its bucket ends, if it ends with an exception."""
+    try:
+        yield
+    except RateLimitExceeded as error:
+        tell("refused", name, demand, error.retry_after or 0.0, "timeout")
+        raise
+    except Exception as error:
+        tell("failed", name, demand.limit, error)
+        raise
 
 
 def _take_or_delay(demand: Demand, eta: Any) -> float:
