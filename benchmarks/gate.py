@@ -13,8 +13,10 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +35,8 @@ from gate_lab import BROKERS, LabError, Run, Server, wait_until
 from rate_limiter import TokenBucket
 from rate_limiter.celery import Gate, throttle
 from rate_limiter.celery.bootstep import GateStep
+from rate_limiter.gating.engine import Engine, Host
+from rate_limiter.gating.limit import Limit
 from rate_limiter.testing import ManualClock
 
 #: What a time taken inside a task may be late by (design.md, "Tests and numbers").
@@ -312,7 +316,7 @@ def decorator(bench: Bench) -> None:
 def tenants(bench: Bench) -> None:
     """Measure how long a tenant with few jobs waits behind the backlog of another."""
     for server in bench.servers():
-        with Run(server, rate=5, capacity=1, keyed=True, max_held=1100) as run:
+        with Run(server, rate=5, capacity=1, keyed=10_000, max_held=1100) as run:
             run.send("limited", 1_000)
             run.send("limited", 20, first=10_000)
             run.start()
@@ -332,6 +336,85 @@ def tenants(bench: Bench) -> None:
             seconds <= 6,
             seconds=seconds,
         )
+
+
+# -- asks -----------------------------------------------------------------------------------------
+
+
+def asks_on_manual_clock(rate: float, jobs: int) -> float:
+    """Return how often a bucket is asked per job, by the engine alone, with a backlog."""
+    clock = ManualClock()
+    asked = 0
+
+    class Bucket(TokenBucket):
+        def take_or_delay(self, tokens: float = 1) -> float:
+            nonlocal asked
+            asked += 1
+            return super().take_or_delay(tokens)
+
+    limit = Limit(Bucket(1, rate, clock=clock))
+    engine: Engine[int] = Engine(Host(), lambda: (limit,), clock=clock)
+    for job in range(jobs):
+        engine.offer(job, engine.plan())
+    while engine.held_by:
+        clock.now = max(clock.now, engine.next_due)
+        engine.release()
+        engine.settle()
+    return asked / jobs
+
+
+def asks_of_keys(bench: Bench, server: Server) -> None:
+    """Count how often the buckets of many keys are asked, all of which hold jobs."""
+    keys, rate = (200, 0.5) if bench.short else (1_000, 0.1)
+    seconds, jobs = 2 / rate, 4 * keys
+    with Run(server, rate=rate, capacity=1, keyed=4, max_held=jobs, asks=True, pool="threads") as run:
+        run.send("limited", jobs)
+        run.start()
+        run.ready()
+        run.wait("limited", keys, 60, "the keys did not all come")
+        begin = time.monotonic()
+        time.sleep(seconds)
+        turns = [each for each in run.ran("asks") if begin <= each.moment < begin + seconds]
+    asked = sum(turn.number for turn in turns) / seconds
+    most = max(turn.number for turn in turns)
+    bench.report(
+        f"asks {server.name}: {keys:,} keys held at {rate:g}/s",
+        f"{asked:.0f} a second, at most {most} in one turn",
+        "250 a second, 50 a turn",
+        asked <= 250 and most <= 50,
+        asks_per_second=asked,
+        most_in_a_turn=most,
+    )
+
+
+def asks(bench: Bench) -> None:
+    """Count how often buckets are asked per job that is let go, with a backlog."""
+    plan = [(100, 3), (10, 4)] if bench.short else [(100, 10), (10, 15), (0.5, 31)]
+    server = bench.servers()[0]
+    for pool in ("prefork", "threads"):
+        for rate, seconds in plan:
+            with Run(server, rate=rate, capacity=1, max_held=2_000, asks=True, pool=pool) as run:
+                jobs = len(backlog(run, math.ceil(rate * seconds * 1.5), seconds))
+                asked = sum(turn.number for turn in run.ran("asks"))
+            bench.report(
+                f"asks {server.name} {pool}: {rate:g}/s, {seconds} s",
+                f"{asked / jobs:.2f} a job ({asked} for {jobs})",
+                "2 a job",
+                asked <= 2 * (jobs + 2),  # some are on their way when the time is up
+                asks_per_job=asked / jobs,
+            )
+        if bench.short:
+            break
+    for rate, name in ((0.5, "0.5/s"), (1 / 60, "1/min")):
+        asked_per_job = asks_on_manual_clock(rate, 100)
+        bench.report(
+            f"asks on a manual clock: {name}, 100 jobs",
+            f"{asked_per_job:.2f} a job",
+            "2 a job",
+            asked_per_job <= 2,
+            asks_per_job=asked_per_job,
+        )
+    asks_of_keys(bench, server)
 
 
 # -- several workers ------------------------------------------------------------------------------
@@ -359,6 +442,32 @@ def workers(bench: Bench) -> None:
             len(ran) == counted and len(firsts) == 2 and 9.5 <= rate <= 10.1,
             jobs_per_second=rate,
         )
+
+
+# -- tally ----------------------------------------------------------------------------------------
+
+
+def tally(bench: Bench) -> None:
+    """Count 2,000 jobs of five limits in every pool, and compare with what happened."""
+    if "redis" not in bench.brokers:
+        return
+    jobs = 400 if bench.short else 2_000
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "pytest", "-q", "-rA", "tests/integration/test_tally.py"]
+    environment = {**os.environ, "TALLY_JOBS": str(jobs), "REQUIRE_SERVICES": "1"}
+    ended = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    for line in ended.stdout.splitlines():
+        outcome, _, test = line.partition(" ")
+        if "::" in test and outcome in ("PASSED", "FAILED", "ERROR"):
+            name = test.partition("::test_")[2].partition(" ")[0].replace("_", " ")
+            exact = outcome == "PASSED"
+            words = "exact" if exact else "not exact"
+            bench.must(f"tally Redis, {jobs:,} jobs: {name}", words, "exact", exact)
+    if ended.returncode:
+        print(ended.stdout[-4000:], file=sys.stderr)
+        bench.failed = True
 
 
 # -- memory ---------------------------------------------------------------------------------------
@@ -692,7 +801,10 @@ def overhead(bench: Bench) -> None:
 
 PARTS: Final[dict[str, Callable[[Bench], None]]] = {
     part.__name__: part
-    for part in (rates, behind, decorator, tenants, workers, memory, kills, leases, overhead)
+    for part in (
+        *(rates, behind, decorator, tenants, asks, workers),
+        *(tally, memory, kills, leases, overhead),
+    )
 }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from celery import Celery, signals
+from kombu.asynchronous.hub import Hub
 
 from rate_limiter import BucketPerKey, TokenBucket
 from rate_limiter.celery import Gate, throttle
@@ -49,6 +50,30 @@ class NotedBucket(TokenBucket):
         return delay
 
 
+class Asks:
+    """Notes how often buckets were asked in each turn of the event loop."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        ask, turn = TokenBucket.take_or_delay, Hub.fire_timers
+
+        def take_or_delay(bucket: TokenBucket, tokens: float = 1) -> float:
+            self.count += 1
+            return ask(bucket, tokens)
+
+        def fire_timers(hub: Hub, *args: Any, **options: Any) -> Any:
+            if self.count:
+                count, self.count = self.count, 0
+                note("asks", count, time.monotonic())
+            return turn(hub, *args, **options)
+
+        TokenBucket.take_or_delay, Hub.fire_timers = take_or_delay, fire_timers  # type: ignore[method-assign]
+
+
+if OPTIONS["asks"]:
+    Asks()
+
+
 @signals.worker_ready.connect
 def ready(**_: Any) -> None:
     note("ready", os.getpid(), time.monotonic())
@@ -62,7 +87,7 @@ def limit() -> Callable[[Any], Any]:
         Gate(app, max_held=OPTIONS["max_held"])
     if OPTIONS["keyed"]:
         per_key = BucketPerKey(OPTIONS["capacity"], OPTIONS["rate"])
-        return throttle(per_key, key=lambda number: number // 10_000)
+        return throttle(per_key, key=lambda number: number // OPTIONS["keyed"])
     bucket = NotedBucket if OPTIONS["grants"] else TokenBucket
     return throttle(bucket(OPTIONS["capacity"], OPTIONS["rate"]))
 

@@ -201,7 +201,8 @@ class Run:
         native: Celery's own ``rate_limit``, instead of the gate.
         grants: Whether the bucket notes each grant.
         sleep: How long a limited job runs.
-        keyed: Whether each ten thousand numbers have a bucket of their own.
+        keyed: How many numbers in a row have a bucket of their own. 0: all have the same bucket.
+        asks: Whether to note how often buckets are asked, in each turn of the event loop.
         pool: The worker's pool.
         slots: How many it has.
         level: The level of its log.
@@ -220,7 +221,8 @@ class Run:
         native: str | None = None,
         grants: bool = False,
         sleep: float = 0.0,
-        keyed: bool = False,
+        keyed: int = 0,
+        asks: bool = False,
         pool: str = "prefork",
         slots: int = 2,
         level: str = "WARNING",
@@ -247,6 +249,7 @@ class Run:
             "log": str(self.path),
             "gate": gate if not native else False,
             "keyed": keyed,
+            "asks": asks,
             "rate": rate,
             "capacity": self.capacity,
             "max_held": max_held,

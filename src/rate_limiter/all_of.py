@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 from time import monotonic
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from .bucket import Bucket
 from .checks import not_negative
@@ -28,6 +28,9 @@ class Demand(Protocol):
     def bucket(self) -> Bucket: ...  # noqa: D102
     @property
     def tokens(self) -> float: ...  # noqa: D102
+
+
+AnyDemand = TypeVar("AnyDemand", bound=Demand)
 
 
 class AllOf:
@@ -186,7 +189,9 @@ def take_all_or_longest_delay(demands: Sequence[Demand]) -> tuple[float, int]:
     return longest, delays.index(longest)
 
 
-def wait_for_all(waits: Iterable[tuple[Sequence[Demand], float | None]]) -> bool:
+def wait_for_all(
+    waits: Iterable[tuple[Sequence[AnyDemand], float | None]],
+) -> AnyDemand | None:
     """Block until the tokens of all groups are taken.
 
     A group that can be taken at once is taken, all of it or none. Then it waits at one bucket after the
@@ -198,19 +203,22 @@ def wait_for_all(waits: Iterable[tuple[Sequence[Demand], float | None]]) -> bool
             limit. The time of a group begins when the wait for its first bucket begins.
 
     Returns:
-        Whether it had to wait.
+        The demand that it waited for first, the slowest; ``None``: it did not have to wait.
 
     Raises:
         RateLimitExceeded: As `TokenBucket.wait`, or the time is up. Nothing is taken: all tokens are
-            given back, as after any other exception.
+            given back, as after any other exception. The attribute ``demand`` of an exception is the
+            demand whose bucket has raised it.
         ValueError: As `TokenBucket.wait`.
 
     """
-    taken: list[Demand] = []
-    refused: list[tuple[float, list[Demand], float | None]] = []
+    taken: list[AnyDemand] = []
+    refused: list[tuple[float, list[AnyDemand], float | None]] = []
+    demand: AnyDemand | None = None
     try:
         for demands, timeout in waits:
             most = None if timeout is None else not_negative(timeout)
+            demand = demands[0]
             delays = _take_all_or_delays(demands)
             if any(delays):
                 order = sorted(range(len(demands)), key=delays.__getitem__, reverse=True)
@@ -226,10 +234,11 @@ def wait_for_all(waits: Iterable[tuple[Sequence[Demand], float | None]]) -> bool
                     left = max(0.0, most - (monotonic() - began))
         if refused:
             charge_refilled(taken[:-1])
-    except BaseException:
+    except BaseException as error:
         give_back(taken)
+        error.demand = demand  # type: ignore[attr-defined]
         raise
-    return bool(refused)
+    return max(refused, key=itemgetter(0))[1][0] if refused else None
 
 
 def give_back(demands: Iterable[Demand]) -> None:

@@ -19,18 +19,26 @@ class Gate(Host):
         self.asked = []
         self.takes_back = True
 
+        self.raises = ()
+
     def call_of(self, job):
         return Call("task job", (job,), {}, None, None)
 
     def refuse(self, job, demand, delay):
+        if "refuse" in self.raises:
+            raise OSError("no broker")
         if self.takes_back:
             self.asked.append(("refuse", job))
         return self.takes_back
 
     def fail(self, job, error):
+        if "fail" in self.raises:
+            raise OSError("no broker")
         self.asked.append(("fail", job, str(error)))
 
     def gone(self, job):
+        if "gone" in self.raises:
+            raise OSError("no broker")
         return job == "revoked"
 
     def follow(self, held, most):
@@ -164,7 +172,7 @@ def test_a_queue_is_paused_at_the_bound_and_resumed_at_half():
 def test_jobs_that_the_host_keeps_take_room():
     """What waits to be sent back counts towards the window and the bound, as a held job does."""
     lab = Lab(max_held=2)
-    lab.engine.kept[lab.limit] = 1
+    lab.engine.keep(lab.limit)
     lab.offer("a", "b")
     assert lab.gate.room == (2, 2)
     assert not lab.engine.has_room(lab.limit)
@@ -256,3 +264,116 @@ def test_a_slow_callable_is_told_of_once(monkeypatch, caplog, took, lines):
     lab.offer("a", "b", "c")
     assert len(caplog.records) == lines
     assert all("Limit limit: its callable took 60 ms" in each.getMessage() for each in caplog.records)
+
+
+@pytest.mark.parametrize("policy", ["drop", "wait"])
+def test_a_host_that_raises_loses_no_job(policy, caplog):
+    """What a host raises is logged: the job is held or goes, and the jobs behind it go too."""
+    lab = Lab(when_limited=policy, tokens=lambda job: 2 if job == "poison" else 1)
+    lab.gate.raises = "refuse", "fail", "gone"
+    assert lab.offer("a", "poison", "b", "c") == ["go", "ended", "held", "held"]
+    assert lab.run(5) == ["b", "c"]
+    assert all("OSError: no broker" in record.exc_text for record in caplog.records)
+    told = {record.getMessage().partition(",")[0].partition(";")[0] for record in caplog.records}
+    assert "Could not end poison" in told
+    assert ("Could not refuse c" in told) == (policy == "drop")
+
+
+def test_an_observer_that_raises_changes_nothing(caplog):
+    """It is logged, the observers after it are told, and the jobs go their way."""
+    told = []
+
+    class Broken(Observer):
+        def admitted(self, *_):
+            raise ZeroDivisionError
+
+        held = refused = failed = skipped = forgotten = admitted
+
+    class Listener(Observer):
+        def admitted(self, job, *_):
+            told.append(job)
+
+    both = Broken(), Listener()
+    observers.extend(both)
+    try:
+        lab = Lab(when_limited="drop", tokens=lambda job: 2 if job == "poison" else 1)
+        assert lab.offer("a", "b", "poison") == ["go", "ended", "ended"]
+        lab.gate.takes_back = False
+        assert lab.offer("revoked", "c", "d") == ["held"] * 3
+        assert lab.run(1) == ["c"]
+        assert lab.engine.clear() == ["d"]
+    finally:
+        for each in both:
+            observers.remove(each)
+    assert told == ["a", "c"]
+    assert all("Broken object" in record.getMessage() for record in caplog.records)
+
+
+def test_a_job_that_can_never_be_granted_fails_under_the_right_limit():
+    """Of several limits the one is told whose capacity is too small, here and after a wait."""
+    clock = ManualClock()
+    small, large = TokenBucket(1, 1, clock=clock), TokenBucket(9, 1, clock=clock)
+    first, second = limits = Limit(large, tokens=2), Limit(small)
+    engine = Engine(Gate(), lambda _: limits, clock=clock)
+    offer = lambda job: engine.offer(job, engine.plan("job"))[0]  # noqa: E731
+    assert [offer("a"), offer("b")] == ["go", "held"]
+    second.bucket.configure(capacity=0.5)
+    clock.now = 2
+    assert engine.release() == []
+    assert offer("c") == "ended"
+    assert [tally_of(limit).snapshot()["failed"] for limit in (first, second)] == [0, 2]
+
+
+@pytest.mark.parametrize("limits", [20, 2000])
+def test_a_job_costs_the_same_however_many_limits_hold_jobs(limits):
+    """What is summed up over limits is kept, not counted anew for each job."""
+    lab = Lab()
+    bounds = []
+
+    class Counted(Engine):
+        def bound(self, limit):
+            bounds.append(limit)
+            return super().bound(limit)
+
+    buckets = [TokenBucket(1, 0.001, clock=lab.clock) for _ in range(limits)]
+    all_limits = [Limit(bucket, max_held=2) for bucket in buckets]
+    engine = Counted(lab.gate, lambda number: (all_limits[number],), clock=lab.clock)
+    for number in range(limits):
+        for job in "abcd":
+            engine.offer(f"{job}{number}", engine.plan(number))
+    assert lab.gate.room == (2 * limits, 2 * limits)
+    assert len(bounds) == 3 * limits
+    bounds.clear()
+    buckets[7].refund(1)
+    assert [held.job for held in engine.release()] == ["b7"]
+    engine.settle()
+    assert lab.gate.room == (2 * limits, 2 * limits)
+    assert len(bounds) == 1
+    for each in buckets:
+        each.configure(capacity=5, tokens_per_second=1)
+    for lab.clock.now in range(1, 100 * limits):
+        if not engine.held_by:
+            break
+        while engine.next_due <= lab.clock.now:
+            engine.release()
+        engine.settle()
+    assert lab.gate.room == (0, 0)
+
+
+def test_a_job_is_not_older_than_the_moment_of_its_release():
+    """A loop that fixes the moment before it takes in messages sees no wait below 0."""
+    lab = Lab()
+    before = lab.clock.now
+    lab.clock.now = 0.5
+    lab.offer("a", "b")
+    lab.bucket.refund(1)
+    assert [held.job for held in lab.engine.release(now=before)] == ["b"]
+    assert lab.numbers() == {"admitted": 2, "tokens": 2}
+
+
+def test_kinds_of_jobs_do_not_pile_up():
+    """A queue may be named by a routing key, of which there is no end."""
+    lab = Lab()
+    for number in range(25_000):
+        lab.engine.plan(number)
+    assert len(lab.engine._plans) <= 10_000

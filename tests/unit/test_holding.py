@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rate_limiter import TokenBucket
+from rate_limiter import SharedTokenBucket, TokenBucket
 from rate_limiter.gating.holding import Holding
 from rate_limiter.gating.limit import Demand, Limit
 from rate_limiter.testing import ManualClock
@@ -341,3 +341,77 @@ def test_releases_no_more_than_asked_for(holding, clock):
         ["a", "b", "c", "x"],
     )
     assert bucket.tokens == 0
+
+
+CHANGES = {
+    "configure": lambda bucket: bucket.configure(tokens_per_second=1000),
+    "refund": lambda bucket: bucket.refund(1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("others", [0, 1])
+@pytest.mark.parametrize("kind", [TokenBucket, SharedTokenBucket])
+def test_a_change_just_before_a_job_waits_is_seen(clock, holding, kind, others, change):
+    """Another thread may change a bucket after it has refused, and before anybody listens to it."""
+
+    class Bucket(kind):
+        __slots__ = ()
+
+        def take_or_delay(self, tokens=1):
+            delay = super().take_or_delay(tokens)
+            if delay and not clock.now:
+                change(self)
+            return delay
+
+    bucket = Bucket(1, 0.001, clock=clock)
+    bucket.allow()
+    ample = [demand(TokenBucket(9, 1, clock=clock), 1) for _ in range(others)]
+    assert not holding.offer("job", [*ample, demand(bucket, 1)], clock())
+    clock.now = 0.01
+    assert holding.next_due == 0
+    assert jobs_of(holding.release(clock())) == ["job"]
+
+
+@pytest.mark.parametrize("kind", [TokenBucket, SharedTokenBucket])
+@pytest.mark.parametrize("taken", [0, 1])
+def test_a_signal_handler_may_change_a_bucket_at_any_time(clock, kind, taken):
+    """While jobs are let go, a handler may refund and then read when the next one is due."""
+    due = []
+
+    class Bucket(kind):
+        __slots__ = ("asked",)
+
+        def take_or_delay(self, tokens=1):
+            delay = super().take_or_delay(tokens)
+            self.asked = getattr(self, "asked", 0) + 1
+            if self.asked == 3 + taken:  # a signal arrives just now
+                self.refund(1)
+                due.append(holding.next_due)
+            return delay
+
+    holding = Holding(fail=raise_error, refuse=raise_error)
+    bucket = Bucket(1, 1, clock=clock)
+    for job in "abc":
+        holding.offer(job, [demand(bucket, 1)], clock())
+    clock.now = 1.0
+    assert jobs_of(holding.release(clock())) == ["b", "c"]
+    assert due == [0.0]
+
+
+def test_many_jobs_that_are_gone_do_not_stop_the_loop(clock):
+    """To announce that a job was revoked takes time too: at most 50 of them in one turn."""
+    skipped = []
+    holding = Holding(
+        fail=raise_error, refuse=raise_error, skip=lambda held: skipped.append(held) or True
+    )
+    bucket = TokenBucket(1, 1, clock=clock)
+    for job in range(121):
+        holding.offer(job, [demand(bucket, 1)], clock())
+    clock.now = 1.0
+    turns = []
+    while holding.next_due is not None and holding.next_due <= clock.now:
+        before = len(skipped)
+        holding.release(clock())
+        turns.append(len(skipped) - before)
+    assert turns == [50, 50, 20]

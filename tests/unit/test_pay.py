@@ -20,15 +20,16 @@ def buckets(clock):
     return [TokenBucket(2, rate, clock=clock) for rate in (1, 0.5, 0.1)]
 
 
-def pay(*limits):
-    """Pay as one call of a function."""
-    return _pay(limits, "job", (), {}, None)
+def pay(*limits, request=None):
+    """Pay as one call of a function; return what was demanded, what was refused, and who made it wait."""
+    each = [limit.demands("job", (), {}) for limit in limits]
+    return [demand for one in each for demand in one], *_pay(each, "job", request)
 
 
 def test_takes_from_all(buckets):
     """Each bucket pays, those of an AllOf too, and the charge knows them all."""
     first, second = Limit(AllOf(*buckets[:2])), Limit(buckets[2], tokens=2, when_limited="drop")
-    paid, refused = pay(first, second)
+    paid, refused, _ = pay(first, second)
     assert paid == [(buckets[0], 1, first), (buckets[1], 1, first), (buckets[2], 2, second)]
     assert refused is None
     assert [bucket.tokens for bucket in buckets] == [1, 1, 0]
@@ -44,7 +45,7 @@ def test_refusal_names_the_slowest_bucket_and_costs_nothing(buckets, clock, poli
     waits = Limit(other)
     limit = Limit(AllOf(*[fast, slow][::order]), when_limited=policy)
     for limits in ((waits, limit), (limit, waits)):
-        _, (demand, delay) = pay(*limits)
+        _, (demand, delay), _ = pay(*limits)
         assert (demand, delay) == ((slow, 1, limit), pytest.approx(2))
     other.allow(2)
     assert pay(waits, limit)[1][0].limit is limit
@@ -58,7 +59,7 @@ def test_waits_for_all_and_charges_what_refilled(buckets, clock):
     slow.allow(2)
     other.allow(2)
     limits = [Limit(fast, tokens=2, when_limited="raise"), Limit(AllOf(slow, other))]
-    assert pay(*limits)[1] is None
+    assert pay(*limits)[1:] == (None, limits[1])
     assert clock() == pytest.approx(10)
     assert [bucket.tokens for bucket in buckets] == pytest.approx([0, 1, 0])
 
@@ -95,8 +96,8 @@ def test_job_that_comes_again_waits_a_little(buckets, clock):
     clock.advance(0.6)
     assert pay(limit)[1] == ((buckets[0], 1, limit), pytest.approx(0.4))
     drops = Limit(buckets[0], when_limited="drop")
-    assert _pay([drops], "job", (), {}, again)[1] == ((buckets[0], 1, drops), pytest.approx(0.4))
-    assert _pay([limit], "job", (), {}, again)[1] is None
+    assert pay(drops, request=again)[1] == ((buckets[0], 1, drops), pytest.approx(0.4))
+    assert pay(limit, request=again)[1] is None
     assert clock() == pytest.approx(1)
-    assert _pay([limit], "job", (), {}, again)[1] == ((buckets[0], 1, limit), pytest.approx(1))
+    assert pay(limit, request=again)[1] == ((buckets[0], 1, limit), pytest.approx(1))
     assert clock() == pytest.approx(1)

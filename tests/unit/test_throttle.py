@@ -7,9 +7,10 @@ import sys
 import pytest
 from celery import Celery, Task, shared_task
 
-from rate_limiter import BucketPerKey, TokenBucket
-from rate_limiter.celery import throttle
+from rate_limiter import BucketPerKey, RateLimitExceeded, TokenBucket
+from rate_limiter.celery import current_charge, throttle
 from rate_limiter.gating.record import record_of
+from rate_limiter.gating.tally import tally_of
 
 app = Celery("shop", broker="memory://", set_as_current=False)
 
@@ -314,3 +315,111 @@ def test_nothing_of_celery_is_in_gating():
     )
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert printed.stdout.strip() == "[]"
+
+
+# -- what is counted --------------------------------------------------------------------------------------
+
+
+def as_task(function):
+    """Make it a task of an app of its own. To call it pays for all its limits together."""
+    return Celery("counted", broker="memory://", set_as_current=False).task(function)
+
+
+def numbers(task):
+    """Return what was counted and is not 0, by the name of the limit."""
+    return {
+        record_of(limit).name: {k: v for k, v in tally_of(limit).snapshot().items() if v}
+        for limit in task.run.__rate_limits__
+    }
+
+
+def test_a_call_that_has_paid_is_counted():
+    """Admitted, with what it paid; it has waited only if it had to."""
+
+    @as_task
+    @throttle(TokenBucket(6, 20), name="cost", tokens="size")
+    @throttle(TokenBucket(9, 1), name="one")
+    def upload(size): ...
+
+    upload(2)
+    upload(4)
+    assert numbers(upload) == {
+        "cost": {"admitted": 2, "tokens": 6},
+        "one": {"admitted": 2, "tokens": 2},
+    }
+    upload(1)
+    counted = numbers(upload)
+    assert 0 < counted["cost"].pop("waited") == counted["cost"].pop("longest") < 0.06
+    assert counted == {"cost": {"admitted": 3, "tokens": 7}, "one": {"admitted": 3, "tokens": 3}}
+
+
+@pytest.mark.parametrize(
+    ("options", "raises"),
+    [
+        ({"when_limited": "raise"}, RateLimitExceeded),
+        ({"timeout": 0.01}, RateLimitExceeded),
+        ({"timeout": 0}, RateLimitExceeded),
+        ({"when_limited": lambda: None}, None),
+    ],
+)
+def test_a_refusal_is_counted(options, raises):
+    """Under the limit that refuses, and nothing under another that had the tokens."""
+
+    @as_task
+    @throttle(TokenBucket(9, 1), name="other")
+    @throttle(TokenBucket(1, 0.1), name="this", **options)
+    def send(): ...
+
+    send()
+    if raises:
+        with pytest.raises(raises):
+            send()
+    else:
+        send()
+    assert numbers(send) == {
+        "other": {"admitted": 1, "tokens": 1},
+        "this": {"admitted": 1, "tokens": 1, "refused": 1},
+    }
+
+
+@pytest.mark.parametrize("cost", [0, 7, "much", None])
+def test_a_cost_that_cannot_be_paid_is_counted(cost):
+    """Failed, under the limit whose cost it is."""
+
+    @as_task
+    @throttle(TokenBucket(9, 1), name="other")
+    @throttle(TokenBucket(6, 1), name="this", tokens="size")
+    def upload(size): ...
+
+    with pytest.raises(ValueError, match="this: tokens is"):
+        upload(cost)
+    assert numbers(upload) == {"other": {}, "this": {"failed": 1}}
+
+
+def test_a_capacity_below_the_cost_is_counted():
+    """Failed too, where the bucket has become too small for a cost that is fixed."""
+    bucket = TokenBucket(6, 1)
+
+    @as_task
+    @throttle(TokenBucket(9, 1), name="other")
+    @throttle(bucket, name="this", tokens=5)
+    def upload(): ...
+
+    bucket.configure(capacity=4)
+    with pytest.raises(ValueError, match="capacity"):
+        upload()
+    assert numbers(upload) == {"other": {}, "this": {"failed": 1}}
+
+
+def test_what_is_settled_is_counted():
+    """The tokens of a limit are what was used in the end, less or more than what was paid."""
+
+    @as_task
+    @throttle(TokenBucket(100, 1), name="cost", tokens=10)
+    def complete(used):
+        for tokens in used:
+            current_charge().settle(tokens)
+
+    for used, total in (((4,), 4), ((30,), 34), ((10,), 44), ((0, 5, 5), 49)):
+        complete(used)
+        assert numbers(complete)["cost"]["tokens"] == total

@@ -12,6 +12,7 @@ from ..bucket import Bucket
 from ..checks import positive
 from ..gating.limit import Demand, Limit
 from ..gating.record import record_of
+from ..gating.tally import tell
 from ..shared_bucket import is_shared
 from ..token_bucket import TokenBucket
 from . import receipt
@@ -122,13 +123,16 @@ class Charge:
             elif amount < paid.tokens:
                 bucket.refund(paid.tokens - amount)
         self._paid[chosen] = paid._replace(tokens=amount)
+        if amount != paid.tokens:
+            tell("given_back", chosen, paid.tokens - amount)
 
     def give_back(self) -> None:
         """Refund all of it, as far as that can be done from here: the job does not run."""
-        for paid in self._paid.values():
+        for limit, paid in self._paid.items():
             if paid.reachable and paid.tokens:
                 for bucket in paid.buckets:
                     bucket.refund(paid.tokens)
+                tell("given_back", limit, paid.tokens)
         self._paid.clear()
 
     def pause(self, seconds: float) -> list[Limit]:

@@ -69,14 +69,15 @@ class Loop:
 
     def look(self) -> None:
         """See that `work` is called when something is due. For the loop's own thread."""
-        if not self.has_timer:
-            return
-        due = self._due()
-        if due < self._timer_at:
-            self._cancel()
+        # Until there is nothing more: a signal handler may change a bucket meanwhile.
+        while self.has_timer and (due := self._due()) < math.inf:
             now = monotonic()
-            self._timer_at = min(max(due, now + _LEAST), now + self._longest)
-            self._timer = self._consumer.timer.call_at(self._timer_at, self._on_timer)
+            moment = min(max(due, now + _LEAST), now + self._longest)
+            if moment >= self._timer_at:  # a timer that is due is not put off
+                break
+            self._cancel()
+            self._timer_at = moment
+            self._timer = self._consumer.timer.call_at(moment, self._on_timer)
 
     def wake(self) -> None:
         """See that `work` is called soon. For any thread."""
@@ -96,8 +97,10 @@ class Loop:
 
     def _on_timer(self) -> None:
         self._timer, self._timer_at = None, math.inf
-        self._work()
-        self.look()
+        try:
+            self._work()
+        finally:
+            self.look()
 
     def _work_between_messages(self, flush: Callable[[], None]) -> None:
         """Without an event loop, do what is due around the consumer's own wait for messages.

@@ -26,7 +26,7 @@ from ..gating.declared import Names, check_parameters, new_limit
 from ..gating.limit import AnyBucket, AnyCost, AnyKey, Demand, Limit, refuse_to_pay_twice
 from ..gating.parameters import Parameters
 from ..gating.record import record_of
-from ..gating.tally import observers
+from ..gating.tally import tell
 from .charge import Charge, collect
 from .declarations import LIMITS, at_gate, limits_of, name_limits, parameters_of, refuse_async
 from .ending import postpone, refuse_in_task
@@ -322,7 +322,8 @@ def _pay_and_call(
     name = function.__qualname__ if task is None else task.name
     began = monotonic()
     try:
-        paid, refused = _pay(due, name, sent.args, sent.kwargs, task and task.request, sent.parameters)
+        demands = _price(due, name, sent, task and task.request)
+        refused, slowest = _pay(demands, name, task and task.request)
     except BaseException:
         charge.give_back()
         raise
@@ -330,14 +331,14 @@ def _pay_and_call(
         charge.give_back()  # what the gate was paid
         demand, delay = refused
         how = demand.limit.when_limited
-        for observer in observers:
-            observer.refused(name, demand, delay, how if isinstance(how, str) else "fallback")
+        tell("refused", name, demand, delay, how if isinstance(how, str) else "fallback")
         if callable(how):
             return how(*_without_self(args), **kwargs)
         return refuse_in_task(demand, delay, record_of(demand.limit).name or name, job)
+    paid = [demand for one in demands for demand in one]
     if paid:
-        for observer in observers:
-            observer.admitted(name, paid, monotonic() - began, paid[0].limit)
+        waited = 0.0 if slowest is None else monotonic() - began
+        tell("admitted", name, paid, waited, slowest)
     charge.add(paid)
     return _call(function, args, kwargs, charge, job)
 
@@ -376,24 +377,40 @@ def _is_inline(task: Task) -> bool:
     return bool(task.request.called_directly or len(task.request_stack) > 1)
 
 
+def _price(limits: Iterable[Limit], name: str, sent: _Sent, request: Any) -> list[Sequence[Demand]]:
+    """Return what each limit demands of one call."""
+    headers = request.headers if request is not None else None
+    demands: list[Sequence[Demand]] = []
+    for limit in limits:
+        try:
+            demands.append(limit.demands(f"task {name}", *sent[:2], headers, sent.parameters))
+            refuse_to_pay_twice([demand.bucket for one in demands for demand in one], f"`{name}`")
+        except Exception as error:
+            tell("failed", name, limit, error)
+            raise
+    return demands
+
+
 def _pay(
-    limits: Iterable[Limit],
-    name: str,
-    sent: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    request: Any,
-    parameters: Parameters,
-) -> tuple[list[Demand], tuple[Demand, float] | None]:
+    each: Sequence[Sequence[Demand]], name: str, request: Any
+) -> tuple[tuple[Demand, float] | None, Limit | None]:
     """Take the tokens of all limits, or of none.
 
+    Args:
+        each: What each limit demands.
+        name: What to call the job.
+        request: ``task.request``, if there is a task.
+
     Returns:
-        What all limits demand; and if nothing was taken, the demand that was refused, and its delay.
+        The demand that was refused and its delay, if nothing was taken; and the limit that made the
+        job wait the longest.
+
+    Raises:
+        RateLimitExceeded: The wait for a limit with ``timeout`` would last, or has lasted, too long.
+        ValueError: A bucket can never grant its tokens.
 
     """
-    headers, eta = (request.headers, request.eta) if request is not None else (None, None)
-    each = [limit.demands(f"task {name}", sent, kwargs, headers, parameters) for limit in limits]
-    demands = [demand for one in each for demand in one]
-    refuse_to_pay_twice([demand.bucket for demand in demands], f"`{name}`")
+    eta = request.eta if request is not None else None
     with contextlib.ExitStack() as paid:
         waits = []
         taken: list[Demand] = []
@@ -404,13 +421,22 @@ def _pay(
             else:
                 delay, refused = _take_or_delay(one, eta)
                 if delay:
-                    return demands, (one[refused], delay)
+                    return (one[refused], delay), None
                 taken += one
                 paid.callback(give_back, one)
-        if wait_for_all(waits):
+        try:
+            slowest = wait_for_all(waits)
+        except RateLimitExceeded as error:
+            demand = error.demand  # type: ignore[attr-defined]
+            tell("refused", name, demand, error.retry_after or 0.0, "timeout")
+            raise
+        except Exception as error:
+            tell("failed", name, error.demand.limit, error)  # type: ignore[attr-defined]
+            raise
+        if slowest is not None:
             charge_refilled(taken)
         paid.pop_all()
-    return demands, None
+    return None, None if slowest is None else slowest.limit
 
 
 def _waits(limit: Limit, request: Any) -> bool:

@@ -5,6 +5,9 @@ It runs the jobs that these two let go. The engine decides and tells the observe
 a broker, a worker or a pool it asks of the gate, its `Host`.
 """
 
+import contextlib
+import heapq
+import itertools
 import logging
 import math
 import threading
@@ -17,7 +20,7 @@ from .holding import Held, Holding
 from .limit import Demand, Limit, refuse_to_pay_twice
 from .parameters import Parameters
 from .record import record_of
-from .tally import observers
+from .tally import tell
 
 __all__ = ["Call", "Decision", "Engine", "Host", "Plan"]
 
@@ -30,6 +33,10 @@ Decision = Literal["go", "held", "ended"]
 
 #: A callable of the user's that takes longer, in seconds, is logged: it holds up the gate's loop.
 _SLOW: Final = 0.05
+
+#: How many kinds of jobs are remembered. The name of a queue may be a routing key, of which there may be
+#: any number.
+_MOST_PLANS: Final = 10_000
 
 #: Seconds without a job that waits, after which a limit has stopped to make jobs wait.
 _QUIET: Final = 10.0
@@ -125,15 +132,19 @@ class Engine(Generic[Job]):
         self._plans: dict[Hashable, Plan] = {}
         #: The prefetch count that the consumer of a limit's jobs has without a gate.
         self.window: Callable[[Limit], int] = lambda _limit: 1
-        #: Jobs that the host keeps unacknowledged for each limit besides those held: they are to be sent
-        #: back, and take up the consumer's window meanwhile.
-        self.kept: Counter[Limit] = Counter()
         #: The queues that are not consumed now, and because of which limit.
         self.paused: dict[str, Limit] = {}
+        #: See `keep`.
+        self._kept: Counter[Limit] = Counter()
+        #: For each limit that keeps jobs: how many of them there is to be room for, and its bound. And the
+        #: sums: what a job costs is not to depend on how many limits keep others.
+        self._rooms: dict[Limit, tuple[int, int]] = {}
+        self._room = self._most = 0
         #: The limits that make jobs wait, and since when no job waits any more.
         self._waiting: dict[Limit, float] = {}
-        #: When the first of them has been without such a job for long.
-        self._quiet_at = math.inf
+        #: When to look next whether one of them has stopped; one entry for each.
+        self._checks: list[tuple[float, int, Limit]] = []
+        self._count = itertools.count()
         self._has_held = False
         #: Celery fires timers from a second thread while a warm shutdown waits for the pool.
         self.lock = threading.RLock()
@@ -152,19 +163,22 @@ class Engine(Generic[Job]):
     @property
     def held_by(self) -> Counter[Limit]:
         """How many jobs each limit keeps in this worker or consumer."""
-        return self._holding.held_by + self.kept if self.kept else self._holding.held_by
+        return self._holding.held_by + self._kept if self._kept else self._holding.held_by
 
     @property
     def next_due(self) -> float:
         """The moment, by the clock, at which `release` is to be called next. It may be infinite."""
         with self.lock:
             due = self._holding.next_due
-        return self._quiet_at if due is None else min(due, self._quiet_at)
+            check = self._checks[0][0] if self._checks else math.inf
+        return check if due is None else min(due, check)
 
     def plan(self, *kind: Hashable) -> Plan:
         """Return what is done with the jobs of a kind. Worked out at the first of them."""
         plan = self._plans.get(kind)
         if plan is None:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
             plan = self._plans[kind] = Plan(self._limits_for(*kind))
         return plan
 
@@ -174,7 +188,18 @@ class Engine(Generic[Job]):
 
     def has_room(self, limit: Limit) -> bool:
         """Tell whether one more job may be held for a limit."""
-        return self.held_by[limit] < self.bound(limit)
+        return self._number(limit) < self.bound(limit)
+
+    def keep(self, limit: Limit, jobs: int = 1) -> None:
+        """Count jobs that the host keeps unacknowledged for a limit besides those held, or no more (-1).
+
+        They are to be sent back, and take up the consumer's window meanwhile.
+        """
+        with self.lock:
+            self._kept[limit] += jobs
+            if not self._kept[limit]:
+                del self._kept[limit]
+            self._holding.changed.add(limit)
 
     # -- the way of a job -------------------------------------------------------------------------
 
@@ -206,10 +231,10 @@ class Engine(Generic[Job]):
                 goes = self._holding.offer(job, demands, self._clock())
                 held = self._has_held
         except Exception as error:  # noqa: BLE001 - of a callable or a bucket of the user's
-            self._fail(job, limit, error)
+            self._fail(job, _blamed(demands, limit), error)
             return "ended", demands
         if goes:
-            self._admit(job, demands, 0.0, None)
+            tell("admitted", job, demands, 0.0, None)
             return "go", demands
         self._follow()
         if not held:
@@ -234,7 +259,7 @@ class Engine(Generic[Job]):
             released = self._holding.release(now, most)
             self._note_quiet(now)
         for held in released:
-            self._admit(held.job, held.demands, now - held.since, held.limit)
+            tell("admitted", held.job, held.demands, max(0.0, now - held.since), held.limit)
         return released
 
     def settle(self) -> None:
@@ -247,13 +272,14 @@ class Engine(Generic[Job]):
         """Forget every job that is held, and return them: they are the broker's again."""
         with self.lock:
             jobs = [held.job for held in self._holding.clear()]
-            self.kept.clear()
             self.paused.clear()
+            self._kept.clear()
+            self._rooms.clear()
+            self._room = self._most = 0
             self._waiting.clear()
-            self._quiet_at = math.inf
+            self._checks.clear()
         if jobs:
-            for observer in observers:
-                observer.forgotten(jobs)
+            tell("forgotten", jobs)
         return jobs
 
     def _price(self, call: Call, limit: Limit) -> Sequence[Demand]:
@@ -271,31 +297,37 @@ class Engine(Generic[Job]):
             )
         return demands
 
-    def _admit(self, job: Job, demands: Sequence[Demand], waited: float, limit: Limit | None) -> None:
-        for observer in observers:
-            observer.admitted(job, demands, waited, limit)
+    # What a host raises is logged and ends here: one job is not to take others with it.
 
     def _refuse(self, job: Job, demand: Demand, delay: float) -> bool:
-        if not self._host.refuse(job, demand, delay):
+        try:
+            if not self._host.refuse(job, demand, delay):
+                return False
+        except Exception:
+            logger.exception("Could not refuse %s; it is held", job)
             return False
         how = demand.limit.when_limited
-        for observer in observers:
-            observer.refused(job, demand, delay, how if isinstance(how, str) else "fallback")
+        tell("refused", job, demand, delay, how if isinstance(how, str) else "fallback")
         return True
 
     def _fail(self, job: Job, limit: Limit, error: Exception) -> None:
-        for observer in observers:
-            observer.failed(job, limit, error)
-        self._host.fail(job, error)
+        tell("failed", job, limit, error)
+        try:
+            self._host.fail(job, error)
+        except Exception:
+            logger.exception("Could not end %s, which failed with %r", job, error)
 
     def _fail_held(self, held: Held[Job], error: Exception) -> None:
-        self._fail(held.job, held.limit, error)
+        self._fail(held.job, _blamed(held.demands, held.limit), error)
 
     def _skip(self, held: Held[Job]) -> bool:
-        if not self._host.gone(held.job):
+        try:
+            if not self._host.gone(held.job):
+                return False
+        except Exception:
+            logger.exception("Could not tell whether %s is still to run", held.job)
             return False
-        for observer in observers:
-            observer.skipped(held.job, held.limit)
+        tell("skipped", held.job, held.limit)
         return True
 
     # -- what follows from a change ---------------------------------------------------------------
@@ -304,36 +336,54 @@ class Engine(Generic[Job]):
         limit = demand.limit
         self._has_held = True
         if limit not in self._waiting:
+            self._check_at(held.since + _QUIET, limit)
             logger.info(
                 "Limit %s: jobs begin to wait, the first for %.3g s", record_of(limit).name, delay
             )
         self._waiting[limit] = math.inf
-        logger.debug(
-            "Held %s: limit %s has tokens for it in %.3g s", held.job, record_of(limit).name, delay
-        )
-        for observer in observers:
-            observer.held(held.job, demand, delay)
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug(
+                "Held %s: limit %s has tokens for it in %.3g s", held.job, record_of(limit).name, delay
+            )
+        tell("held", held.job, demand, delay)
+
+    def _check_at(self, moment: float, limit: Limit) -> None:
+        heapq.heappush(self._checks, (moment, next(self._count), limit))
 
     def _note_quiet(self, now: float) -> None:
         """Tell once of each limit that has stopped to make jobs wait."""
-        for limit, since in list(self._waiting.items()):
-            if limit in self._holding.held_by:
-                self._waiting[limit] = math.inf
-            elif since == math.inf:
-                self._waiting[limit] = now
-            elif now >= since + _QUIET:
+        while self._checks and self._checks[0][0] <= now:
+            limit = heapq.heappop(self._checks)[2]
+            since = self._waiting[limit]
+            if since + _QUIET <= now:
                 del self._waiting[limit]
                 logger.info("Limit %s: no job has waited for %g s", record_of(limit).name, _QUIET)
-        self._quiet_at = min(self._waiting.values(), default=math.inf) + _QUIET
+            else:
+                self._check_at(_QUIET + min(since, now), limit)
 
     def _follow(self) -> None:
+        """Tell the host for how many jobs there is to be room."""
         with self.lock:
-            held = most = 0
-            for limit, count in self.held_by.items():
-                bound = self.bound(limit)
-                most += bound
-                held += min(count, bound)
-            self._host.follow(held, most)
+            changed = self._holding.changed
+            while changed:
+                self._count_room(changed.pop())
+            self._host.follow(self._room, self._most)
+
+    def _count_room(self, limit: Limit) -> None:
+        room, bound = self._rooms.pop(limit, (0, 0))
+        self._room -= room
+        self._most -= bound
+        if number := self._number(limit):
+            bound = self.bound(limit)
+            room = min(number, bound)
+            self._rooms[limit] = room, bound
+            self._room += room
+            self._most += bound
+        if limit not in self._holding.held_by and self._waiting.get(limit) == math.inf:
+            self._waiting[limit] = self._clock()
+
+    def _number(self, limit: Limit) -> int:
+        return self._holding.held_by.get(limit, 0) + self._kept.get(limit, 0)
 
     def _pause(self, queue: str, plan: Plan) -> None:
         """Stop consuming a queue that has brought enough for one of its limits."""
@@ -347,6 +397,13 @@ class Engine(Generic[Job]):
         """Consume a paused queue again once half of its limit's jobs are gone."""
         with self.lock:
             for queue, limit in list(self.paused.items()):
-                if self.held_by[limit] <= self.bound(limit) // 2:
+                if self._number(limit) <= self.bound(limit) // 2:
                     del self.paused[queue]
                     self._host.resume(queue)
+
+
+def _blamed(demands: Sequence[Demand], limit: Limit) -> Limit:
+    """Return the limit because of which a job can never be granted; if none is found, the one given."""
+    with contextlib.suppress(Exception):  # of a bucket of the user's
+        return next((each.limit for each in demands if each.tokens > each.bucket.capacity), limit)
+    return limit

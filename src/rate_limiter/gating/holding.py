@@ -75,7 +75,7 @@ class _Queue(Generic[Job]):
         self.shared = is_shared(bucket)
         #: Whether the bucket tells this process of every change.
         self.sees_all = hasattr(bucket, "subscribe") and not self.shared
-        #: The bucket's counter of changes just before it was last asked.
+        #: The bucket's counter of changes just before it gave the forecast.
         self.changes = math.nan
 
     def insert(self, held: Held[Job]) -> None:
@@ -98,7 +98,7 @@ class _Queue(Generic[Job]):
 
     def has_changed(self) -> bool:
         """Tell whether another process may have changed the bucket since it was asked."""
-        return not self.shared or getattr(self.bucket, "changes", math.nan) != self.changes
+        return not self.shared or _changes_of(self.bucket) != self.changes
 
 
 class Holding(Generic[Job]):
@@ -138,8 +138,9 @@ class Holding(Generic[Job]):
         self._poked: deque[Bucket] = deque()
         #: The thread that takes from several buckets now, and refunds those that granted in vain.
         self._asks_in = 0
-        #: How many jobs each limit makes wait.
+        #: How many jobs each limit makes wait, and for which of them that has changed. The caller empties it.
         self.held_by: Counter[Limit] = Counter()
+        self.changed: set[Limit] = set()
 
     def __len__(self) -> int:
         return self.held_by.total()
@@ -151,11 +152,8 @@ class Holding(Generic[Job]):
     @property
     def next_due(self) -> float | None:
         """The moment, by the caller's clock, at which `release` is to be called next."""
-        while self._poked:
-            queue = self._queues.get(self._poked.popleft())
-            if queue is not None and queue.jobs:
-                queue.changes = math.nan
-                self._look(queue, 0.0)
+        if self._poked:
+            return 0.0
         due = self._due
         while due and due[0][2].look != due[0][0]:
             heapq.heappop(due)
@@ -187,10 +185,10 @@ class Holding(Generic[Job]):
             if queue is not None:  # behind those who came before
                 self._hold(job, demands, demand, now, max(math.ulp(now), queue.forecast() - now))
                 return False
-        delay, refused = self._take_all(demands)
+        delay, refused, changes = self._take_all(demands)
         if not delay:
             return True
-        self._hold(job, demands, demands[refused], now, delay)
+        self._hold(job, demands, demands[refused], now, delay, changes)
         return False
 
     def release(self, now: float, most: float = math.inf) -> list[Held[Job]]:
@@ -206,6 +204,7 @@ class Holding(Generic[Job]):
         released: list[Held[Job]] = []
         asks = 0
         while len(released) < most and asks < _ASKS_AT_ONCE:
+            self._look_at_poked()
             look = self.next_due
             if look is None or look > now:
                 break
@@ -219,14 +218,12 @@ class Holding(Generic[Job]):
                     self._schedule(queue, now, 0.0)
                     break
                 held = queue.jobs[0]
+                asks += len(held.demands)
                 if self._skip(held):
                     self._leave(held, now)
                     continue
-                asks += len(held.demands)
-                if queue.shared:
-                    queue.changes = getattr(queue.bucket, "changes", math.nan)
                 try:
-                    delay, demand = self._take(held, now)
+                    delay, demand, changes = self._take(held, now)
                 except Exception as error:  # noqa: BLE001 - whatever it is, it is that job's
                     self._leave(held, now)
                     self._fail(held, error)
@@ -235,11 +232,12 @@ class Holding(Generic[Job]):
                     self._leave(held, now)
                     released.append(held)
                 elif demand.bucket is queue.bucket:
+                    queue.changes = changes
                     self._schedule(queue, now, delay)
                     self._give_up_claims(held, now, delay)
                     break
                 else:
-                    self._move(held, demand, now, delay)
+                    self._move(held, demand, now, delay, changes)
             self._drop_if_empty(queue)
         return released
 
@@ -251,43 +249,65 @@ class Holding(Generic[Job]):
         self._due.clear()
         self._poked.clear()
         self.held_by.clear()
+        self.changed.clear()
         return forgotten
 
+    def _look_at_poked(self) -> None:
+        """Look now at the buckets that were changed. Not in `next_due`, which a signal handler may read."""
+        while self._poked:
+            queue = self._queues.get(self._poked.popleft())
+            if queue is not None and queue.jobs:
+                queue.changes = math.nan
+                self._look(queue, 0.0)
+
     def _hold(
-        self, job: Job, demands: Sequence[Demand], demand: Demand, now: float, delay: float
+        self,
+        job: Job,
+        demands: Sequence[Demand],
+        demand: Demand,
+        now: float,
+        delay: float,
+        changes: float = math.nan,
     ) -> None:
         """Hold a job that has just come, or refuse it."""
         if demand.limit.when_limited == "wait" or not self._refuse(job, demand, delay):
             held = Held(next(self._count), job, demands, now)
-            self._enqueue(held, demand, now, delay)
+            self._enqueue(held, demand, now, delay, changes)
             self._on_hold(held, demand, delay)
 
-    def _take(self, held: Held[Job], now: float) -> tuple[float, Demand]:
-        """Take the tokens of a job whose turn has come; or return the delay, and who refused."""
+    def _take(self, held: Held[Job], now: float) -> tuple[float, Demand, float]:
+        """Take the tokens of a job whose turn has come; or return the delay, and who refused.
+
+        And the counter of changes of the bucket that refused, from before it was asked.
+        """
         for demand in held.demands if len(held.demands) > 1 else ():
             queue = self._queues.get(demand.bucket)
             if queue is not None and queue is not held.queue and not queue.serves(held):
-                return max(math.ulp(now), queue.forecast() - now), demand
-        delay, refused = self._take_all(held.demands)
-        return delay, held.demands[refused]
+                return max(math.ulp(now), queue.forecast() - now), demand, math.nan
+        delay, refused, changes = self._take_all(held.demands)
+        return delay, held.demands[refused], changes
 
-    def _take_all(self, demands: Sequence[Demand]) -> tuple[float, int]:
+    def _take_all(self, demands: Sequence[Demand]) -> tuple[float, int, float]:
         if len(demands) == 1:
-            return demands[0].bucket.take_or_delay(demands[0].tokens), 0
+            bucket = demands[0].bucket
+            changes = _changes_of(bucket)
+            return bucket.take_or_delay(demands[0].tokens), 0, changes
+        before = [_changes_of(demand.bucket) for demand in demands]
         self._asks_in = threading.get_ident()
         try:
-            return take_all_or_delay(demands)
+            delay, refused = take_all_or_delay(demands)
         finally:
             self._asks_in = 0
+        return delay, refused, before[refused]
 
-    def _move(self, held: Held[Job], demand: Demand, now: float, delay: float) -> None:
+    def _move(self, held: Held[Job], demand: Demand, now: float, delay: float, changes: float) -> None:
         """Let a job whose turn has come wait at another bucket, which has refused it."""
         left = held.queue
         if demand.limit.when_limited != "wait" and self._refuse(held.job, demand, delay):
             self._leave(held, now)
             return
         self._unlink(held)
-        first = self._enqueue(held, demand, now, delay)
+        first = self._enqueue(held, demand, now, delay, changes)
         self._give_up_claims(held, now, delay)
         if first and left.claimant is None and _worth_it(held, left, delay):
             left.claimant = held
@@ -303,15 +323,19 @@ class Holding(Generic[Job]):
                     self._schedule(queue, now, 0.0)
                 self._drop_if_empty(queue)
 
-    def _enqueue(self, held: Held[Job], demand: Demand, now: float, delay: float) -> bool:
+    def _enqueue(
+        self, held: Held[Job], demand: Demand, now: float, delay: float, changes: float
+    ) -> bool:
         """Put a job into a bucket's queue, and tell whether it is the next one there."""
         bucket, held.limit = demand.bucket, demand.limit
-        self.held_by[held.limit] += 1
+        self._count_one(held.limit, 1)
         queue = self._queues.get(bucket)
         if queue is None:
             queue = self._queues[bucket] = _Queue(bucket)
             if hasattr(bucket, "subscribe"):
                 bucket.subscribe(self.poke)
+                if _changes_of(bucket) != changes:  # since it was asked, so nobody has told
+                    self._poked.append(bucket)
         queue.insert(held)
         claimant = queue.claimant
         if claimant is not None and claimant.arrival > held.arrival:
@@ -319,6 +343,7 @@ class Holding(Generic[Job]):
             claimant = queue.claimant = None
         first = claimant in (None, held) and queue.jobs[0] is held
         if first:  # the moment of the one that was first before may be too late
+            queue.changes = changes
             self._schedule(queue, now, delay)
         return first
 
@@ -335,9 +360,15 @@ class Holding(Generic[Job]):
         jobs = held.queue.jobs
         assert jobs[0] is held  # noqa: S101 - only the one whose turn has come leaves
         jobs.popleft()
-        self.held_by[held.limit] -= 1
-        if not self.held_by[held.limit]:
-            del self.held_by[held.limit]
+        self._count_one(held.limit, -1)
+
+    def _count_one(self, limit: Limit, step: int) -> None:
+        count = self.held_by.get(limit, 0) + step
+        if count:
+            self.held_by[limit] = count
+        else:
+            del self.held_by[limit]
+        self.changed.add(limit)
 
     def _drop_if_empty(self, queue: _Queue[Job]) -> None:
         if not queue.jobs and queue.claimant is None and self._queues.get(queue.bucket) is queue:
@@ -356,6 +387,12 @@ class Holding(Generic[Job]):
     def _look(self, queue: _Queue[Job], moment: float) -> None:
         queue.look = moment
         heapq.heappush(self._due, (moment, next(self._count), queue))
+
+
+def _changes_of(bucket: Bucket) -> float:
+    """Return how often a bucket was changed. Not a number, and so never the same, where it does not say."""
+    changes: float = getattr(bucket, "changes", math.nan)
+    return changes
 
 
 def _worth_it(held: Held[Any], queue: _Queue[Any], delay: float) -> bool:

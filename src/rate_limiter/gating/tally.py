@@ -3,6 +3,7 @@
 The engine of a gate and the payment of the decorator tell the observers, and nothing else does.
 """
 
+import logging
 import os
 import tempfile
 import threading
@@ -18,7 +19,9 @@ try:
 except ImportError:  # Windows
     lockf = None  # type: ignore[assignment]
 
-__all__ = ["Observer", "Tally", "observers", "share_tallies", "tally_of"]
+__all__ = ["Observer", "Tally", "observers", "share_tallies", "tally_of", "tell"]
+
+logger = logging.getLogger("rate_limiter")
 
 
 class Observer:
@@ -57,7 +60,8 @@ class Observer:
             job: The job.
             demand: What the limit wants.
             delay: The seconds until its bucket will have as much.
-            how: ``"raise"``, ``"drop"``, ``"retry"`` or ``"fallback"``.
+            how: ``"raise"``, ``"drop"``, ``"retry"`` or ``"fallback"``; or ``"timeout"``: it would have
+                waited for too long, or has.
 
         """
 
@@ -65,7 +69,7 @@ class Observer:
         """Take note of a job that was revoked, or has expired, while a limit made it wait."""
 
     def failed(self, job: Any, limit: Limit, error: Exception) -> None:
-        """Take note of a job whose cost cannot be computed, or can never be granted."""
+        """Take note of a job that cannot pay: its cost cannot be computed, or the bucket raises."""
 
     def forgotten(self, jobs: Sequence[Any]) -> None:
         """Take note of held jobs that are the broker's again: the worker stops or has reconnected."""
@@ -76,6 +80,22 @@ class Observer:
 
 #: All that are told, in order.
 observers: Final[list[Observer]] = []
+
+
+def tell(outcome: str, *what: Any) -> None:
+    """Tell all observers of an outcome. An observer that fails is logged, and changes nothing.
+
+    Args:
+        outcome: The name of a method of `Observer`.
+        what: Its arguments.
+
+    """
+    for observer in observers:
+        try:
+            getattr(observer, outcome)(*what)
+        except Exception:
+            logger.exception("The observer %r failed", observer)
+
 
 _NAMES: Final = ("admitted", "tokens", "refused", "failed", "skipped", "waited", "longest")
 _ADMITTED, _TOKENS, _REFUSED, _FAILED, _SKIPPED, _WAITED, _LONGEST = range(len(_NAMES))
@@ -93,7 +113,7 @@ class Tally:
     - ``admitted``: jobs that have paid.
     - ``tokens``: what they have paid, as settled so far.
     - ``refused``: jobs that the limit did not let wait.
-    - ``failed``: jobs whose cost could not be computed, or could never be granted.
+    - ``failed``: jobs that could not pay: their cost could not be computed, or the bucket raised.
     - ``skipped``: jobs that were revoked, or expired, while held.
     - ``waited``, ``longest``: the seconds that admitted jobs have waited, in all and at the longest.
     """
@@ -118,10 +138,10 @@ class Tally:
         return numbers
 
     def _count(self, field: int, amount: float = 1.0, tokens: float = 0.0) -> None:
-        with _lock:
-            cells, first = self._cells, 0
-            if self._table is not None:
-                cells, first = self._table.own_row(), self._column
+        cells, first = self._cells, 0
+        if (table := self._table) is not None:
+            cells, first = table.own_row(), self._column
+        with _lock:  # nothing is called inside: a signal handler that counts too would wait for ever
             cells[first + field] += amount
             if tokens:
                 cells[first + _TOKENS] += tokens

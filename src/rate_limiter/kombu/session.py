@@ -256,7 +256,7 @@ class Session(Host[_Job]):
             if job.copy and self._engine.has_room(limit):
                 return False  # it was sent back before and comes at its turn: a few tokens are missing
             job.limit = limit
-            self._engine.kept[limit] += 1
+            self._engine.keep(limit)
             self._enter(job)
             self._returning.add(job, record_of(limit).turn(bucket, tokens, delay))
         elif limit.when_limited == "drop":
@@ -311,9 +311,7 @@ class Session(Host[_Job]):
     def _on_sent(self, job: _Job, gone: bool) -> None:
         """Let go of a message whose copy is at the end of its queue."""
         assert job.limit is not None  # noqa: S101 - for mypy
-        self._engine.kept[job.limit] -= 1
-        if not self._engine.kept[job.limit]:
-            del self._engine.kept[job.limit]
+        self._engine.keep(job.limit, -1)
         if not gone:
             self._leave(job)
 
