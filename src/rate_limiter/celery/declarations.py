@@ -14,6 +14,7 @@ from ..gating.parameters import Parameters
 __all__ = [
     "LIMITS",
     "at_gate",
+    "attributes_of",
     "check_task",
     "gates",
     "held_at_gate",
@@ -91,6 +92,14 @@ def refuse_async(function: Any, name: str) -> None:
         raise TypeError(f"{name} is async; Celery does not await tasks, so it would never run")
 
 
+def attributes_of(task: Task) -> list[str]:
+    """Return the attributes of a task that are this library's, spelled right or wrong."""
+    # Celery's own classes have none; they are the most of it.
+    owners = [kind for kind in type(task).__mro__ if not kind.__module__.startswith("celery.")]
+    found = [name for owner in (task, *owners) for name in vars(owner) if name.startswith(_PREFIX)]
+    return list(dict.fromkeys(found))
+
+
 def check_task(task: Task) -> None:
     """Refuse a task with a misspelled attribute, which would run without its limit.
 
@@ -98,11 +107,8 @@ def check_task(task: Task) -> None:
         ImproperlyConfigured: It has one.
 
     """
-    # Celery's own classes have none; they are the most of it.
-    owners = [kind for kind in type(task).__mro__ if not kind.__module__.startswith("celery.")]
-    for owner in (task, *owners):
-        for attribute in vars(owner):
-            if attribute.startswith(_PREFIX) and attribute != ATTRIBUTE:
-                raise ImproperlyConfigured(
-                    f"{attribute} of {task.name}: unknown attribute; expected {ATTRIBUTE}"
-                )
+    for attribute in attributes_of(task):
+        if attribute != ATTRIBUTE:
+            raise ImproperlyConfigured(
+                f"{attribute} of {task.name}: unknown attribute; expected {ATTRIBUTE}"
+            )

@@ -9,14 +9,14 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from operator import itemgetter
 from time import monotonic
 from types import FrameType
 from typing import Any, Final, NamedTuple, ParamSpec, TypeVar, cast
 from weakref import WeakKeyDictionary
 
-from celery import Task, signals
+from celery import Task
 from celery._state import get_current_task
 from celery.local import Proxy
 
@@ -28,14 +28,22 @@ from ..gating.limit import AnyBucket, AnyCost, AnyKey, Demand, Limit, refuse_to_
 from ..gating.parameters import Parameters
 from ..gating.record import record_of
 from ..gating.tally import observers
-from .charge import Charge, collect
-from .declarations import LIMITS, at_gate, limits_of, name_limits, parameters_of, refuse_async
+from .charge import Charge, collect, warn_of_private_buckets
+from .declarations import (
+    LIMITS,
+    at_gate,
+    gates,
+    held_at_gate,
+    limits_of,
+    name_limits,
+    parameters_of,
+    refuse_async,
+)
 from .ending import postpone, refuse_in_task
-from .prefork import share_before_fork
 from .receipt import consume
 from .settings import enabled
 
-__all__ = ["throttle", "watch"]
+__all__ = ["throttle", "watch", "watch_all"]
 
 logger = logging.getLogger("rate_limiter")
 
@@ -130,7 +138,6 @@ def throttle(
         buckets=buckets,
         fallback=True,
     )
-    signals.worker_init.connect(share_before_fork, weak=False, dispatch_uid="rate_limiter: prefork")
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         _refuse_what_is_not_a_function(function)
@@ -176,6 +183,13 @@ def watch(task: Task, limits: Iterable[Limit] = ()) -> None:
 
     setattr(watched, _WATCHED, True)
     setattr(task, body, watched)
+
+
+def watch_all(gate: Any, tasks_of: Mapping[Limit, Iterable[str]]) -> None:
+    """`watch` the tasks that a gate limits, as its ``tasks_of()`` names them."""
+    for name in sorted({name for names in tasks_of.values() for name in names}):
+        task = gate.app.tasks[name]
+        watch(task, gate.limits_for(task))
 
 
 _HOW: Final = "\n\n    @app.task\n    @throttle(bucket)\n    def send_email(to): ...\n"
@@ -273,7 +287,9 @@ def _begin(
         passes.discard(limit)
         return _call(function, args, kwargs, Charge(), None)
     if passes is not None:
-        due = at_gate.get(task, ()) if limit is None else (limit,)
+        due = [] if limit is None else [limit]
+        if limit is None or limit is limits_of(task)[0]:
+            due += at_gate.get(task, ())
         return _pay_and_call(due, Charge(), task, None, function, args, kwargs, sent)
     if not all(record_of(each).name for each in limits_of(task)):  # called outside of a worker
         name_limits(task)
@@ -291,7 +307,7 @@ def _begin(
         # With pydantic=True the function gets models made of what the producer sent.
         sent = sent._replace(args=tuple(request.args), kwargs=dict(request.kwargs or {}))
     charge = collect(task, receipt, sent.args, sent.kwargs)
-    due = tuple(each for each in (*limits_of(task), *at_gate.get(task, ())) if each not in charge)
+    due = [each for each in (*limits_of(task), *at_gate.get(task, ())) if each not in charge]
     job = None if _is_inline(task) else task
     return _pay_and_call(due, charge, task, job, function, args, kwargs, sent)
 
@@ -338,6 +354,8 @@ def _pay_and_call(
     if paid:
         for observer in observers:
             observer.admitted(name, paid, monotonic() - began, paid[0].limit)
+        if task is not None and task.app in gates:
+            warn_of_private_buckets(name, [each for each in paid if held_at_gate(each.limit)])
     charge.add(paid)
     return _call(function, args, kwargs, charge, job)
 

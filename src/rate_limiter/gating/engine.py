@@ -9,17 +9,17 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from time import monotonic, perf_counter
 from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 from .holding import Held, Holding
 from .limit import Demand, Limit, refuse_to_pay_twice
 from .parameters import Parameters
-from .record import record_of
+from .record import listed, record_of
 from .tally import observers
 
-__all__ = ["Call", "Decision", "Engine", "Host", "Plan"]
+__all__ = ["Call", "Decision", "Engine", "Host", "Plan", "warn_of_unused"]
 
 logger = logging.getLogger("rate_limiter")
 
@@ -350,3 +350,20 @@ class Engine(Generic[Job]):
                 if self.held_by[limit] <= self.bound(limit) // 2:
                     del self.paused[queue]
                     self._host.resume(queue)
+
+
+def warn_of_unused(limit: Limit, what: str, there: Iterable[str]) -> None:
+    """Tell of a limit that covers nothing.
+
+    Args:
+        limit: The limit.
+        what: What it would have to match: ``"queue that is consumed"``.
+        there: The names of what there is of that kind.
+
+    """
+    logger.warning(
+        "Limit %s matches no %s, so it limits nothing; there are: %s",
+        record_of(limit).name,
+        what,
+        listed(there),
+    )
