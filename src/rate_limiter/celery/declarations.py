@@ -13,6 +13,7 @@ from ..gating.parameters import Parameters
 
 __all__ = [
     "LIMITS",
+    "adopt_gate",
     "at_gate",
     "attributes_of",
     "check_task",
@@ -40,6 +41,21 @@ at_gate: WeakKeyDictionary[Task, tuple[Limit, ...]] = WeakKeyDictionary()
 
 _names: WeakKeyDictionary[Celery, Names] = WeakKeyDictionary()
 _parameters: WeakKeyDictionary[Task, Parameters] = WeakKeyDictionary()
+
+
+def adopt_gate(app: Celery) -> Any:
+    """Return the gate of a spawned pool process, if it has one.
+
+    Args:
+        app: The app of its tasks. Celery has sent it there, so it is a copy of the one that the user's
+            modules make there once more, with the gate.
+
+    """
+    for original, gate in list(gates.items()):
+        if original.main == app.main:
+            _names[app] = names_of(original)
+            gates[app], gate.app = gate, app
+    return gates.get(app)
 
 
 def limits_of(task: Task) -> tuple[Limit, ...]:

@@ -8,7 +8,7 @@ once, before the task's body runs: neither ``retry()`` nor a nested call inherit
 
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple
 
 from celery import Task
@@ -36,8 +36,9 @@ class Receipt(NamedTuple):
 
     #: The limits that it has paid, and how many tokens.
     paid: list[tuple[Limit, float]]
-    #: The limit that has refused it, and the seconds until that will have its tokens.
-    refused: tuple[Limit, float] | None = None
+    #: The name of the limit that has refused it, the seconds until that will have its tokens, and what
+    #: is called instead of the task, if anything is.
+    refused: tuple[str, float, Callable[..., Any] | None] | None = None
     #: Why it cannot be paid for.
     error: Exception | None = None
 
@@ -104,12 +105,11 @@ def consume(task: Task, request: Any) -> Receipt:
     if error:
         return Receipt(paid, error=error[0])
     reference, delay = refused
-    limit = _find(task, reference)
-    if limit is None:  # it cannot be told any more; but the job has not paid
-        return Receipt(
-            paid, error=ValueError(f"{task.name}: refused by a limit that is not known here")
-        )
-    return Receipt(paid, refused=(limit, delay))
+    if isinstance(reference, str):
+        return Receipt(paid, refused=(reference, delay, None))
+    limit = limits_of(task)[reference]
+    fallback = limit.when_limited if callable(limit.when_limited) else None
+    return Receipt(paid, refused=(record_of(limit).name, delay, fallback))
 
 
 def is_spawned() -> bool:

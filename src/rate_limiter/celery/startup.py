@@ -14,10 +14,10 @@ from celery.app.trace import build_tracer
 from ..gating.limit import Limit
 from ..gating.record import listed, record_of
 from . import receipt
-from .declarations import attributes_of, gates, held_at_gate, limits_of, name_limits
+from .declarations import adopt_gate, attributes_of, gates, held_at_gate, limits_of, name_limits
 from .prefork import share_before_fork
 from .settings import enabled
-from .throttle import watch_all
+from .throttle import watch, watch_all
 
 __all__ = ["connect", "has_started"]
 
@@ -112,8 +112,20 @@ def _on_pool_process(sender: Any, **_: Any) -> None:
         return
     _spawned = True
     app = current_app._get_current_object()
-    if app in gates and enabled(app):
-        watch_all(gates[app], gates[app].tasks_of())
-        # Celery has made the tracers already, from the tasks as they were (process_initializer).
-        for name, task in app.tasks.items():
-            task.__trace__ = build_tracer(name, task, app.loader, sender, app=app)
+    if not enabled(app):
+        return
+    gate = adopt_gate(app)
+    if gate is None:
+        logger.error(
+            "The gate of %r is not known in this pool process: chunks, map, starmap and inline calls do not "
+            "pay its limits. Construct it in a module that pool processes import, too",
+            app,
+        )
+        tasks = [task for task in app.tasks.values() if not task.name.startswith("celery.")]
+        for task in tasks:
+            watch(task)
+    else:
+        tasks = watch_all(gate, gate.tasks_of())
+    # Celery has made the tracers already, from the tasks as they were (process_initializer).
+    for task in tasks:
+        task.__trace__ = build_tracer(task.name, task, app.loader, sender, app=app)

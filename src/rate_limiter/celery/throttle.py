@@ -185,11 +185,13 @@ def watch(task: Task, limits: Iterable[Limit] = ()) -> None:
     setattr(task, body, watched)
 
 
-def watch_all(gate: Any, tasks_of: Mapping[Limit, Iterable[str]]) -> None:
-    """`watch` the tasks that a gate limits, as its ``tasks_of()`` names them."""
-    for name in sorted({name for names in tasks_of.values() for name in names}):
-        task = gate.app.tasks[name]
+def watch_all(gate: Any, tasks_of: Mapping[Limit, Iterable[str]]) -> list[Task]:
+    """`watch` the tasks that a gate limits, as its ``tasks_of()`` names them; return them."""
+    names = sorted({name for names in tasks_of.values() for name in names})
+    tasks = [gate.app.tasks[name] for name in names]
+    for task in tasks:
         watch(task, gate.limits_for(task))
+    return tasks
 
 
 _HOW: Final = "\n\n    @app.task\n    @throttle(bucket)\n    def send_email(to): ...\n"
@@ -299,10 +301,10 @@ def _begin(
     if receipt.error is not None:
         raise receipt.error
     if receipt.refused is not None:
-        limit, delay = receipt.refused
-        if callable(limit.when_limited):
-            return limit.when_limited(*_without_self(args), **kwargs)
-        raise RateLimitExceeded(f"rate limit exceeded: {record_of(limit).name}", delay)
+        name, delay, fallback = receipt.refused
+        if fallback is not None:
+            return fallback(*_without_self(args), **kwargs)
+        raise RateLimitExceeded(f"rate limit exceeded: {name}", delay)
     if request.args is not None:
         # With pydantic=True the function gets models made of what the producer sent.
         sent = sent._replace(args=tuple(request.args), kwargs=dict(request.kwargs or {}))
