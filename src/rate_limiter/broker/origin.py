@@ -8,6 +8,7 @@ was sent to, and `restore_origin` undoes the difference before anybody looks at 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Final
 
 __all__ = ["MARK", "MOVED", "ORIGIN", "can_be_sent_to", "mark_messages", "restore_origin"]
@@ -22,10 +23,16 @@ MOVED: Final = "rate_limiter_moved"
 ORIGIN: Final = "x-rate-limiter-origin"
 
 
-def mark_messages(channel: Any) -> None:
-    """Note the queue of each message that is consumed on a channel from now on; restore its origin."""
+def mark_messages(channel: Any, on_consume: Callable[[str], Any] = lambda _queue: None) -> None:
+    """Note the queue of each message that is consumed on a channel from now on; restore its origin.
+
+    Args:
+        channel: A kombu channel. If this was done already, it stays as it is.
+        on_consume: Called with the name of each queue that is about to be consumed on the channel.
+
+    """
     if not isinstance(channel.basic_consume, functools.partial):
-        channel.basic_consume = functools.partial(_consume, channel.basic_consume)
+        channel.basic_consume = functools.partial(_consume, channel.basic_consume, on_consume)
 
 
 def restore_origin(message: Any) -> None:
@@ -55,6 +62,7 @@ def can_be_sent_to(channel: Any, queue: str) -> bool:
 
 def _consume(
     consume: Any,
+    on_consume: Callable[[str], Any],
     queue: str,
     no_ack: bool = False,
     consumer_tag: str = "",
@@ -62,6 +70,7 @@ def _consume(
     **kwargs: Any,
 ) -> Any:
     """Stand in for a channel's ``basic_consume``."""
+    on_consume(queue)
 
     def marked(message: Any) -> Any:
         if message.delivery_info is not None:

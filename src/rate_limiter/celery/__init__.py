@@ -2,6 +2,9 @@
 
 from .charge import Charge, current_charge
 from .gate import Gate
+from .startup import connect
 from .throttle import throttle
 
 __all__ = ["Charge", "Gate", "current_charge", "throttle"]
+
+connect()

@@ -12,12 +12,12 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
-from celery import bootsteps
+from celery import Task, bootsteps
 from celery.concurrency.prefork import TaskPool
 from celery.exceptions import ImproperlyConfigured
 from celery.worker import state
 
-from ..gating.engine import Call, Engine, Host
+from ..gating.engine import Call, Engine, Host, warn_of_unused
 from ..gating.limit import Demand, Limit
 from ..gating.record import record_of
 from ..gating.tally import tally_of
@@ -29,7 +29,7 @@ from .pausing import Queues
 from .prefork import is_spawned, share_all
 from .returning import Returning
 from .settings import enabled
-from .throttle import watch
+from .throttle import watch, watch_all
 from .window import Window
 
 if TYPE_CHECKING:
@@ -72,18 +72,23 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         #: What could not be ended, and when that is tried again.
         self.unended: list[Callable[[], Any]] = []
         self.end_again_at = 0.0
-        tasks_of = self._check_and_announce()
-        self.limits = limits = list(tasks_of)
+        #: The limits, and the names of their tasks.
+        self.tasks_of = tasks_of = gate.tasks_of()
+        limits = list(tasks_of)
+        self.declared = {declared.limit: declared for declared in gate.declared}
         _refuse_prefetch_without_bound(consumer, limits)
         self.by_queue = any(limit.overflow == "pause" for limit in limits) or any(
-            declared.queue for declared in gate.declared
+            declared.queue for declared in self.declared.values()
         )
         consumer.on_task_request = self.on_task_request
-        gate.consumers.add(consumer)
+        watch_all(gate, tasks_of)
         spawned = is_spawned(consumer.controller)
         receipt.open_office(spawned=spawned)
         if isinstance(consumer.pool, TaskPool):
             share_all(limit for limit, tasks in tasks_of.items() if tasks and not spawned)
+        #: The limits that were found to be for nothing.
+        self.unused: set[Limit] = set()
+        self._announce()
 
     # -- life cycle: started anew with every connection -------------------------------------------
 
@@ -91,7 +96,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         """Begin with nothing held: the broker delivers again what an earlier connection held."""
         self.engine.window = lambda _limit: int(consumer.initial_prefetch_count)
         self.window = Window(consumer, self.engine.jobs)
-        self.queues = Queues(consumer, self.by_queue)
+        self.queues = Queues(consumer, self.by_queue, self._on_consume)
         self.loop = Loop(consumer, self._next_due, self._work, self.window.update)
         self.returning = Returning(consumer, self.engine.lock, self.loop.has_timer, self._end_later)
         self.open = True
@@ -116,10 +121,6 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     terminate = stop
 
-    def shutdown(self, consumer: Any) -> None:
-        """Let limits be declared again, for another worker of this process."""
-        self.gate.consumers.discard(consumer)
-
     def info(self, consumer: Any) -> dict[str, Any]:
         """Return what ``celery inspect stats`` shows of the gate."""
         with self.engine.lock:
@@ -127,33 +128,64 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             for limit, count in self.engine.held_by.items():
                 held[record_of(limit).name] += count
             paused = sorted(self.engine.paused)
-        limits = {record_of(limit).name: tally_of(limit).snapshot() for limit in self.limits}
+        limits = {record_of(limit).name: tally_of(limit).snapshot() for limit in self.tasks_of}
         return {"rate_limiter": {"held": dict(held), "paused": paused, "limits": limits}}
 
-    def _check_and_announce(self) -> dict[Limit, list[str]]:
-        tasks_of = self.gate.tasks_of()
-        for name in sorted({name for names in tasks_of.values() for name in names}):
-            task = self.gate.app.tasks[name]
-            watch(task, self.gate.limits_for(task))
-            if task.rate_limit and not self.gate.app.conf.worker_disable_rate_limits:
+    # -- what it says of the limits ---------------------------------------------------------------
+
+    def _announce(self) -> None:
+        """Log each limit, and what keeps tasks from it."""
+        app = self.gate.app
+        consumed = app.amqp.queues.consume_from
+        registered = [name for name in sorted(app.tasks) if not name.startswith("celery.")]
+        for limit, names in self.tasks_of.items():
+            queue = self._queue_of(limit)
+            if not names:
+                self._warn(limit, "registered task", registered)
+            elif queue is not None and queue not in consumed:
+                self._warn(limit, "queue that is consumed", sorted(consumed))
+            else:
+                self._tell(limit, names)
+        for name in sorted({name for names in self.tasks_of.values() for name in names}):
+            task = app.tasks[name]
+            if task.rate_limit and not app.conf.worker_disable_rate_limits:
                 logger.warning(
                     "%s also has Celery's rate_limit=%r, which blocks its whole queue while it "
                     "throttles; both apply",
                     name,
                     task.rate_limit,
                 )
-        for limit, names in tasks_of.items():
-            if names:
-                tasks = ", ".join(names)
-                logger.info(
-                    "Limit %s: %r for %s, enforced at the gate",
-                    record_of(limit).name,
-                    limit.bucket,
-                    tasks,
+            if task.Strategy != Task.Strategy:
+                logger.warning(
+                    "%s has a Strategy of its own, %r: jobs that it does not hand to "
+                    "consumer.on_task_request pass the gate, and pay in the pool",
+                    name,
+                    task.Strategy,
                 )
-            else:
-                logger.warning("Limit %s matches no registered task", record_of(limit).name)
-        return tasks_of
+
+    def _queue_of(self, limit: Limit) -> str | None:
+        declared = self.declared.get(limit)
+        return None if declared is None else declared.queue
+
+    def _warn(self, limit: Limit, what: str, there: list[str]) -> None:
+        self.unused.add(limit)
+        warn_of_unused(limit, what, there)
+
+    def _tell(self, limit: Limit, names: list[str]) -> None:
+        declared = self.declared.get(limit)
+        tasks = ", ".join(names) if declared is None or declared.patterns else "all tasks"
+        if declared is not None and declared.queue is not None:
+            tasks += f" from queue {declared.queue}"
+        logger.info(
+            "Limit %s: %r for %s, enforced at the gate", record_of(limit).name, limit.bucket, tasks
+        )
+
+    def _on_consume(self, queue: str) -> None:
+        """Take note of a queue that the worker consumes from now on."""
+        for limit in [each for each in self.unused if self._queue_of(each) == queue]:
+            if self.tasks_of[limit]:
+                self.unused.discard(limit)
+                self._tell(limit, self.tasks_of[limit])
 
     # -- the way of a job -------------------------------------------------------------------------
 
@@ -208,6 +240,9 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         limits = self.gate.limits_for(task, queue)
         if limits:
             watch(task, self.gate.limits_for(task))
+        for limit in self.unused.intersection(limits):
+            self.unused.discard(limit)
+            self._tell(limit, [task.name])
         return limits
 
     def _next_due(self) -> float:

@@ -1,9 +1,12 @@
 """What a job was charged, and settling it once the true cost is known."""
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
+from mmap import mmap
 from typing import Any, Final, NamedTuple
+from weakref import WeakKeyDictionary
 
 from celery import Task
 from celery._state import get_current_task
@@ -19,13 +22,18 @@ from . import receipt
 from .declarations import parameters_of
 from .settings import enabled
 
-__all__ = ["Charge", "collect", "confine", "current_charge"]
+__all__ = ["Charge", "collect", "confine", "current_charge", "warn_of_private_buckets"]
+
+logger = logging.getLogger("rate_limiter")
 
 #: The charge of the execution that runs now.
 _current: Final[ContextVar["Charge | None"]] = ContextVar("rate_limiter_charge", default=None)
 
 #: Whether tasks run in processes that the gate does not run in.
 _confined = False
+
+#: Whether it was logged that a limit takes from a bucket in a pool process: a byte for each limit.
+_told: Final[WeakKeyDictionary[Limit, Any]] = WeakKeyDictionary()
 
 
 class _Payment(NamedTuple):
@@ -207,10 +215,41 @@ def collect(task: Task, what: receipt.Receipt, args: tuple[Any, ...], kwargs: di
     return charge
 
 
-def confine() -> None:
-    """From now on, and in future children, tasks run in other processes than the gate."""
+def confine(limits: Iterable[Limit]) -> None:
+    """Note that tasks run in other processes than the gate, from now on and in future children.
+
+    Args:
+        limits: Those that tasks may pay.
+
+    """
     global _confined  # noqa: PLW0603 - one per process, by design
     _confined = True
+    private = [limit for limit in limits if not isinstance(limit.bucket, Bucket)]
+    memory = memoryview(mmap(-1, len(private) + 1))  # all processes of the pool share it
+    for place, limit in enumerate(private):
+        _told[limit] = memory[place : place + 1]
+
+
+def warn_of_private_buckets(name: str, demands: Iterable[Demand]) -> None:
+    """Tell once of each limit that is paid in a pool process from a bucket which the gate does not see.
+
+    Args:
+        name: The name of the task.
+        demands: What it has paid.
+
+    """
+    for limit in [demand.limit for demand in demands if not _reachable(demand.bucket)]:
+        told = _told.setdefault(limit, bytearray(1))
+        if not told[0]:
+            told[0] = 1
+            logger.warning(
+                "Limit %s: calls of %s that are no jobs of their own (inline, chunks, map, starmap) take from a "
+                "bucket of their pool process, which the gate does not see: they have one rate per pool "
+                "process. Use the threads pool, or send each call as a job%s",
+                record_of(limit).name,
+                name,
+                "" if limit.key is not None else ", or name the buckets in buckets=[…]",
+            )
 
 
 def _apart() -> bool:
@@ -219,4 +258,6 @@ def _apart() -> bool:
 
 def _reachable(bucket: Bucket) -> bool:
     """Whether a task can reach what the gate takes from. An own class of the user's is believed to."""
-    return not _apart() or is_shared(bucket) or not isinstance(bucket, TokenBucket)
+    if not _apart() or not isinstance(bucket, TokenBucket):
+        return True
+    return is_shared(bucket) and not receipt.is_spawned()

@@ -13,7 +13,9 @@ from ..gating.parameters import Parameters
 
 __all__ = [
     "LIMITS",
+    "adopt_gate",
     "at_gate",
+    "attributes_of",
     "check_task",
     "gates",
     "held_at_gate",
@@ -39,6 +41,21 @@ at_gate: WeakKeyDictionary[Task, tuple[Limit, ...]] = WeakKeyDictionary()
 
 _names: WeakKeyDictionary[Celery, Names] = WeakKeyDictionary()
 _parameters: WeakKeyDictionary[Task, Parameters] = WeakKeyDictionary()
+
+
+def adopt_gate(app: Celery) -> Any:
+    """Return the gate of a spawned pool process, if it has one.
+
+    Args:
+        app: The app of its tasks. Celery has sent it there, so it is a copy of the one that the user's
+            modules make there once more, with the gate.
+
+    """
+    for original, gate in list(gates.items()):
+        if original.main == app.main:
+            _names[app] = names_of(original)
+            gates[app], gate.app = gate, app
+    return gates.get(app)
 
 
 def limits_of(task: Task) -> tuple[Limit, ...]:
@@ -90,6 +107,14 @@ def refuse_async(function: Any, name: str) -> None:
         raise TypeError(f"{name} is async; Celery does not await tasks, so it would never run")
 
 
+def attributes_of(task: Task) -> list[str]:
+    """Return the attributes of a task that are this library's, spelled right or wrong."""
+    # Celery's own classes have none; they are the most of it.
+    owners = [kind for kind in type(task).__mro__ if not kind.__module__.startswith("celery.")]
+    found = [name for owner in (task, *owners) for name in vars(owner) if name.startswith(_PREFIX)]
+    return list(dict.fromkeys(found))
+
+
 def check_task(task: Task) -> None:
     """Refuse a task with a misspelled attribute, which would run without its limit.
 
@@ -97,11 +122,8 @@ def check_task(task: Task) -> None:
         ImproperlyConfigured: It has one.
 
     """
-    # Celery's own classes have none; they are the most of it.
-    owners = [kind for kind in type(task).__mro__ if not kind.__module__.startswith("celery.")]
-    for owner in (task, *owners):
-        for attribute in vars(owner):
-            if attribute.startswith(_PREFIX) and attribute != ATTRIBUTE:
-                raise ImproperlyConfigured(
-                    f"{attribute} of {task.name}: unknown attribute; expected {ATTRIBUTE}"
-                )
+    for attribute in attributes_of(task):
+        if attribute != ATTRIBUTE:
+            raise ImproperlyConfigured(
+                f"{attribute} of {task.name}: unknown attribute; expected {ATTRIBUTE}"
+            )

@@ -5,7 +5,6 @@ Here limits are declared and found; `bootstep` holds the jobs.
 
 from collections.abc import Iterable
 from typing import Any, Final
-from weakref import WeakSet
 
 from celery import Celery, Task
 from celery.exceptions import ImproperlyConfigured
@@ -28,6 +27,7 @@ from .declarations import (
     refuse_async,
 )
 from .settings import declare_settings, limit_from
+from .startup import has_started
 
 __all__ = ["Gate"]
 
@@ -56,7 +56,7 @@ class Gate:
             is at least 1,000, for jobs of other keys are such jobs.
 
     Raises:
-        RuntimeError: The app has a gate already.
+        RuntimeError: The app has a gate already, or a worker of it runs without one.
         TypeError: ``app`` is not a Celery app, or ``max_held`` not a whole number.
         ValueError: ``max_held`` is below 1.
 
@@ -73,13 +73,16 @@ class Gate:
             whole("max_held", max_held)
         if app in gates:
             raise RuntimeError(f"{app!r} has a Gate already: an app has one, for all its limits")
+        if has_started(app):
+            raise RuntimeError(
+                f"this Gate comes too late: a worker of {app!r} runs already, without it. Construct the Gate "
+                "where the app is made, or in a module that the worker imports as it starts"
+            )
         self.app = app
         self.max_held = max_held
         self._declarations = Declarations("tasks", reserved=_CELERYS, names=names_of(app))
         self._has_settings = False
         self._attributes: dict[str, Limit] = {}
-        #: The consumers that run with it in this process, or ran when the process was forked.
-        self.consumers: WeakSet[Any] = WeakSet()
         gates[app] = gate = self
 
         class RateLimiter(GateStep):
@@ -107,7 +110,8 @@ class Gate:
         Args:
             tasks: Names of tasks, or shell patterns for them (``"jobs.send_*"``). None: all tasks. A
                 pattern never matches Celery's own tasks (``celery.*``).
-            queue: Only jobs that the worker consumes from this queue.
+            queue: Only jobs that the worker consumes from this queue. Such a limit is not for inline calls
+                of a task, nor for elements of ``chunks``, ``map`` and ``starmap``: they come from no queue.
             bucket: As in `throttle`. All the tasks share it.
             burst: As in `throttle`.
             tokens: As in `throttle`.
@@ -124,7 +128,7 @@ class Gate:
                 their charge or raise `RetryAfter`.
 
         Raises:
-            RuntimeError: The worker's consumer has started.
+            RuntimeError: A worker of the app runs already.
             TypeError: An argument has the wrong type.
             ValueError: Neither task nor queue is given, a task is one of Celery's own, the cost can
                 never be paid, or another limit has the name.
@@ -133,7 +137,7 @@ class Gate:
         starts: a task without it stops the worker. With ``queue`` alone, a job without it fails.
 
         """
-        if self.consumers:
+        if has_started(self.app):
             raise RuntimeError("limit() comes before the worker starts: declare it beside the app")
         if not tasks and queue is None:
             raise ValueError("limit() needs the name of a task, a pattern, or queue=…")

@@ -1,6 +1,7 @@
 """Which queue a job came from, and pausing the consumption of a queue."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from ..broker.origin import MARK, mark_messages
@@ -18,17 +19,18 @@ class Queues:
     Args:
         consumer: Celery's consumer, before it has begun to consume.
         mark: Whether anybody asks.
+        on_consume: Called with the name of each queue that is about to be consumed, if anybody asks.
 
     """
 
-    def __init__(self, consumer: Any, mark: bool) -> None:
+    def __init__(self, consumer: Any, mark: bool, on_consume: Callable[[str], Any]) -> None:
         self._consumer = consumer
         #: The queues that are not consumed now, and because of which limit.
         self.paused: dict[str, Limit] = {}
         self._entities: dict[str, Any] = {}
         if mark:
             # for the queues that `celery control add_consumer` brings, too
-            mark_messages(consumer.task_consumer.channel)
+            mark_messages(consumer.task_consumer.channel, on_consume)
 
     def of(self, request: Any) -> str | None:
         """Return the name of the queue that a job was consumed from."""

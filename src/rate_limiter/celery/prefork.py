@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from celery import bootsteps
 from celery.concurrency.prefork import TaskPool
 from celery.exceptions import ImproperlyConfigured
 
@@ -20,56 +19,47 @@ from ..gating.tally import share_tallies
 from ..shared_bucket import is_shared, share
 from ..token_bucket import TokenBucket
 from . import charge
-from .declarations import gates, held_at_gate, limits_of, name_limits
-from .settings import enabled
+from .declarations import gates, held_at_gate, limits_of
 
 __all__ = ["is_spawned", "share_all", "share_before_fork"]
 
 logger = logging.getLogger("rate_limiter")
 
 
-def share_before_fork(sender: Any, **_: Any) -> None:
-    """Receive ``worker_init``."""
-    # A receiver cannot stop a worker: Signal.send swallows what it raises. A step can.
-    sender.app.steps["worker"].add(_Prefork)
+def share_before_fork(worker: Any) -> None:
+    """Share what the tasks of a worker's prefork pool take from.
 
+    Raises:
+        ImproperlyConfigured: A limit would run at a multiple of its rate.
 
-class _Prefork(bootsteps.Step):
-    """Shares what tasks take from; refuses a worker where a limit would run at a multiple of its rate."""
-
-    def create(self, worker: Any) -> None:
-        """Look at every throttled task, before the pool forks."""
-        app = worker.app
-        if not enabled(app):
-            return
-        for _, task in sorted(app.tasks.items()):
-            name_limits(task)
-        if not issubclass(worker.pool_cls, TaskPool):
-            return
-        children = max(worker.concurrency, worker.max_concurrency or 0)
-        # A child that takes another's place starts anew: with a full bucket.
-        replaced = bool(worker.max_tasks_per_child or worker.max_memory_per_child or worker.time_limit)
-        spawned = is_spawned(worker)
-        for task in app.tasks.values():
-            for limit in limits_of(task):
-                if (app in gates and held_at_gate(limit)) or (children == 1 and not replaced):
-                    continue
-                reason = "spawned processes share no memory" if spawned else _not_to_be_shared(limit)
-                if reason:
-                    rate = ""
-                    if isinstance(limit.bucket, TokenBucket):
-                        rate = f" ({children} × {limit.bucket.tokens_per_second:g}/s)"
-                    cure = "use the threads pool, or `-c 1`" + (
-                        " without replacing children" if replaced else ""
-                    )
-                    if held_at_gate(limit):
-                        cure = f"add `Gate(app)` from rate_limiter.celery, or {cure}"
-                    raise ImproperlyConfigured(
-                        f"`{task.name}`: this bucket would be one per pool process{rate}, for {reason}; "
-                        f"{cure}"
-                    )
-        if not spawned:
-            share_all(limit for task in app.tasks.values() for limit in limits_of(task))
+    """
+    if not issubclass(worker.pool_cls, TaskPool):
+        return
+    app = worker.app
+    children = max(worker.concurrency, worker.max_concurrency or 0)
+    # A child that takes another's place starts anew: with a full bucket.
+    replaced = bool(worker.max_tasks_per_child or worker.max_memory_per_child or worker.time_limit)
+    spawned = is_spawned(worker)
+    for task in app.tasks.values():
+        for limit in limits_of(task):
+            if (app in gates and held_at_gate(limit)) or (children == 1 and not replaced):
+                continue
+            reason = "spawned processes share no memory" if spawned else _not_to_be_shared(limit)
+            if reason:
+                rate = ""
+                if isinstance(limit.bucket, TokenBucket):
+                    rate = f" ({children} × {limit.bucket.tokens_per_second:g}/s)"
+                cure = "use the threads pool, or `-c 1`" + (
+                    " without replacing children" if replaced else ""
+                )
+                if held_at_gate(limit):
+                    cure = f"add `Gate(app)` from rate_limiter.celery, or {cure}"
+                raise ImproperlyConfigured(
+                    f"`{task.name}`: this bucket would be one per pool process{rate}, for {reason}; "
+                    f"{cure}"
+                )
+    if not spawned:
+        share_all(limit for task in app.tasks.values() for limit in limits_of(task))
 
 
 def is_spawned(worker: Any) -> bool:
@@ -79,8 +69,8 @@ def is_spawned(worker: Any) -> bool:
 
 def share_all(limits: Iterable[Limit]) -> None:
     """Share the buckets of limits, and what is counted, with the processes that will be forked."""
-    charge.confine()
     limits = list(limits)
+    charge.confine(limits)
     share_tallies(limits)
     for limit in limits:
         buckets = [limit.bucket] if isinstance(limit.bucket, Bucket) else limit.buckets

@@ -8,15 +8,15 @@ once, before the task's body runs: neither ``retry()`` nor a nested call inherit
 
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 from celery import Task
 from celery.app.task import Context
 
 from ..gating.limit import Demand, Limit
-from ..gating.record import limit_numbered, record_of
-from .declarations import limits_of
+from ..gating.record import record_of
+from .declarations import limits_of, names_of
 
 __all__ = [
     "Receipt",
@@ -38,9 +38,8 @@ _VARIABLE: Final = "RATE_LIMITER_RECEIPT"
 
 _secret: str | None = None
 
-#: A limit as the pool's process finds it: its place among those of the task's decorator, or a number.
-#: (A spawned process numbers limits anew, and only the decorator's are found there.)
-_Reference = tuple[int | None, int]
+#: A limit as the pool's process finds it: its place among those of the task's decorator, or its name.
+_Reference = int | str
 
 
 class Receipt(NamedTuple):
@@ -48,8 +47,9 @@ class Receipt(NamedTuple):
 
     #: The limits that it has paid, and how many tokens.
     paid: list[tuple[Limit, float]]
-    #: The limit that has refused it, and the seconds until that will have its tokens.
-    refused: tuple[Limit, float] | None = None
+    #: The name of the limit that has refused it, the seconds until that will have its tokens, and what
+    #: is called instead of the task, if anything is.
+    refused: tuple[str, float, Callable[..., Any] | None] | None = None
     #: Why it cannot be paid for.
     error: Exception | None = None
 
@@ -71,12 +71,12 @@ def strip(request: dict[str, Any]) -> None:
 def issue(task: Task, request: dict[str, Any], demands: Iterable[Demand]) -> None:
     """Put into a job's request that it has paid."""
     paid = {demand.limit: demand.tokens for demand in demands}
-    request[KEY] = (_secret, [(*_refer(task, limit), tokens) for limit, tokens in paid.items()])
+    request[KEY] = (_secret, [(_refer(task, limit), tokens) for limit, tokens in paid.items()])
 
 
 def refuse(task: Task, request: dict[str, Any], limit: Limit, delay: float) -> None:
     """Put into a job's request that a limit has refused it."""
-    request[KEY] = (_secret, [], (*_refer(task, limit), delay))
+    request[KEY] = (_secret, [], (_refer(task, limit), delay))
 
 
 def fail(request: dict[str, Any], error: Exception) -> None:
@@ -108,8 +108,8 @@ def consume(task: Task, request: Any) -> Receipt:
         return Receipt([])
     _, what, *verdict = receipt
     paid = []
-    for *reference, tokens in what:
-        limit = _find(task, *reference)
+    for reference, tokens in what:
+        limit = _find(task, reference)
         if limit is not None:
             paid.append((limit, tokens))
     if not verdict:
@@ -117,13 +117,12 @@ def consume(task: Task, request: Any) -> Receipt:
     refused, *error = verdict
     if error:
         return Receipt(paid, error=error[0])
-    *reference, delay = refused
-    limit = _find(task, *reference)
-    if limit is None:  # it cannot be told any more; but the job has not paid
-        return Receipt(
-            paid, error=ValueError(f"{task.name}: refused by a limit that is not known here")
-        )
-    return Receipt(paid, refused=(limit, delay))
+    reference, delay = refused
+    if isinstance(reference, str):
+        return Receipt(paid, refused=(reference, delay, None))
+    limit = limits_of(task)[reference]
+    fallback = limit.when_limited if callable(limit.when_limited) else None
+    return Receipt(paid, refused=(record_of(limit).name, delay, fallback))
 
 
 def headers_of(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,8 +148,10 @@ def is_spawned() -> bool:
 
 def _refer(task: Task, limit: Limit) -> _Reference:
     declared = limits_of(task)
-    return (declared.index(limit) if limit in declared else None), record_of(limit).number
+    return declared.index(limit) if limit in declared else record_of(limit).name
 
 
-def _find(task: Task, place: int | None, number: int) -> Limit | None:
-    return limit_numbered(number) if place is None else limits_of(task)[place]
+def _find(task: Task, reference: _Reference) -> Limit | None:
+    if isinstance(reference, int):
+        return limits_of(task)[reference]
+    return names_of(task.app).get(reference)

@@ -9,13 +9,13 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import monotonic
 from types import FrameType
 from typing import Any, Final, NamedTuple, ParamSpec, TypeVar, cast
 from weakref import WeakKeyDictionary
 
-from celery import Task, signals
+from celery import Task
 from celery._state import get_current_task
 from celery.local import Proxy
 
@@ -27,15 +27,23 @@ from ..gating.limit import AnyBucket, AnyCost, AnyKey, Demand, Limit, refuse_to_
 from ..gating.parameters import Parameters
 from ..gating.record import record_of
 from ..gating.tally import tell
-from .charge import Charge, collect
-from .declarations import LIMITS, at_gate, limits_of, name_limits, parameters_of, refuse_async
+from .charge import Charge, collect, warn_of_private_buckets
+from .declarations import (
+    LIMITS,
+    at_gate,
+    gates,
+    held_at_gate,
+    limits_of,
+    name_limits,
+    parameters_of,
+    refuse_async,
+)
 from .ending import postpone, refuse_in_task
-from .prefork import share_before_fork
 from .receipt import consume
 from .returning import has_queue
 from .settings import enabled
 
-__all__ = ["throttle", "watch"]
+__all__ = ["throttle", "watch", "watch_all"]
 
 logger = logging.getLogger("rate_limiter")
 
@@ -133,7 +141,6 @@ def throttle(
         buckets=buckets,
         fallback=True,
     )
-    signals.worker_init.connect(share_before_fork, weak=False, dispatch_uid="rate_limiter: prefork")
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         _refuse_what_is_not_a_function(function)
@@ -179,6 +186,15 @@ def watch(task: Task, limits: Iterable[Limit] = ()) -> None:
 
     setattr(watched, _WATCHED, True)
     setattr(task, body, watched)
+
+
+def watch_all(gate: Any, tasks_of: Mapping[Limit, Iterable[str]]) -> list[Task]:
+    """`watch` the tasks that a gate limits, as its ``tasks_of()`` names them; return them."""
+    names = sorted({name for names in tasks_of.values() for name in names})
+    tasks = [gate.app.tasks[name] for name in names]
+    for task in tasks:
+        watch(task, gate.limits_for(task))
+    return tasks
 
 
 def _refuse_what_is_decorated(bucket: Any, caller: FrameType) -> None:
@@ -273,7 +289,9 @@ def _begin(
         passes.discard(limit)
         return _call(function, args, kwargs, Charge(), None)
     if passes is not None:
-        due = at_gate.get(task, ()) if limit is None else (limit,)
+        due = [] if limit is None else [limit]
+        if limit is None or limit is limits_of(task)[0]:
+            due += at_gate.get(task, ())
         return _pay_and_call(due, Charge(), task, None, function, args, kwargs, sent)
     if not all(record_of(each).name for each in limits_of(task)):  # called outside of a worker
         name_limits(task)
@@ -283,15 +301,15 @@ def _begin(
     if receipt.error is not None:
         raise receipt.error
     if receipt.refused is not None:
-        limit, delay = receipt.refused
-        if callable(limit.when_limited):
-            return limit.when_limited(*_without_self(args), **kwargs)
-        raise RateLimitExceeded(f"rate limit exceeded: {record_of(limit).name}", delay)
+        name, delay, fallback = receipt.refused
+        if fallback is not None:
+            return fallback(*_without_self(args), **kwargs)
+        raise RateLimitExceeded(f"rate limit exceeded: {name}", delay)
     if request.args is not None:
         # With pydantic=True the function gets models made of what the producer sent.
         sent = sent._replace(args=tuple(request.args), kwargs=dict(request.kwargs or {}))
     charge = collect(task, receipt, sent.args, sent.kwargs)
-    due = tuple(each for each in (*limits_of(task), *at_gate.get(task, ())) if each not in charge)
+    due = [each for each in (*limits_of(task), *at_gate.get(task, ())) if each not in charge]
     job = None if _is_inline(task) else task
     return _pay_and_call(due, charge, task, job, function, args, kwargs, sent)
 
@@ -339,6 +357,8 @@ def _pay_and_call(
     if paid:
         waited = 0.0 if slowest is None else monotonic() - began
         tell("admitted", name, paid, waited, slowest)
+        if task is not None and task.app in gates:
+            warn_of_private_buckets(name, [each for each in paid if held_at_gate(each.limit)])
     charge.add(paid)
     return _call(function, args, kwargs, charge, job)
 

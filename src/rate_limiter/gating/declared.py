@@ -313,6 +313,10 @@ class Names:
             record_of(other).name = self._free(limit.name)
             self._limits[record_of(other).name] = other
 
+    def get(self, name: str) -> Limit | None:
+        """Return the limit of a name, if there is one."""
+        return self._limits.get(name)
+
     def _free(self, name: str) -> str:
         free, count = name, 1
         while free in self._limits:

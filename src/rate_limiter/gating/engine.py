@@ -12,17 +12,17 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from time import monotonic, perf_counter
 from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 from .holding import Held, Holding
 from .limit import Demand, Limit, refuse_to_pay_twice
 from .parameters import Parameters
-from .record import record_of
+from .record import listed, record_of
 from .tally import tell
 
-__all__ = ["Call", "Decision", "Engine", "Host", "Plan"]
+__all__ = ["Call", "Decision", "Engine", "Host", "Plan", "warn_of_unused"]
 
 logger = logging.getLogger("rate_limiter")
 
@@ -407,3 +407,20 @@ def _blamed(demands: Sequence[Demand], limit: Limit) -> Limit:
     with contextlib.suppress(Exception):  # of a bucket of the user's
         return next((each.limit for each in demands if each.tokens > each.bucket.capacity), limit)
     return limit
+
+
+def warn_of_unused(limit: Limit, what: str, there: Iterable[str]) -> None:
+    """Tell of a limit that covers nothing.
+
+    Args:
+        limit: The limit.
+        what: What it would have to match: ``"queue that is consumed"``.
+        there: The names of what there is of that kind.
+
+    """
+    logger.warning(
+        "Limit %s matches no %s, so it limits nothing; there are: %s",
+        record_of(limit).name,
+        what,
+        listed(there),
+    )

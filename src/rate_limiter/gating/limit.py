@@ -6,6 +6,9 @@ checks them; `tally` has what happens to them. It knows neither Celery nor kombu
 
 import inspect
 import math
+import signal
+import threading
+import traceback
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Final, NamedTuple
@@ -17,7 +20,7 @@ from ..checks import positive
 from .parameters import Parameters, field_of_body
 from .record import record_of
 
-__all__ = ["AnyBucket", "AnyCost", "AnyKey", "Demand", "Limit", "refuse_to_pay_twice"]
+__all__ = ["AnyBucket", "AnyCost", "AnyKey", "Demand", "Limit", "is_of_a_signal", "refuse_to_pay_twice"]
 
 #: What a limit takes tokens from. A callable is given the job's arguments.
 AnyBucket = Bucket | BucketPerKey | Callable[..., Bucket | BucketPerKey]
@@ -94,7 +97,6 @@ class Limit:
             if is_bucket:
                 fixed = tuple(Demand(member, cost, self) for member in members(self.bucket))  # type: ignore[arg-type]
                 object.__setattr__(self, "fixed", fixed)
-        record_of(self)  # numbered before the worker's pool forks
 
     def __repr__(self) -> str:
         return f"<Limit {record_of(self).name or '(unnamed)'}: {self.bucket!r}>"
@@ -191,7 +193,10 @@ class Limit:
             key = self._of_job("key", self.key, job, args, kwargs, headers, parameters)
             try:
                 return bucket[key]
-            except Exception as error:  # a bad key, or its limits cannot be told
+            except (Exception, SystemExit, KeyboardInterrupt) as error:
+                if is_of_a_signal(error):
+                    raise
+                # a bad key, or the callable for its limits has failed
                 raise ValueError(f"{self._blamed(job)}: {error}") from error
         if not self._calls_for_bucket:
             return bucket  # type: ignore[no-any-return]
@@ -222,7 +227,9 @@ class Limit:
         extra = {"headers": headers or {}} if source in self._wants_headers else {}
         try:
             return source(*args, **kwargs, **extra)
-        except Exception as error:
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            if is_of_a_signal(error):
+                raise
             # Only the text of the error: its object may not survive the result backend.
             raise ValueError(f"{self._blamed(job)}: {argument}=… raised {error!r}") from error
 
@@ -231,6 +238,23 @@ class Limit:
 
     def _blamed(self, job: str) -> str:
         return f"{job}, limit {record_of(self).name or job.partition(' ')[2]}"
+
+
+def is_of_a_signal(error: BaseException) -> bool:
+    """Tell whether a signal has interrupted the code that an exception comes from.
+
+    A callable of the user's that raises an exception, ``SystemExit`` and ``KeyboardInterrupt`` too, fails
+    its job alone. But Ctrl-C, a soft time limit and a handler of the program's own may interrupt the
+    callable: these exceptions are none of its errors, and have to get through.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return False  # Python calls signal handlers in the main thread only
+    if isinstance(error, KeyboardInterrupt) and (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):
+        return True  # of Ctrl-C, as far as anybody can tell: that handler leaves no frame
+    handlers = {getattr(signal.getsignal(each), "__code__", None) for each in signal.valid_signals()}
+    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def refuse_to_pay_twice(buckets: Iterable[Any], whose: str) -> None:

@@ -1,19 +1,17 @@
-"""What happens to a limit at run time, in this process: its name, number and turns. What was declared stands in `limit`."""
+"""What happens to a limit at run time, in this process: its name and turns. What was declared stands in `limit`."""
 
-import itertools
+from collections.abc import Iterable
 from time import monotonic
 from typing import TYPE_CHECKING, Final
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary
 
 from ..bucket import Bucket
 
 if TYPE_CHECKING:
     from .limit import Limit
 
-__all__ = ["Record", "limit_numbered", "record_of"]
+__all__ = ["Record", "listed", "record_of"]
 
-_numbers: Final = itertools.count()
-_limits: "Final[WeakValueDictionary[int, Limit]]" = WeakValueDictionary()
 _records: "Final[WeakKeyDictionary[Limit, Record]]" = WeakKeyDictionary()
 
 
@@ -30,8 +28,6 @@ class Record:
         self.name = name
         #: Whether the log has said that a callable of the limit is slow.
         self.slow = False
-        #: Tells limits apart across a fork.
-        self.number = next(_numbers)
         self._turns: WeakKeyDictionary[Bucket, float] = WeakKeyDictionary()
 
     def turn(self, bucket: Bucket, tokens: float, delay: float) -> float:
@@ -56,10 +52,11 @@ def record_of(limit: "Limit") -> Record:
     record = _records.get(limit)
     if record is None:
         record = _records.setdefault(limit, Record(limit.name))
-        _limits[record.number] = limit
     return record
 
 
-def limit_numbered(number: int) -> "Limit | None":
-    """Return the limit whose record has a ``number``, if this process has one."""
-    return _limits.get(number)
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """Return names for a message: the first ones, and how many others there are."""
+    names = list(names)
+    others = [f"{len(names) - most} others"] if len(names) > most else []
+    return ", ".join([*names[:most], *others]) or "none"

@@ -88,7 +88,6 @@ class GateMixin(ConsumerMixin):
     def _consume_from(self, *consumers: Any) -> Any:
         for consumer in consumers:
             self._own_session().attach(consumer)
-        self._own_session().warn_of_others()
         consume: Callable[..., Any] = super()._consume_from
         return consume(*consumers)
 

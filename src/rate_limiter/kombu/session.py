@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..broker.origin import MARK, MOVED, can_be_sent_to, mark_messages, restore_origin
 from ..exceptions import RateLimitExceeded
-from ..gating.engine import Call, Engine, Host
-from ..gating.limit import Demand, Limit
+from ..gating.engine import Call, Engine, Host, warn_of_unused
+from ..gating.limit import Demand, Limit, is_of_a_signal
 from ..gating.record import record_of
 from .pausing import Pausing, check
 from .returning import Returning
@@ -103,7 +103,14 @@ class Session(Host[_Job]):
         self._own_of: dict[Limit, int] = {}
         #: For how many held messages there is to be room, and for how many at most.
         self._room = 0, 0
+        #: The limits that the log has said are enforced, and those that it has said are for nothing.
         self._announced: set[Limit] = set()
+        self._unused: set[Limit] = set()
+        #: Whether there may be more of these.
+        self._unwarned = False
+        #: The consumers that were attached, and the names of their queues.
+        self._consumers: list[Any] = []
+        self._queues: set[str] = set()
         #: Whether limited messages are taken in. They are not while the consumers are cancelled.
         self.open = True
         #: Whether this broker refuses a prefetch count for a whole channel.
@@ -115,14 +122,26 @@ class Session(Host[_Job]):
     def attach(self, consumer: Any) -> None:
         """Gate all messages of a consumer that has not begun to consume."""
         self.open = True
+        self._cover(consumer)
+        if self._gate.limits:
+            mark_messages(consumer.channel, self._on_consume)
+        live = [each for each in self._consumers if each.channel.connection is not None]
+        self._consumers = [*live, consumer]
+        self._unsettled = self._unwarned = True
+        if consumer.on_message:
+            consumer.on_message = self.wrap(consumer.on_message)
+        else:
+            consumer.receive = self.wrap(consumer.receive)
+
+    def _cover(self, consumer: Any) -> None:
+        """Make room for what the limits of a consumer's queues hold, and announce them."""
         limits_of = {queue.name: self._engine.plan(queue.name).limits for queue in consumer.queues}
         limits = {limit for each in limits_of.values() for limit in each}
         for queue in consumer.queues:
             check(queue, consumer, limits_of[queue.name])
+        self._queues |= set(limits_of)
         if limits:
-            channel = consumer.channel
-            window = self._window(channel)
-            mark_messages(channel)
+            window = self._window(consumer.channel)
             own = consumer.prefetch_count or DEFAULT
             room = sum(limit.bound(own, self._gate.max_held) for limit in limits)
             with self._occupied():
@@ -133,20 +152,27 @@ class Session(Host[_Job]):
         for limit in limits - self._announced:
             names = [name for name, each in limits_of.items() if limit in each]
             logger.info(
-                "Limit %s: %r for queue %s", record_of(limit).name, limit.bucket, ", ".join(names)
+                "Limit %s: %r for queue %s, enforced at the gate",
+                record_of(limit).name,
+                limit.bucket,
+                ", ".join(names),
             )
         self._announced |= limits
-        if consumer.on_message:
-            consumer.on_message = self.wrap(consumer.on_message)
-        else:
-            consumer.receive = self.wrap(consumer.receive)
 
-    def warn_of_others(self) -> None:
+    def _on_consume(self, queue: str) -> None:
+        """Cover a queue that a consumer has got since it was attached."""
+        if queue not in self._queues:
+            for consumer in self._consumers:
+                if any(each.name == queue for each in consumer.queues):
+                    self._cover(consumer)
+
+    def _warn_of_others(self) -> None:
         """Tell of the limits that are for no queue of the consumers that were attached."""
+        self._unwarned = False
         for limit in self._gate.limits:
-            if limit not in self._announced:
-                self._announced.add(limit)
-                logger.warning("Limit %s matches no queue that is consumed", record_of(limit).name)
+            if limit not in self._announced | self._unused:
+                self._unused.add(limit)
+                warn_of_unused(limit, "queue that is consumed", sorted(self._queues))
 
     def wrap(self, callback: Callable[..., Any], queue: str | None = None) -> Callable[..., None]:
         """Return what calls ``callback`` with the same arguments once the tokens are taken."""
@@ -170,6 +196,8 @@ class Session(Host[_Job]):
         self._orders.clear()
         self._windows.clear()
         self._pausing.forget()
+        self._consumers.clear()
+        self._queues.clear()
         if forgotten:
             logger.info("Gave %d held messages back to the broker", forgotten)
         return forgotten
@@ -303,7 +331,9 @@ class Session(Host[_Job]):
         if error is not None:
             try:
                 self._on_refused(job.message, error)
-            except Exception:
+            except (Exception, SystemExit, KeyboardInterrupt) as raised:
+                if is_of_a_signal(raised):
+                    raise
                 logger.exception("on_refused failed for a message of queue %s", job.queue)
         if not job.message.acknowledged:
             job.message.reject()
@@ -329,6 +359,8 @@ class Session(Host[_Job]):
         """
         if self._busy or not (self._inbox or self._unsettled):  # called by a callback; nothing to do
             return 0
+        if self._unwarned:
+            self._warn_of_others()
         handled = 0
         now = monotonic()  # what becomes due meanwhile waits for the next call, behind new messages
         while handled < most:

@@ -1,0 +1,131 @@
+"""What happens as a worker starts, with a gate or without: checks, log lines, shared buckets.
+
+Importing ``rate_limiter.celery`` connects the receivers here, so that a limit that nobody enforces is told
+of too.
+"""
+
+import logging
+from typing import Any, Final
+from weakref import WeakSet
+
+from celery import Celery, bootsteps, current_app, signals
+from celery.app.trace import build_tracer
+
+from ..gating.limit import Limit
+from ..gating.record import listed, record_of
+from . import receipt
+from .declarations import adopt_gate, attributes_of, gates, held_at_gate, limits_of, name_limits
+from .prefork import share_before_fork
+from .settings import enabled
+from .throttle import watch, watch_all
+
+__all__ = ["connect", "has_started"]
+
+logger = logging.getLogger("rate_limiter")
+
+#: The workers of this process, or of the process that it was forked from.
+_workers: Final[WeakSet[Any]] = WeakSet()
+
+#: Whether this is a spawned pool process that has imported its tasks.
+_spawned = False
+
+
+def connect() -> None:
+    """Do something as a worker, or a pool process, starts."""
+    for signal, receiver in (
+        (signals.worker_init, _on_worker_init),
+        (signals.worker_process_init, _on_pool_process),
+    ):
+        signal.connect(receiver, weak=False, dispatch_uid=f"rate_limiter: {receiver.__name__}")
+
+
+def has_started(app: Celery) -> bool:
+    """Tell whether a worker of an app runs here, or this is one of its pool processes."""
+    running = (worker.app is app and worker.blueprint.state == bootsteps.RUN for worker in _workers)
+    return _spawned or any(running)
+
+
+def _on_worker_init(sender: Any, **_: Any) -> None:
+    # A receiver cannot stop a worker: Signal.send swallows what it raises. A step can.
+    sender.app.steps["worker"].add(_Startup)
+
+
+class _Startup(bootsteps.Step):
+    """Looks at every limit before the pool forks."""
+
+    label = "Limits"
+
+    def create(self, worker: Any) -> None:
+        """Name, check, share and announce the limits.
+
+        Raises:
+            ImproperlyConfigured: Two limits have one name, or one would run at a multiple of its rate.
+
+        """
+        _workers.add(worker)
+        app = worker.app
+        if not enabled(app):
+            return
+        tasks_of: dict[Limit, list[str]] = {}
+        for name, task in sorted(app.tasks.items()):
+            name_limits(task)
+            for limit in limits_of(task):
+                tasks_of.setdefault(limit, []).append(name)
+        share_before_fork(worker)
+        for limit, names in tasks_of.items():
+            if app not in gates or not held_at_gate(limit):
+                logger.info(
+                    "Limit %s: %r for %s, enforced in the task",
+                    record_of(limit).name,
+                    limit.bucket,
+                    ", ".join(names),
+                )
+        if app not in gates:
+            _warn_without_gate(app)
+
+
+def _warn_without_gate(app: Celery) -> None:
+    """Tell of what only a gate reads."""
+    prefix = (app.namespace or "").lower() + "_"
+    settings = {
+        str(key): str(key).lower().removeprefix(prefix) for key, value in app.conf.items() if value
+    }
+    places = [
+        key
+        for key, name in settings.items()
+        if name.startswith("rate_limiter_") and name != "rate_limiter_enabled"
+    ]
+    for name, task in sorted(app.tasks.items()):
+        places += [f"{attribute} of {name}" for attribute in attributes_of(task)]
+    if places:
+        logger.warning(
+            "This app has no gate, so nothing obeys %s: add Gate(app) from rate_limiter.celery where the "
+            "app is made",
+            listed(places),
+        )
+
+
+def _on_pool_process(sender: Any, **_: Any) -> None:
+    """Let a spawned pool process do what the gate in the main process does with tasks."""
+    global _spawned  # noqa: PLW0603 - one per process
+    if not receipt.is_spawned():
+        return
+    _spawned = True
+    app = current_app._get_current_object()
+    if not enabled(app):
+        return
+    gate = adopt_gate(app)
+    if gate is None:
+        logger.error(
+            "The gate of %r is not known in this pool process: chunks, map, starmap and inline calls do not "
+            "pay its limits. Construct it in a module that pool processes import, too",
+            app,
+        )
+        tasks = [task for task in app.tasks.values() if not task.name.startswith("celery.")]
+        for task in tasks:
+            watch(task)
+    else:
+        tasks = watch_all(gate, gate.tasks_of())
+    # Celery has made the tracers already, from the tasks as they were (process_initializer).
+    for task in tasks:
+        task.__trace__ = build_tracer(task.name, task, app.loader, sender, app=app)
