@@ -12,7 +12,7 @@ from celery import Task
 from celery._state import get_current_task
 
 from ..bucket import Bucket
-from ..checks import positive
+from ..checks import zero_or_more
 from ..gating.limit import Demand, Limit
 from ..gating.record import record_of
 from ..gating.tally import tell
@@ -93,17 +93,18 @@ class Charge:
         chosen = self._find(limit)
         return self._paid[chosen].tokens if chosen is not None else 0.0
 
-    def settle(self, actual: float, limit: str | None = None) -> None:
+    def settle(self, actual: float | str, limit: str | None = None) -> None:
         """Correct the estimate: give back what was not used, or take what was used beyond it.
 
         Args:
-            actual: What the job did cost, in tokens; 0 if it found nothing to do. It may be more than
-                the capacity: the bucket then goes into debt, and grants nothing until that is paid off.
+            actual: What the job did cost, in tokens: a number, or a number in text. 0 if it found
+                nothing to do. It may be more than the capacity: the bucket then goes into debt, and grants
+                nothing until that is paid off. Anything else (``None`` from a remote that does not say,
+                NaN, a number below 0) is logged as a warning and settles nothing: the work is done, and
+                the job must not fail because of it.
             limit: The name of the limit, where the job was charged for several.
 
         Raises:
-            ValueError: ``actual`` is below 0, or is not finite.
-            TypeError: ``actual`` is not a number.
             LookupError: The job was charged for several limits and ``limit`` does not say which, or
                 there is none of that name.
             RuntimeError: The gate paid from a bucket in the worker's main process that this pool
@@ -114,16 +115,20 @@ class Charge:
         It can be called again: what counts is the last figure. Where limits are lifted it does nothing.
 
         """
-        amount = 0.0 if actual == 0 and not isinstance(actual, str) else positive("actual", actual)
         chosen = self._find(limit)
         if chosen is None:
+            return
+        try:
+            amount = zero_or_more("actual", float(actual) if isinstance(actual, str) else actual)
+        except (TypeError, ValueError) as error:
+            logger.warning("Limit %s: settle(): %s: the estimate stays", record_of(chosen).name, error)
             return
         paid = self._paid[chosen]
         if not paid.reachable:
             raise RuntimeError(
                 f"limit {record_of(chosen).name}: this was paid in the worker's main process, from a bucket "
-                "that a pool process cannot reach: settle() needs a TokenBucket that is declared as the bucket, "
-                "or named in buckets=[…]"
+                "that a pool process cannot reach: settle() needs a TokenBucket that is declared as the "
+                "bucket, or named in buckets=[…]"
             )
         for bucket in paid.buckets:
             if amount > paid.tokens:
