@@ -24,7 +24,7 @@ def test_a_figure_is_a_number_or_a_number_in_text(charge, actual, tokens):
     assert charge.tokens() == tokens
 
 
-@pytest.mark.parametrize("actual", [None, "many", -1, "-1", float("nan"), [3], 0j, 10**5000])
+@pytest.mark.parametrize("actual", [None, "many", -1, "-1", float("nan"), [3], 0j])
 def test_a_figure_that_is_no_number_fails_no_job(charge, actual, caplog):
     """The work is done when it is settled: such a figure is logged, and the estimate stays."""
     charge.settle(actual)
