@@ -210,7 +210,7 @@ def collect(task: Task, what: receipt.Receipt, args: tuple[Any, ...], kwargs: di
     charge = Charge()
     for limit, tokens in what.paid:
         buckets: tuple[Bucket, ...] = ()
-        if isinstance(limit.bucket, Bucket) or limit.buckets or not _apart():
+        if limit.has_bucket or limit.buckets or not _apart():
             # The job has paid, so it runs, even if its bucket cannot be told any more.
             with contextlib.suppress(Exception):
                 buckets = limit.buckets_of(

@@ -81,6 +81,8 @@ class Limit:
     #: The demands of every job, where they are the same for all. A capacity that is configured below
     #: the cost later is found by the bucket, which raises.
     fixed: tuple[Demand, ...] = field(init=False, default=())
+    #: Whether ``bucket`` is a `Bucket`. On Python 3.11 it takes 20 µs to find that out.
+    has_bucket: bool = field(init=False, default=False)
     _cost: float | None = field(init=False, default=None)
     _calls_for_bucket: bool = field(init=False, default=False)
     _wants_headers: tuple[Callable[..., Any], ...] = field(init=False, default=())
@@ -89,6 +91,7 @@ class Limit:
         is_bucket = isinstance(self.bucket, Bucket)
         calls = not is_bucket and not isinstance(self.bucket, BucketPerKey)
         asking = [f for f in (self.bucket, self.tokens, self.key) if callable(f) and _wants_headers(f)]
+        object.__setattr__(self, "has_bucket", is_bucket)
         object.__setattr__(self, "_calls_for_bucket", calls)
         object.__setattr__(self, "_wants_headers", tuple(asking))
         if not isinstance(self.tokens, str) and not callable(self.tokens):
@@ -171,9 +174,7 @@ class Limit:
         """
         bound = self.max_held or default
         if bound is None:
-            # Not isinstance(…, Bucket): that takes 20 µs on Python 3.11, and this runs for every held job.
-            one = not self._calls_for_bucket and not isinstance(self.bucket, BucketPerKey)
-            rate = self.bucket.tokens_per_second if one else 0.0  # type: ignore[union-attr]
+            rate = self.bucket.tokens_per_second if self.has_bucket else 0.0  # type: ignore[union-attr]
             least = 0 if self.key is None else _HOLD_PER_KEY
             bound = max(window, least, math.ceil(_HOLD_SECONDS * rate))
         return bound
