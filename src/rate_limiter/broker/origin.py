@@ -7,7 +7,7 @@ A message that `Relay` has moved arrives from the default exchange. A header of 
 was sent to, and `restore_origin` undoes the difference before anybody looks at the message.
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any, Final
 
 __all__ = ["MARK", "MOVED", "ORIGIN", "can_be_sent_to", "mark_messages", "restore_origin"]
@@ -22,10 +22,25 @@ MOVED: Final = "rate_limiter_moved"
 ORIGIN: Final = "x-rate-limiter-origin"
 
 
-def mark_messages(channel: Any) -> None:
-    """Note the queue of each message that is consumed on a channel from now on; restore its origin."""
-    if not isinstance(channel.basic_consume, functools.partial):
-        channel.basic_consume = functools.partial(_consume, channel.basic_consume)
+#: What is called with each message that a consumer gets.
+_Callback = Callable[[Any], Any]
+
+
+def mark_messages(
+    channel: Any, around: Callable[[str, str, _Callback], _Callback] | None = None
+) -> None:
+    """Note the queue of each message that is consumed on a channel from now on; restore its origin.
+
+    Args:
+        channel: A kombu channel.
+        around: Called for each consumer to come that acknowledges what it gets, with the name of its
+            queue, its tag and its callback. It returns what is called instead of the callback.
+
+    """
+    if not isinstance(channel.basic_consume, _Consume):
+        channel.basic_consume = _Consume(channel.basic_consume)
+    if around is not None:
+        channel.basic_consume.arounds.append(around)
 
 
 def restore_origin(message: Any) -> None:
@@ -53,20 +68,30 @@ def can_be_sent_to(channel: Any, queue: str) -> bool:
     return queue not in getattr(channel, "_fanout_queues", ())
 
 
-def _consume(
-    consume: Any,
-    queue: str,
-    no_ack: bool = False,
-    consumer_tag: str = "",
-    callback: Any = None,
-    **kwargs: Any,
-) -> Any:
-    """Stand in for a channel's ``basic_consume``."""
+class _Consume:
+    """Stands in for a channel's ``basic_consume``."""
 
-    def marked(message: Any) -> Any:
-        if message.delivery_info is not None:
-            message.delivery_info[MARK] = queue
-            restore_origin(message)
-        return callback(message)
+    def __init__(self, consume: Callable[..., Any]) -> None:
+        self._consume = consume
+        self.arounds: list[Callable[[str, str, _Callback], _Callback]] = []
 
-    return consume(queue=queue, no_ack=no_ack, consumer_tag=consumer_tag, callback=marked, **kwargs)
+    def __call__(
+        self,
+        queue: str,
+        no_ack: bool = False,
+        consumer_tag: str = "",
+        callback: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        for around in self.arounds if not no_ack else ():
+            callback = around(queue, consumer_tag, callback)
+
+        def marked(message: Any) -> Any:
+            if message.delivery_info is not None:
+                message.delivery_info[MARK] = queue
+                restore_origin(message)
+            return callback(message)
+
+        return self._consume(
+            queue=queue, no_ack=no_ack, consumer_tag=consumer_tag, callback=marked, **kwargs
+        )

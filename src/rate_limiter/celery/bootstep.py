@@ -25,7 +25,6 @@ from . import receipt
 from .declarations import parameters_of
 from .ending import refuse_at_gate
 from .loop import Loop
-from .pausing import Queues
 from .prefork import is_spawned, share_all
 from .returning import Returning
 from .settings import enabled
@@ -64,7 +63,8 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
                 "worker will not run without its limits"
             )
         self.consumer = consumer
-        self.forward: Callable[[Any], None] = consumer.on_task_request
+        self.to_pool: Callable[[Any], None] = consumer.on_task_request
+        self.forward = self.to_pool
         self.engine: Engine[Any] = Engine(self, self._limits_for, max_held=gate.max_held)
         #: Jobs that are to go to the pool to end there. Not from within the engine, which is locked.
         self.refused: deque[Any] = deque()
@@ -90,8 +90,9 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
     def start(self, consumer: Any) -> None:
         """Begin with nothing held: the broker delivers again what an earlier connection held."""
         self.engine.window = lambda _limit: int(consumer.initial_prefetch_count)
-        self.window = Window(consumer, self.engine.jobs)
-        self.queues = Queues(consumer, self.by_queue)
+        self.window = Window(consumer, self.engine.jobs, self.engine.takes_more_of)
+        self.queues = self.window.queues
+        self.forward = self.window.handing_on(self.to_pool)
         self.loop = Loop(consumer, self._next_due, self._work, self.window.update)
         self.returning = Returning(consumer, self.engine.lock, self.loop.has_timer, self._end_later)
         self.open = True
@@ -109,7 +110,6 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         if was_open:
             self.loop.stop()
             self.returning.stop()
-            self.queues.stop()
             self.window.stop(forgotten)
         if forgotten:
             logger.info("Gave %d held jobs back to the broker", len(forgotten))
@@ -160,7 +160,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
     def on_task_request(self, request: Any) -> None:
         """Let a job go, or hold it. Stands in for ``consumer.on_task_request``."""
         receipt.strip(request.request_dict)
-        queue = self.queues.of(request) if self.by_queue else None
+        queue = self.queues.of(request) if self.by_queue or self.window.is_static else None
         plan = self.engine.plan(request.task, queue)
         if not plan.limits:
             self.forward(request)
@@ -177,6 +177,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             receipt.issue(request.task, request.request_dict, demands)
             self.forward(request)
             return
+        self.window.keep(request)
         self._forward_refused()
         self.loop.look()
 
@@ -252,7 +253,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         return bool(self._end(request, request.revoked))
 
     def follow(self, held: int, most: int) -> None:
-        """Raise or lower the prefetch count."""
+        """See that other jobs arrive beside the held ones."""
         if self.open:
             self.window.follow(held, most)
 

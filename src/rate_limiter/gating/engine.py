@@ -130,6 +130,8 @@ class Engine(Generic[Job]):
         self.kept: Counter[Limit] = Counter()
         #: The queues that are not consumed now, and because of which limit.
         self.paused: dict[str, Limit] = {}
+        #: The limits that jobs of a queue were held for.
+        self._limits_of: dict[str, set[Limit]] = {}
         #: The limits that make jobs wait, and since when no job waits any more.
         self._waiting: dict[Limit, float] = {}
         #: When the first of them has been without such a job for long.
@@ -176,6 +178,15 @@ class Engine(Generic[Job]):
         """Tell whether one more job may be held for a limit."""
         return self.held_by[limit] < self.bound(limit)
 
+    def takes_more_of(self, queue: str) -> bool:
+        """Tell whether more jobs of a queue may come: it is not paused, and no bound is exceeded."""
+        with self.lock:
+            limits = self._limits_of.get(queue, ())
+            over = any(
+                limit in limits and count > self.bound(limit) for limit, count in self.held_by.items()
+            )
+            return not over and queue not in self.paused
+
     # -- the way of a job -------------------------------------------------------------------------
 
     def offer(
@@ -186,7 +197,8 @@ class Engine(Generic[Job]):
         Args:
             job: The job.
             plan: What `plan` returned for its kind. It has limits.
-            queue: The name of the queue that it came from, if that may be paused.
+            queue: The name of the queue that it came from, if `takes_more_of` is asked of it or it may
+                be paused.
 
         Returns:
             ``"go"``: it has paid; the caller runs it. ``"held"``: `release` returns it later.
@@ -215,6 +227,7 @@ class Engine(Generic[Job]):
         if not held:
             return "ended", demands
         if queue is not None:
+            self._limits_of.setdefault(queue, set()).update(plan.limits)
             self._pause(queue, plan)
         return "held", demands
 
@@ -249,6 +262,7 @@ class Engine(Generic[Job]):
             jobs = [held.job for held in self._holding.clear()]
             self.kept.clear()
             self.paused.clear()
+            self._limits_of.clear()
             self._waiting.clear()
             self._quiet_at = math.inf
         if jobs:
