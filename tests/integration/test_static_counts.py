@@ -56,12 +56,23 @@ def test_running_jobs_are_no_held_ones(rabbitmq_lab, quorum):
     for number in range(30):
         send(lab, "job", number, to=quorum)
         send(lab, "busy", 60, to=quorum)
-    slow = limit(rate=1e-3)
+    slow = limit(rate=1e-3, max_held=1000)
     with start(lab, queues=(quorum,), limits=(slow,), task_acks_late=True) as worker:
         wait_for(lambda: held(lab, worker) >= WINDOW)
         time.sleep(1)
         in_hand = 60 - 1 - waiting(lab, quorum[0]) - held(lab, worker)
         assert WINDOW // 2 < in_hand <= WINDOW + WINDOW // 2
+
+
+def test_jobs_that_were_held_and_run_are_no_held_ones(rabbitmq_lab, quorum):
+    """What was let go takes up the count of its worker until it is acknowledged."""
+    lab = rabbitmq_lab
+    send(lab, "busy", *[60] * 40, to=quorum)
+    fast = limit("busy", rate=20, max_held=4)
+    with start(lab, queues=(quorum,), limits=(fast,), task_acks_late=True) as worker:
+        wait_for(lambda: waiting(lab, quorum[0]) < 40 - WINDOW and not held(lab, worker))
+        time.sleep(0.5)
+        assert waiting(lab, quorum[0]) >= 40 - 2 * WINDOW
 
 
 def test_no_more_is_held_than_the_bound_says(rabbitmq_lab, quorum):
