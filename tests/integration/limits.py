@@ -6,10 +6,7 @@ from typing import Any
 
 import redis
 from harness import Lab, Worker, wait_for
-from kombu import Exchange, Queue
-
-#: A name, an exchange, its type, the routing key that binds it, and whether it is a quorum queue.
-QueueSpec = tuple[str, str, str, str, bool]
+from queue_specs import QueueSpec, entity
 
 #: Held jobs that were not renewed, or those of a killed worker, come back soon.
 SHORT_LEASE = {"visibility_timeout": 3, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
@@ -57,10 +54,8 @@ def limit(name: str = "job", capacity: float = 1, rate: float = 20, **options: A
 def declare(lab: Lab, *queues: QueueSpec) -> None:
     """Make queues before there is a worker."""
     with lab.app.connection_for_write() as connection:
-        for name, exchange, kind, key, quorum in queues:
-            arguments = {"x-queue-type": "quorum"} if quorum else {}
-            entity = Queue(name, Exchange(exchange, kind), routing_key=key, queue_arguments=arguments)
-            entity(connection.default_channel).declare()
+        for spec in queues:
+            entity(spec)(connection.default_channel).declare()
 
 
 def waiting(lab: Lab, queue: str | None = None) -> int:

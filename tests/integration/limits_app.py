@@ -6,8 +6,8 @@ from pathlib import Path
 
 from celery import signals
 from celery.backends.base import Backend
-from kombu import Exchange, Queue
 from tests.integration.app import CONFIG, NotedBucket, app, gate, note
+from tests.integration.queue_specs import entity
 
 from rate_limiter.celery import throttle
 
@@ -16,15 +16,7 @@ for limit in CONFIG["limits"]:
     gate.limit(*options.pop("tasks", ()), **options)
 
 if CONFIG["queues"]:
-    app.conf.task_queues = [
-        Queue(
-            name,
-            Exchange(name=exchange, type=kind),
-            routing_key=key,
-            queue_arguments={"x-queue-type": "quorum"} if quorum else {},
-        )
-        for name, exchange, kind, key, quorum in CONFIG["queues"]
-    ]
+    app.conf.task_queues = [entity(spec) for spec in CONFIG["queues"]]
 
 
 @signals.task_prerun.connect

@@ -253,3 +253,63 @@ def test_what_is_asked_of_a_channel(connection):
     assert names[:2] == ["prefetch_size", "prefetch_count"]
     assert names[2] in ("apply_global", "a_global")
     assert connection.qos_semantics_matches_spec in (True, False)
+
+
+@pytest.mark.parametrize("options", [{"queue_arguments": {"x-queue-type": "quorum"}}, {}])
+def test_a_queue_is_consumed_again_on_its_channel(rabbitmq_broker, options):
+    """A cancelled consumer's tag is in _active_tags; _basic_consume takes another, with a whole count.
+
+    What the first one has got stays with the channel, and can be acknowledged there.
+    """
+    queue, messages = rabbitmq_broker.queue(**options), []
+    rabbitmq_broker.send(queue, *range(12))
+    with rabbitmq_broker.connection() as connection:
+        consumer = connection.Consumer([queue], on_message=messages.append, prefetch_count=5)
+        consumer.channel.basic_qos(0, 5, False)
+        consumer.consume()
+        wait_for(lambda: drain(connection) or len(messages) == 5)
+        drain(connection)
+        assert len(messages) == 5
+        tag = consumer._active_tags.pop(queue.name)
+        assert {message.delivery_info["consumer_tag"] for message in messages} == {tag}
+        consumer.channel.basic_cancel(tag)
+        (entity,) = consumer.queues
+        assert (entity.name, entity.auto_delete, entity.no_declare) == (queue.name, False, None)
+        consumer._basic_consume(entity, no_ack=consumer.no_ack, nowait=False)
+        assert consumer._active_tags[queue.name] != tag
+        wait_for(lambda: drain(connection) or len(messages) == 10)
+        messages[0].ack()  # counts for the consumer that got it
+        drain(connection)
+        assert [message.payload for message in messages] == list(range(10))
+        messages[5].ack()
+        wait_for(lambda: drain(connection) or len(messages) == 11)
+        assert not any(message.delivery_info["redelivered"] for message in messages)
+        for message in messages[1:5] + messages[6:]:
+            message.ack()
+
+
+def test_what_is_counted_of_a_channel(rabbitmq_broker):
+    """basic_ack and basic_reject are looked up on the channel, with these arguments; so is basic_qos."""
+    queue, calls = rabbitmq_broker.queue(), []
+    rabbitmq_broker.send(queue, *range(2))
+    with rabbitmq_broker.connection() as connection:
+        channel = connection.channel()
+
+        def noting(name, call, *args, **kwargs):
+            calls.append((name, args, kwargs))
+            return call(*args, **kwargs)
+
+        for name in "basic_qos", "basic_ack", "basic_reject":
+            setattr(channel, name, functools.partial(noting, name, getattr(channel, name)))
+        messages = []
+        consumer = Consumer(channel, [queue], on_message=messages.append)
+        consumer.qos(prefetch_count=7, apply_global=False)
+        with consumer:
+            wait_for(lambda: drain(connection) or len(messages) == 2)
+            messages[0].ack()
+            messages[1].reject()
+    assert calls == [
+        ("basic_qos", (0, 7, False), {}),
+        ("basic_ack", (messages[0].delivery_tag,), {"multiple": False}),
+        ("basic_reject", (messages[1].delivery_tag,), {"requeue": False}),
+    ]

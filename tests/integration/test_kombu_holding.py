@@ -14,6 +14,8 @@ from rate_limiter.kombu import Gate
 
 FREE = TokenBucket(1e9, 1e9)
 
+QUORUM = {"x-queue-type": "quorum"}
+
 
 def gate_for(*queues, rate=20, capacity=1, bucket=None, gate_held=None, **options):
     gate = Gate(max_held=gate_held)
@@ -140,20 +142,88 @@ def test_window_is_restored_on_rabbitmq(rabbitmq_broker):
     assert worker.ran == list(range(60))
 
 
+def slow_ones(worker):
+    return [body for body in worker.ran if isinstance(body, int)]
+
+
+def is_slow(slow):
+    return lambda body, _message: slow if isinstance(body, int) else FREE
+
+
 @pytest.mark.parametrize("hidden", [False, True])
 def test_quorum_queues(rabbitmq_broker, hidden):
-    """Their count is static, so it has room for what is held from the start, whoever declared them."""
+    """Their count is static, whoever declared them: messages behind 60 held ones run all the same."""
     broker = rabbitmq_broker
-    queue = broker.queue(queue_arguments={"x-queue-type": "quorum"})
-    broker.send(queue, *["slow"] * 30)
-    broker.send(queue, *range(10))
+    queue = broker.queue(queue_arguments=QUORUM)
+    broker.send(queue, *range(60), *"abcdefghij")
     if hidden:
         queue = broker.queue(no_declare=True)
-    slow = TokenBucket(1, 1)
-    gate = gate_for(queue, bucket=lambda body, _: slow if body == "slow" else FREE, max_held=40)
+    gate = gate_for(queue, bucket=is_slow(TokenBucket(1, 10)))
     with running(Worker(broker, gate, queue)) as worker:
-        wait_for(lambda: set(range(10)) <= set(worker.ran))
+        wait_for(lambda: set("abcdefghij") <= set(worker.ran))
+        assert len(worker.ran) < 60
+        wait_for(lambda: len(slow_ones(worker)) >= 10)
+    assert slow_ones(worker) == list(range(len(slow_ones(worker))))
     assert worker.connects == 1 + hidden
+
+
+def test_no_more_than_max_held_of_a_quorum_queue(rabbitmq_broker):
+    """Beyond max_held and one prefetch count the broker keeps the messages."""
+    broker, queue = rabbitmq_broker, rabbitmq_broker.queue(queue_arguments=QUORUM)
+    broker.send(queue, *range(60))
+    gate = gate_for(queue, bucket=TokenBucket(1, 0.01), max_held=10)
+    with running(Worker(broker, gate, queue)) as worker:
+        wait_for(lambda: worker.gate.held.get("limit", 0) >= 10)
+        time.sleep(0.5)
+        assert worker.gate.held["limit"] <= 10 + worker.prefetch_count
+        assert broker.waiting(queue) >= 60 - 1 - 10 - worker.prefetch_count
+
+
+def test_messages_of_cancelled_consumers_come_back(rabbitmq_broker):
+    """A connection is lost that has many cancelled consumers: each message comes back and runs once."""
+    broker, queue = rabbitmq_broker, rabbitmq_broker.queue(queue_arguments=QUORUM)
+    broker.send(queue, *range(60))
+    with running(Worker(broker, gate_for(queue, rate=30), queue)) as worker:
+        wait_for(lambda: worker.gate.held.get("limit", 0) > 30)
+        broker.break_connections()
+        worker.wait_for_runs(60)
+        wait_for(lambda: worker.gate.held == {})
+    # The acknowledgement of the last one that ran before may have been under way.
+    assert set(worker.ran) == set(range(60))
+    assert len(worker.ran) <= 61
+    assert worker.connects == 2
+
+
+def test_a_single_active_consumer_is_left_alone(rabbitmq_broker, caplog):
+    """Another process would become it: one line says that messages wait, and all run in order."""
+    broker = rabbitmq_broker
+    queue = broker.queue(queue_arguments={**QUORUM, "x-single-active-consumer": True})
+    broker.send(queue, *range(20), "a")
+    gates = [gate_for(queue, bucket=is_slow(TokenBucket(1, 20))) for _ in range(2)]
+    one, two = (Worker(broker, gate, queue) for gate in gates)
+    with running(one):
+        one.wait_for_runs(1)
+        with running(two):
+            one.wait_for_runs(21)
+    assert slow_ones(one) == list(range(20))
+    assert two.ran == []
+    told = [record for record in caplog.records if "is not consumed anew" in record.getMessage()]
+    assert len(told) == 1
+
+
+def test_auto_delete_queues_survive_beside_a_quorum_queue(rabbitmq_broker):
+    """A queue that goes with its last consumer is consumed by the next before that is cancelled."""
+    broker, quorum = rabbitmq_broker, rabbitmq_broker.queue("quorum", queue_arguments=QUORUM)
+    queue = broker.queue("passing", auto_delete=True)
+    broker.send(queue, *range(40), *"abc")
+    gate = gate_for(queue, bucket=is_slow(TokenBucket(1, 20)))
+    gate.limit(quorum.name, bucket=TokenBucket(1, 1), name="other")
+    with running(Worker(broker, gate, quorum, queue)) as worker:
+        wait_for(lambda: set("abc") <= set(worker.ran))
+        assert len(worker.ran) < 40
+        worker.wait_for_runs(43)
+    assert slow_ones(worker) == list(range(40))
+    assert worker.connects == 1
 
 
 def test_consumer_without_prefetch_count(broker, caplog):
@@ -169,6 +239,19 @@ def test_consumer_without_prefetch_count(broker, caplog):
         assert worker.gate.held["limit"] <= 40
         assert broker.waiting(queue) >= 59
     assert sum("sets no prefetch_count: it gets 20" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_a_pause_keeps_the_order_of_a_quorum_queue(rabbitmq_broker, caplog):
+    """overflow="pause" cancels a consumer only when nothing is on its way to it."""
+    caplog.set_level(logging.INFO, "rate_limiter")
+    broker, queue = rabbitmq_broker, rabbitmq_broker.queue(queue_arguments=QUORUM)
+    broker.send(queue, *range(300))
+    gate = gate_for(queue, rate=200, capacity=5, max_held=5, overflow="pause")
+    worker = Worker(broker, gate, queue)
+    worker.prefetch_count = 20
+    with running(worker):
+        assert worker.wait_for_runs(300) == list(range(300))
+    assert caplog.text.count("Resumed queue") >= 3
 
 
 def test_pause_stops_consuming_the_queue(broker, caplog):
@@ -294,7 +377,7 @@ def test_limits_are_announced_once(broker, caplog):
     messages = [record.getMessage() for record in caplog.records]
     lines = [line for line in messages if line.startswith("Limit") and "jobs begin to wait" not in line]
     assert len(lines) == 2
-    assert lines[0].startswith("Limit limit: <TokenBucket ")  # its level is read by getMessage() above
+    assert lines[0].startswith("Limit limit: <TokenBucket: capacity 1, ")
     assert lines[0].endswith(f"for queue {queue.name}")
     assert lines[1] == "Limit typo matches no queue that is consumed"
 

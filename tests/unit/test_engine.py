@@ -95,7 +95,7 @@ def test_says_what_becomes_of_a_job():
     """A job goes while there are tokens, else it is held, and goes in its turn; all is counted."""
     lab = Lab()
     assert lab.offer("a", "b", "c") == ["go", "held", "held"]
-    assert lab.gate.room == (2, 4)
+    assert lab.gate.room == (2, 600)
     assert lab.run(5) == ["b", "c"]
     assert lab.gate.room == (0, 0)
     assert lab.numbers() == {"admitted": 3, "tokens": 3, "waited": 3, "longest": 2}

@@ -104,17 +104,22 @@ def test_buckets_says_what_a_callable_may_return():
 @pytest.mark.parametrize(
     ("limit", "bound", "with_default"),
     [
-        (Limit(TokenBucket(1, 100)), 400, 77),
-        (Limit(TokenBucket(1, 1)), 8, 77),
+        (Limit(TokenBucket(1, 0.1)), 60, 77),
+        (Limit(TokenBucket(5, 0.1), tokens=5), 12, 77),
+        (Limit(TokenBucket(5, 0.1), tokens=len), 60, 77),
+        (Limit(TokenBucket(1, 0.001)), 8, 77),
+        (Limit(TokenBucket(1, 100)), 1000, 77),
+        (Limit(TokenBucket(1, 1e308)), 1000, 77),
         (Limit(TokenBucket(1, 1), max_held=3), 3, 3),
-        (Limit(BucketPerKey(1, 1), key=len), 1000, 77),
-        (Limit(lambda: None), 8, 77),
+        (Limit(BucketPerKey(1, 1e-3), key=len), 1000, 77),
+        (Limit(lambda: None), 1000, 77),
     ],
 )
 def test_how_much_a_gate_holds(limit, bound, with_default):
-    """Four seconds' worth, a window at least, more with a bucket per key; unless limit or gate say."""
+    """What runs in ten minutes, a window at least, 1,000 at most and by default; unless limit or gate say."""
     assert limit.bound(8) == bound
     assert limit.bound(8, 77) == with_default
+    assert limit.bound(2000) == (limit.max_held or 2000)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ A message that `Relay` has moved arrives from the default exchange. A header of 
 was sent to, and `restore_origin` undoes the difference before anybody looks at the message.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -23,16 +22,32 @@ MOVED: Final = "rate_limiter_moved"
 ORIGIN: Final = "x-rate-limiter-origin"
 
 
-def mark_messages(channel: Any, on_consume: Callable[[str], Any] = lambda _queue: None) -> None:
+#: What is called with each message that a consumer gets.
+_Callback = Callable[[Any], Any]
+
+
+def mark_messages(
+    channel: Any,
+    *,
+    on_consume: Callable[[str], Any] | None = None,
+    around: Callable[[str, str, _Callback], _Callback] | None = None,
+) -> None:
     """Note the queue of each message that is consumed on a channel from now on; restore its origin.
 
     Args:
-        channel: A kombu channel. If this was done already, it stays as it is.
+        channel: A kombu channel.
         on_consume: Called with the name of each queue that is about to be consumed on the channel.
+        around: Called for each consumer to come that acknowledges what it gets, with the name of its
+            queue, its tag and its callback. It returns what is called instead of the callback.
 
     """
-    if not isinstance(channel.basic_consume, functools.partial):
-        channel.basic_consume = functools.partial(_consume, channel.basic_consume, on_consume)
+    if not isinstance(channel.basic_consume, _Consume):
+        channel.basic_consume = _Consume(channel.basic_consume)
+    consume: _Consume = channel.basic_consume
+    if on_consume is not None and on_consume not in consume.listeners:
+        consume.listeners.append(on_consume)
+    if around is not None:
+        consume.arounds.append(around)
 
 
 def restore_origin(message: Any) -> None:
@@ -60,22 +75,33 @@ def can_be_sent_to(channel: Any, queue: str) -> bool:
     return queue not in getattr(channel, "_fanout_queues", ())
 
 
-def _consume(
-    consume: Any,
-    on_consume: Callable[[str], Any],
-    queue: str,
-    no_ack: bool = False,
-    consumer_tag: str = "",
-    callback: Any = None,
-    **kwargs: Any,
-) -> Any:
-    """Stand in for a channel's ``basic_consume``."""
-    on_consume(queue)
+class _Consume:
+    """Stands in for a channel's ``basic_consume``."""
 
-    def marked(message: Any) -> Any:
-        if message.delivery_info is not None:
-            message.delivery_info[MARK] = queue
-            restore_origin(message)
-        return callback(message)
+    def __init__(self, consume: Callable[..., Any]) -> None:
+        self._consume = consume
+        self.listeners: list[Callable[[str], Any]] = []
+        self.arounds: list[Callable[[str, str, _Callback], _Callback]] = []
 
-    return consume(queue=queue, no_ack=no_ack, consumer_tag=consumer_tag, callback=marked, **kwargs)
+    def __call__(
+        self,
+        queue: str,
+        no_ack: bool = False,
+        consumer_tag: str = "",
+        callback: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        for listener in self.listeners:
+            listener(queue)
+        for around in self.arounds if not no_ack else ():
+            callback = around(queue, consumer_tag, callback)
+
+        def marked(message: Any) -> Any:
+            if message.delivery_info is not None:
+                message.delivery_info[MARK] = queue
+                restore_origin(message)
+            return callback(message)
+
+        return self._consume(
+            queue=queue, no_ack=no_ack, consumer_tag=consumer_tag, callback=marked, **kwargs
+        )

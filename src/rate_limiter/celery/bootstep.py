@@ -17,6 +17,7 @@ from celery.concurrency.prefork import TaskPool
 from celery.exceptions import ImproperlyConfigured
 from celery.worker import state
 
+from ..broker.origin import mark_messages
 from ..gating.engine import Call, Engine, Host, warn_of_unused
 from ..gating.limit import Demand, Limit
 from ..gating.record import record_of
@@ -25,7 +26,6 @@ from . import receipt
 from .declarations import parameters_of
 from .ending import refuse_at_gate
 from .loop import Loop
-from .pausing import Queues
 from .prefork import is_spawned, share_all
 from .returning import Returning
 from .settings import enabled
@@ -64,7 +64,8 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
                 "worker will not run without its limits"
             )
         self.consumer = consumer
-        self.forward: Callable[[Any], None] = consumer.on_task_request
+        self.to_pool: Callable[[Any], None] = consumer.on_task_request
+        self.forward = self.to_pool
         self.engine: Engine[Any] = Engine(self, self._limits_for, max_held=gate.max_held)
         #: Jobs that are to go to the pool to end there. Not from within the engine, which is locked.
         self.refused: deque[Any] = deque()
@@ -95,8 +96,11 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
     def start(self, consumer: Any) -> None:
         """Begin with nothing held: the broker delivers again what an earlier connection held."""
         self.engine.window = lambda _limit: int(consumer.initial_prefetch_count)
-        self.window = Window(consumer, self.engine.jobs)
-        self.queues = Queues(consumer, self.by_queue, self._on_consume)
+        self.window = Window(consumer, self.engine.jobs, self.engine.takes_more_of)
+        self.queues = self.window.queues
+        self.forward = self.window.handing_on(self.to_pool)
+        if self.by_queue:  # for the queues that `celery control add_consumer` brings
+            mark_messages(consumer.task_consumer.channel, on_consume=self._on_consume)
         self.loop = Loop(consumer, self._next_due, self._work, self.window.update)
         self.returning = Returning(consumer, self.engine.lock, self.loop.has_timer, self._end_later)
         self.open = True
@@ -114,7 +118,6 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         if was_open:
             self.loop.stop()
             self.returning.stop()
-            self.queues.stop()
             self.window.stop(forgotten)
         if forgotten:
             logger.info("Gave %d held jobs back to the broker", len(forgotten))
@@ -192,7 +195,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
     def on_task_request(self, request: Any) -> None:
         """Let a job go, or hold it. Stands in for ``consumer.on_task_request``."""
         receipt.strip(request.request_dict)
-        queue = self.queues.of(request) if self.by_queue else None
+        queue = self.queues.of(request) if self.by_queue or self.window.is_static else None
         plan = self.engine.plan(request.task, queue)
         if not plan.limits:
             self.forward(request)
@@ -209,6 +212,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             receipt.issue(request.task, request.request_dict, demands)
             self.forward(request)
             return
+        self.window.keep(request)
         self._forward_refused()
         self.loop.look()
 
@@ -287,7 +291,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         return bool(self._end(request, request.revoked))
 
     def follow(self, held: int, most: int) -> None:
-        """Raise or lower the prefetch count."""
+        """See that other jobs arrive beside the held ones."""
         if self.open:
             self.window.follow(held, most)
 

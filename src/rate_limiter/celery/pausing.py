@@ -18,19 +18,19 @@ class Queues:
 
     Args:
         consumer: Celery's consumer, before it has begun to consume.
-        mark: Whether anybody asks.
-        on_consume: Called with the name of each queue that is about to be consumed, if anybody asks.
+        full: Tells of a queue whether its consumer can be cancelled now. If it cannot, `cancel_paused` is
+            called later. ``None``: it always can.
 
     """
 
-    def __init__(self, consumer: Any, mark: bool, on_consume: Callable[[str], Any]) -> None:
+    def __init__(self, consumer: Any, full: Callable[[str], bool] | None) -> None:
         self._consumer = consumer
+        self._full = full
         #: The queues that are not consumed now, and because of which limit.
         self.paused: dict[str, Limit] = {}
         self._entities: dict[str, Any] = {}
-        if mark:
-            # for the queues that `celery control add_consumer` brings, too
-            mark_messages(consumer.task_consumer.channel, on_consume)
+        # for the queues that `celery control add_consumer` brings, too
+        mark_messages(consumer.task_consumer.channel)
 
     def of(self, request: Any) -> str | None:
         """Return the name of the queue that a job was consumed from."""
@@ -56,10 +56,17 @@ class Queues:
         self.paused.clear()
         self._entities.clear()
 
+    def cancel_paused(self) -> None:
+        """Stop consuming the queues that are paused, as far as they are still consumed."""
+        for name in list(self.paused):
+            self._cancel(name)
+
     def _cancel(self, name: str) -> None:
         consumer = self._consumer.task_consumer
         if name not in self.paused or not consumer or not consumer.consuming_from(name):
             return
+        if self._full is not None and not self._full(name):
+            return  # what is on its way would go behind all others in the queue
         self._entities[name] = next(queue for queue in consumer.queues if queue.name == name)
         consumer.cancel_by_queue(name)
         logger.info("Paused queue %s: enough of %s is held", name, record_of(self.paused[name]).name)

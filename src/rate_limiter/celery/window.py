@@ -1,7 +1,8 @@
 """What the gate does to one connection of a worker.
 
-It raises the prefetch count by the number of held jobs, renews their leases on Redis, and lets them go
-back to the broker in order.
+It sees that the jobs behind held ones arrive: it raises the prefetch count by the number of held jobs, or
+consumes a queue again, where that count is static. It renews the leases of held jobs on Redis, and lets
+them go back to the broker in order.
 """
 
 import logging
@@ -13,6 +14,8 @@ from celery.worker.consumer.tasks import Tasks
 from ..broker.lease import Lease
 from ..broker.prefetch import Prefetch
 from ..broker.restore import give_back, restore_in_order
+from ..broker.static import StaticCounts
+from .pausing import Queues
 
 __all__ = ["Window"]
 
@@ -26,19 +29,37 @@ class Window:
         consumer: Celery's consumer, connected.
         held: Returns the requests that are held. Called by Celery's timer, which is a thread of its own
             in a worker without event loop.
+        takes_more_of: Tells whether more jobs of a queue may come.
 
     """
 
-    def __init__(self, consumer: Any, held: Callable[[], Sequence[Any]]) -> None:
+    def __init__(
+        self,
+        consumer: Any,
+        held: Callable[[], Sequence[Any]],
+        takes_more_of: Callable[[str], bool],
+    ) -> None:
         self._consumer = consumer
         self._held = held
+        self._takes_more_of = takes_more_of
         self._channel = consumer.task_consumer.channel
         self._prefetch = Prefetch(consumer.qos)
+        self._static: StaticCounts | None = None
         # Quorum queues, and every queue of RabbitMQ 4.
-        self._static = not _tasks_step(consumer).qos_global(consumer) and (
-            consumer.connection.transport.driver_type == "amqp"
-        )
-        self._warned = False
+        if consumer.connection.transport.driver_type == "amqp" and not (
+            _tasks_step(consumer).qos_global(consumer)
+        ):
+            self._static = StaticCounts(
+                self._channel,
+                count=lambda: int(consumer.initial_prefetch_count),
+                changed=self._update_later,
+                waits=_has_eta,
+            )
+            self._static.add(consumer.task_consumer)
+        #: Whether the prefetch count cannot be changed.
+        self.is_static = self._static is not None
+        self.queues = Queues(consumer, None if self._static is None else self._static.full)
+        self._stopped = False
         self._update_timer: Any = None
         self._lease = Lease(self._channel)
         self._lease_timer: Any = None
@@ -46,31 +67,49 @@ class Window:
             self._lease_timer = consumer.timer.call_repeatedly(self._lease.interval, self._renew)
         restore_in_order(self._channel)
 
+    def handing_on(self, forward: Callable[[Any], None]) -> Callable[[Any], None]:
+        """Return what hands a job to the pool: ``forward``, and takes note of it where that counts."""
+        static = self._static
+        if static is None:
+            return forward
+
+        def handed_on(request: Any) -> None:
+            static.hand_on(request.message)
+            forward(request)
+
+        return handed_on
+
+    def keep(self, request: Any) -> None:
+        """Take note of a job that does not go to the pool now."""
+        if self._static is not None:
+            self._static.keep(request.message)
+
     def follow(self, held: int, most: int) -> None:
-        """Raise or lower the prefetch count.
+        """Make room for other jobs beside the held ones.
 
         Args:
-            held: The number of held jobs that take up a part of the count.
+            held: The number of held jobs that take up a part of the prefetch count.
             most: The highest number of jobs that may be held.
 
         """
-        consumer = self._consumer
-        if self._static:
-            if held:
-                self._warn()
-            return
+        changed = self.is_static
         # After a reconnect with worker_enable_prefetch_count_reduction Celery itself sets the count at
         # each acknowledgement, until it is as high as before.
-        if not consumer._maximum_prefetch_restored:
-            return
-        if self._prefetch.follow(held, most) and consumer.hub is not None and not self._update_timer:
-            # Celery's event loop sends the count once a turn, then handles messages, then sleeps until
-            # the next timer. A timer that is due runs before that sleep.
-            self._update_timer = consumer.timer.call_after(0, self._update_soon)
+        if not changed and self._consumer._maximum_prefetch_restored:
+            changed = self._prefetch.follow(held, most)
+        if changed:
+            self._update_later()
 
     def update(self) -> None:
-        """Send the prefetch count to the broker, if it has changed."""
-        self._prefetch.update()
+        """Tell the broker: the prefetch count, if it has changed; which queues are consumed again."""
+        if self._static is None:
+            self._prefetch.update()
+            return
+        self.queues.cancel_paused()
+        # In one go: Celery's event loop does not call a chain of timers at once.
+        while queues := self._wanted():
+            for queue in queues:
+                self._static.consume_again(queue)
 
     def stop(self, held: Sequence[Any]) -> None:
         """Let go of the connection, which is closing or lost.
@@ -79,14 +118,43 @@ class Window:
             held: The requests that were held. They go back to the broker.
 
         """
+        self._stopped = True
+        self.queues.stop()
         for timer in self._update_timer, self._lease_timer:
             if timer is not None:
                 self._consumer.timer.cancel(timer)
         give_back(self._channel, [request.message for request in held])
 
+    def _wanted(self) -> list[str]:
+        """Return the queues that are to be consumed again."""
+        assert self._static is not None  # noqa: S101 - for mypy
+        consumer = self._consumer
+        if self._stopped:
+            return []
+        most = getattr(consumer.qos, "max_prefetch", None)  # worker_eta_task_limit
+        if most and len(self._static) + consumer.initial_prefetch_count > most:
+            return []
+        return [queue for queue in self._static.wanted() if self._takes_more_of(queue)]
+
+    def _update_later(self) -> None:
+        """See that `update` is called soon. Where there is no event loop, `Loop` does it anyway."""
+        consumer = self._consumer
+        if consumer.hub is None or self._update_timer is not None or self._stopped:
+            return
+        if self._static is None or self.queues.paused or self._wanted():
+            # Celery's event loop sends the count once a turn, then handles messages, then sleeps until
+            # the next timer. A timer that is due runs before that sleep; what is called by
+            # `hub.call_soon` may not.
+            self._update_timer = consumer.timer.call_after(0, self._update_soon)
+
     def _update_soon(self) -> None:
         self._update_timer = None
-        self._prefetch.update()
+        try:
+            self.update()
+        except Exception as error:  # noqa: BLE001 - it is raised again
+            # A timer's error is logged, and no more. If it has cost us the channel, nothing would be
+            # consumed any longer.
+            self._consumer.hub.call_soon(_raise, error)
 
     def _renew(self) -> None:
         tags = [request.message.delivery_tag for request in self._held()]
@@ -96,14 +164,14 @@ class Window:
             # If the connection is lost, Celery will notice, and the gate will forget the held jobs.
             logger.warning("Could not renew the leases of %d held jobs", len(tags), exc_info=True)
 
-    def _warn(self) -> None:
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "The prefetch count is static here (quorum queues, RabbitMQ 4): while the gate holds %d "
-                "jobs of a queue, the other jobs in it wait; give them a queue of their own",
-                self._consumer.initial_prefetch_count,
-            )
+
+def _has_eta(message: Any) -> bool:
+    """Tell whether Celery lets a job wait for its ETA."""
+    return bool((message.headers or {}).get("eta"))
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _tasks_step(consumer: Any) -> Any:

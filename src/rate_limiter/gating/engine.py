@@ -140,6 +140,8 @@ class Engine(Generic[Job]):
         #: sums: what a job costs is not to depend on how many limits keep others.
         self._rooms: dict[Limit, tuple[int, int]] = {}
         self._room = self._most = 0
+        #: The limits that jobs of a queue were held for.
+        self._limits_of: dict[str, set[Limit]] = {}
         #: The limits that make jobs wait, and since when no job waits any more.
         self._waiting: dict[Limit, float] = {}
         #: When to look next whether one of them has stopped; one entry for each.
@@ -201,6 +203,13 @@ class Engine(Generic[Job]):
                 del self._kept[limit]
             self._holding.changed.add(limit)
 
+    def takes_more_of(self, queue: str) -> bool:
+        """Tell whether more jobs of a queue may come: it is not paused, and no bound is exceeded."""
+        with self.lock:
+            limits = self._limits_of.get(queue, ())
+            over = any(self._number(limit) > self.bound(limit) for limit in limits)
+            return not over and queue not in self.paused
+
     # -- the way of a job -------------------------------------------------------------------------
 
     def offer(
@@ -211,7 +220,8 @@ class Engine(Generic[Job]):
         Args:
             job: The job.
             plan: What `plan` returned for its kind. It has limits.
-            queue: The name of the queue that it came from, if that may be paused.
+            queue: The name of the queue that it came from, if `takes_more_of` is asked of it or it may
+                be paused.
 
         Returns:
             ``"go"``: it has paid; the caller runs it. ``"held"``: `release` returns it later.
@@ -240,6 +250,7 @@ class Engine(Generic[Job]):
         if not held:
             return "ended", demands
         if queue is not None:
+            self._limits_of.setdefault(queue, set()).update(plan.limits)
             self._pause(queue, plan)
         return "held", demands
 
@@ -276,6 +287,7 @@ class Engine(Generic[Job]):
             self._kept.clear()
             self._rooms.clear()
             self._room = self._most = 0
+            self._limits_of.clear()
             self._waiting.clear()
             self._checks.clear()
         if jobs:

@@ -31,12 +31,12 @@ AnyCost = float | str | Callable[..., float]
 #: How a job's key is found: by the name of a parameter, or by a callable given the job's arguments.
 AnyKey = str | Callable[..., Any]
 
-#: How many jobs a gate holds at most for a limit with a bucket per key: enough that the backlog of one
-#: key does not keep the jobs of others from the worker.
-_HOLD_PER_KEY: Final = 1000
+#: How many seconds' worth of a limit a gate holds, unless the user says otherwise: what runs later than
+#: that has no business in a worker.
+_HOLD_SECONDS: Final = 600.0
 
-#: How many seconds' worth of a limit a gate holds, unless the user says otherwise.
-_HOLD_SECONDS: Final = 4.0
+#: How many jobs a gate holds for a limit at most, unless the user says otherwise. One takes some 7 kB.
+_HOLD_MOST: Final = 1000
 
 
 class Demand(NamedTuple):
@@ -63,7 +63,7 @@ class Limit:
         timeout: The most seconds that ``"wait"`` waits in the decorator.
         name: The name that the user gave it, or ``""``. Messages and logs use the name in
             `record.record_of`.
-        max_held: The most jobs that a gate holds because of it; ``None``: as the gate says.
+        max_held: The most jobs that a gate holds because of it; ``None``: see `bound`.
         overflow: What a gate does beyond that: ``"hold"`` or ``"pause"``.
 
     """
@@ -167,6 +167,10 @@ class Limit:
     def bound(self, window: int, default: int | None = None) -> int:
         """Return how many jobs a gate holds because of it before the broker is to keep the rest.
 
+        That is ``max_held``, of the limit or of the gate. Where neither says it: as many as run within
+        ten minutes, but at least one prefetch window and at most 1,000. Where the rate depends on the
+        job (a `BucketPerKey`, or a callable for ``bucket``): 1,000.
+
         Args:
             window: The prefetch count that the consumer has without a gate.
             default: What the gate says, for limits that say nothing.
@@ -174,9 +178,11 @@ class Limit:
         """
         bound = self.max_held or default
         if bound is None:
-            rate = self.bucket.tokens_per_second if self.has_bucket else 0.0  # type: ignore[union-attr]
-            least = 0 if self.key is None else _HOLD_PER_KEY
-            bound = max(window, least, math.ceil(_HOLD_SECONDS * rate))
+            bound = _HOLD_MOST
+            if self.has_bucket:
+                jobs = _HOLD_SECONDS * self.bucket.tokens_per_second / (self._cost or 1.0)  # type: ignore[union-attr]
+                bound = math.ceil(min(jobs, _HOLD_MOST))
+            bound = max(bound, window)
         return bound
 
     def _bucket(

@@ -1,7 +1,7 @@
 """Stopping to consume a queue for a while, and taking it up again."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ..gating.limit import Limit
@@ -30,23 +30,30 @@ class Pausing:
             self._consumers[queue.name] = consumer
             self._paused.pop(queue.name, None)
 
-    def pause(self, name: str, limit: Limit) -> None:
-        """Stop consuming a queue. What was delivered already still arrives."""
-        consumer = self._consumers.get(name)
-        if consumer is None or name in self._paused or not consumer.consuming_from(name):
-            return
-        queue = next(queue for queue in consumer.queues if queue.name == name)
-        consumer.cancel_by_queue(name)
-        self._paused[name] = _Paused(consumer, queue)
-        logger.info("Paused queue %s: enough of %s is held", name, record_of(limit).name)
+    def follow(self, paused: Mapping[str, Limit], can_cancel: Callable[[Any, str], bool]) -> None:
+        """Stop consuming the queues that are paused, and take up those that are not any more.
 
-    def resume(self, name: str) -> None:
-        """Consume a paused queue again."""
-        paused = self._paused.pop(name, None)
-        if paused is not None:
-            paused.consumer.add_queue(paused.queue)
-            paused.consumer.consume()
+        What was delivered already still arrives.
+
+        Args:
+            paused: The queues that are to be paused, and because of which limit.
+            can_cancel: Tells of a consumer and a queue whether that can be done now, or is to wait.
+
+        """
+        for name in [name for name in self._paused if name not in paused]:
+            consumer, queue = self._paused.pop(name)
+            consumer.add_queue(queue)
+            consumer.consume()
             logger.info("Resumed queue %s", name)
+        for name, limit in list(paused.items()):
+            consumer = self._consumers.get(name)
+            if consumer is None or name in self._paused or not consumer.consuming_from(name):
+                continue
+            if can_cancel(consumer, name):
+                queue = next(queue for queue in consumer.queues if queue.name == name)
+                consumer.cancel_by_queue(name)
+                self._paused[name] = _Paused(consumer, queue)
+                logger.info("Paused queue %s: enough of %s is held", name, record_of(limit).name)
 
     def forget(self) -> None:
         """Forget all consumers, with their connection."""

@@ -92,8 +92,6 @@ class Session(Host[_Job]):
         self._returning = Returning(gone=self.gone, sent=self._on_sent)
         self._pausing = Pausing()
         self._inbox: deque[_Job] = deque()
-        #: Commands to the broker, for the next `poll`.
-        self._orders: deque[Callable[[], None]] = deque()
         self._busy = False
         #: Whether there is anything for `poll` to do apart from the inbox.
         self._unsettled = False
@@ -124,7 +122,7 @@ class Session(Host[_Job]):
         self.open = True
         self._cover(consumer)
         if self._gate.limits:
-            mark_messages(consumer.channel, self._on_consume)
+            mark_messages(consumer.channel, on_consume=self._on_consume)
         live = [each for each in self._consumers if each.channel.connection is not None]
         self._consumers = [*live, consumer]
         self._unsettled = self._unwarned = True
@@ -142,10 +140,8 @@ class Session(Host[_Job]):
         self._queues |= set(limits_of)
         if limits:
             window = self._window(consumer.channel)
-            own = consumer.prefetch_count or DEFAULT
-            room = sum(limit.bound(own, self._gate.max_held) for limit in limits)
             with self._occupied():
-                own = window.add(consumer, room)
+                own = window.add(consumer)
             self._own.update(dict.fromkeys(limits_of, own))
             self._own_of.clear()
             self._pausing.add(consumer)
@@ -193,7 +189,6 @@ class Session(Host[_Job]):
         self._engine.clear()
         self._returning.forget()
         self._inbox.clear()
-        self._orders.clear()
         self._windows.clear()
         self._pausing.forget()
         self._consumers.clear()
@@ -245,12 +240,12 @@ class Session(Host[_Job]):
         self._unsettled = True
         if not job.held:
             job.held = True
-            job.window.held += 1
+            job.window.keep(job.message)
 
     def _leave(self, job: _Job) -> None:
         if job.held:
             job.held = False
-            job.window.held -= 1
+            job.window.hand_on(job.message)
 
     def _window(self, channel: Any) -> Window:
         window = self._windows.get(channel)
@@ -317,14 +312,6 @@ class Session(Host[_Job]):
         self._unsettled = True
         self._room = held, most
 
-    def pause(self, queue: str, limit: Limit) -> None:
-        """Stop consuming a queue, with the next `poll`."""
-        self._orders.append(functools.partial(self._pausing.pause, queue, limit))
-
-    def resume(self, queue: str) -> None:
-        """Consume a queue again, with the next `poll`."""
-        self._orders.append(functools.partial(self._pausing.resume, queue))
-
     def _end(self, job: _Job, error: Exception | None = None) -> None:
         """Let a message end without having run: the broker discards it, or dead-letters it."""
         self._leave(job)
@@ -374,8 +361,7 @@ class Session(Host[_Job]):
         with self._occupied():
             self._returning.send()
             self._engine.settle()
-            while self._orders:
-                self._orders.popleft()()
+            self._pausing.follow(self._engine.paused, self._can_cancel)
             self._follow()
         self._unsettled = bool(
             self.held_by
@@ -411,9 +397,12 @@ class Session(Host[_Job]):
         for window in self._windows.values():
             if window.channel.connection is None:
                 continue  # it was lost, and what is held of it goes when its turn comes
-            window.follow(min(window.held, held), most)
+            window.follow(min(window.held, held), most, self._engine.takes_more_of)
             if window.lease_is_due:
                 window.renew([m.delivery_tag for m in self._messages() if m.channel is window.channel])
+
+    def _can_cancel(self, consumer: Any, queue: str) -> bool:
+        return self._window(consumer.channel).can_cancel(queue)
 
     def _messages(self) -> Iterator[Any]:
         for job in (*self._engine.jobs(), *self._returning):

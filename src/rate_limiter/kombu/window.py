@@ -1,11 +1,12 @@
 """What the gate does to one channel of a kombu consumer.
 
-It raises the prefetch count by the number of held messages, renews their leases on Redis, and lets them
-go back to the broker in order.
+It sees that the messages behind held ones arrive: it raises the prefetch count by the number of held
+messages, or consumes a queue again, where that count is static. It renews the leases of held messages on
+Redis, and lets them go back to the broker in order.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Any, Final
 
@@ -14,6 +15,7 @@ from kombu.common import QoS
 from ..broker.lease import Lease
 from ..broker.prefetch import HIGHEST_COUNT, STATIC_QUEUE_TYPES, Prefetch
 from ..broker.restore import give_back, restore_in_order
+from ..broker.static import StaticCounts
 
 __all__ = ["DEFAULT", "Window"]
 
@@ -31,7 +33,7 @@ class Window:
         static: Whether the broker has refused a prefetch count for a whole channel before.
 
     On RabbitMQ a count that can be changed is one for the whole channel. So the counts of its consumers
-    are removed, and the channel gets their sum.
+    are removed, and the channel gets their sum. Where there is no such count, each consumer keeps its own.
 
     """
 
@@ -45,16 +47,16 @@ class Window:
         #: The prefetch count of each queue, without a gate.
         self._counts: dict[str, int] = {}
         self._prefetch: Prefetch | None = None
+        self._consumers: StaticCounts | None = None
         self._lease = Lease(channel)
         self._renewal = 0.0
         restore_in_order(channel)
 
-    def add(self, consumer: Any, room: int) -> int:
+    def add(self, consumer: Any) -> int:
         """Take over the prefetch count of a consumer that is about to consume.
 
         Args:
             consumer: A ``kombu.Consumer`` of this channel.
-            room: How many messages its limits may hold. A static count is raised by this number at once.
 
         Returns:
             The prefetch count that the consumer has without a gate.
@@ -77,7 +79,10 @@ class Window:
                 self._static = self._amqp
         if self._static:
             self._prefetch = None
-            self.channel.basic_qos(0, min(count + room, HIGHEST_COUNT), False)
+            if self._consumers is None:
+                self._consumers = StaticCounts(self.channel)
+            self._consumers.add(consumer)
+            self.channel.basic_qos(0, count, False)
             return count
         total = count
         if self._amqp:
@@ -89,16 +94,36 @@ class Window:
         self._prefetch.update()
         return count
 
-    def follow(self, held: int, most: int) -> None:
-        """Raise or lower the prefetch count.
+    def keep(self, message: Any) -> None:
+        """Take note of a message that is held, or waits to be sent back."""
+        self.held += 1
+        if self._consumers is not None:
+            self._consumers.keep(message)
+
+    def hand_on(self, message: Any) -> None:
+        """Take note that a message is not kept any more."""
+        self.held -= 1
+        if self._consumers is not None:
+            self._consumers.hand_on(message)
+
+    def can_cancel(self, queue: str) -> bool:
+        """Tell whether a queue can be cancelled now: what is on its way might go behind all others."""
+        return self._consumers is None or self._consumers.full(queue)
+
+    def follow(self, held: int, most: int, takes_more_of: Callable[[str], bool]) -> None:
+        """Make room for other messages beside the held ones.
 
         Args:
-            held: The number of held messages that take up a part of the count.
+            held: The number of held messages that take up a part of the prefetch count.
             most: The highest number of messages that may be held.
+            takes_more_of: Tells whether more messages of a queue may come.
 
         """
         if self._prefetch is not None and self._prefetch.follow(held, most):
             self._prefetch.update()
+        if self._consumers is not None:
+            for queue in filter(takes_more_of, self._consumers.wanted()):
+                self._consumers.consume_again(queue)
 
     @property
     def renewal(self) -> float | None:
