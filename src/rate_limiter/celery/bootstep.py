@@ -17,6 +17,7 @@ from celery.concurrency.prefork import TaskPool
 from celery.exceptions import ImproperlyConfigured
 from celery.worker import state
 
+from ..broker.restore import Leftovers
 from ..gating.engine import Call, Engine, Host
 from ..gating.limit import Demand, Limit
 from ..gating.record import record_of
@@ -72,6 +73,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         #: What could not be ended, and when that is tried again.
         self.unended: list[Callable[[], Any]] = []
         self.end_again_at = 0.0
+        self.leftovers = Leftovers()
         tasks_of = self._check_and_announce()
         self.limits = limits = list(tasks_of)
         _refuse_prefetch_without_bound(consumer, limits)
@@ -89,11 +91,14 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     def start(self, consumer: Any) -> None:
         """Begin with nothing held: the broker delivers again what an earlier connection held."""
+        self.leftovers.put_back(consumer.task_consumer.channel, _running())
         self.engine.window = lambda _limit: int(consumer.initial_prefetch_count)
         self.window = Window(consumer, self.engine.jobs)
         self.queues = Queues(consumer, self.by_queue)
         self.loop = Loop(consumer, self._next_due, self._work, self.window.update)
-        self.returning = Returning(consumer, self.engine.lock, self.loop.has_timer, self._end_later)
+        self.returning = Returning(
+            consumer, self.engine.lock, self.loop.has_timer, self._sent, self._end_later
+        )
         self.open = True
 
     def stop(self, consumer: Any) -> None:
@@ -111,7 +116,9 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             self.returning.stop()
             self.queues.stop()
             self.window.stop(forgotten)
-        if forgotten:
+        if left := self.leftovers.collect(_running()):
+            logger.info("%d jobs go back to their queues when Redis is there again", left)
+        elif forgotten:
             logger.info("Gave %d held jobs back to the broker", len(forgotten))
 
     terminate = stop
@@ -159,6 +166,8 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     def on_task_request(self, request: Any) -> None:
         """Let a job go, or hold it. Stands in for ``consumer.on_task_request``."""
+        if not self.consumer._maximum_prefetch_restored:
+            self.window.restore_with(request)
         receipt.strip(request.request_dict)
         queue = self.queues.of(request) if self.by_queue else None
         plan = self.engine.plan(request.task, queue)
@@ -236,7 +245,8 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         if how == "retry" and not self.returning.takes(request):
             return False
         if how in ("retry", "drop"):
-            self._end(request, partial(refuse_at_gate, request, demand, delay, self.returning.send))
+            end = partial(refuse_at_gate, request, demand, delay, self.returning.send)
+            self._end(request, limit, end)
         else:
             receipt.refuse(request.task, request.request_dict, demand.limit, delay)
             self.refused.append(request)
@@ -249,7 +259,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     def gone(self, request: Any) -> bool:
         """Tell whether a held job was revoked or has expired; it is announced and acknowledged here."""
-        return bool(self._end(request, request.revoked))
+        return self._end(request, None, request.revoked)
 
     def follow(self, held: int, most: int) -> None:
         """Raise or lower the prefetch count."""
@@ -271,18 +281,40 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     # -- what ends here ---------------------------------------------------------------------------
 
-    def _end(self, request: Any, end: Callable[[], Any]) -> Any:
+    def _end(self, request: Any, limit: Limit | None, end: Callable[[], Any]) -> bool:
         """End a job; or go on, and try again later, where the result backend or the broker is down.
 
         Until then it stays unacknowledged, so the broker has it still.
+
+        Args:
+            request: The job.
+            limit: Because of which it ends. ``None``: the first that it is under.
+            end: Ends it. It returns ``False`` if the job is not to end.
+
         """
+        ended = True
         try:
-            return end()
+            ended = end() is not False
         except Exception:
             logger.exception("Could not end %s[%s] yet", request.name, request.id)
-            self._end_later(end)
+            self._end_later(partial(self._ended_by, request, end))
             self.loop.look()
-            return True
+        if ended and not request.acknowledged:
+            if limit is None:
+                queue = self.queues.of(request) if self.by_queue else None
+                limit = self.engine.plan(request.task, queue).limits[0]
+            self.engine.keep(request, limit)
+        return ended
+
+    def _ended_by(self, request: Any, end: Callable[[], Any]) -> None:
+        end()
+        if request.acknowledged:
+            self._sent(request)
+
+    def _sent(self, request: Any) -> None:
+        """Make use of the room that a job took up which was not acknowledged until now."""
+        if self.engine.let_go(request):
+            self.engine.settle()
 
     def _end_later(self, end: Callable[[], Any]) -> None:
         with self.engine.lock:
@@ -298,6 +330,11 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
                 end()
             except Exception:  # noqa: BLE001 - it has been logged
                 self._end_later(end)
+
+
+def _running() -> set[str]:
+    """Return the delivery tags of the jobs that run in the pool."""
+    return {request.message.delivery_tag for request in tuple(state.active_requests)}
 
 
 def _refuse_prefetch_without_bound(consumer: Any, limits: list[Limit]) -> None:

@@ -125,9 +125,10 @@ class Engine(Generic[Job]):
         self._plans: dict[Hashable, Plan] = {}
         #: The prefetch count that the consumer of a limit's jobs has without a gate.
         self.window: Callable[[Limit], int] = lambda _limit: 1
-        #: Jobs that the host keeps unacknowledged for each limit besides those held: they are to be sent
-        #: back, and take up the consumer's window meanwhile.
-        self.kept: Counter[Limit] = Counter()
+        #: The jobs that the host keeps unacknowledged besides those held, and because of which limit: they
+        #: are to end or to be sent back, and take up the consumer's window meanwhile.
+        self._kept: dict[Job, Limit] = {}
+        self._kept_by: Counter[Limit] = Counter()
         #: The queues that are not consumed now, and because of which limit.
         self.paused: dict[str, Limit] = {}
         #: The limits that make jobs wait, and since when no job waits any more.
@@ -145,14 +146,14 @@ class Engine(Generic[Job]):
         return len(self._holding)
 
     def jobs(self) -> list[Job]:
-        """Return the jobs that are held."""
+        """Return the jobs that are held, and those that the host keeps."""
         with self.lock:
-            return self._holding.jobs()
+            return [*self._holding.jobs(), *self._kept]
 
     @property
     def held_by(self) -> Counter[Limit]:
         """How many jobs each limit keeps in this worker or consumer."""
-        return self._holding.held_by + self.kept if self.kept else self._holding.held_by
+        return self._holding.held_by + self._kept_by if self._kept else self._holding.held_by
 
     @property
     def next_due(self) -> float:
@@ -243,11 +244,27 @@ class Engine(Generic[Job]):
         if self.paused:
             self._resume()
 
+    def keep(self, job: Job, limit: Limit) -> None:
+        """Count a job that is not held any more, but cannot be acknowledged yet."""
+        with self.lock:
+            if job not in self._kept:
+                self._kept[job] = limit
+                self._kept_by[limit] += 1
+
+    def let_go(self, job: Job) -> bool:
+        """Count a job no more. Return whether it was kept: `settle` then makes use of the room."""
+        with self.lock:
+            limit = self._kept.pop(job, None)
+            if limit is not None:
+                self._kept_by[limit] -= 1
+        return limit is not None
+
     def clear(self) -> list[Job]:
-        """Forget every job that is held, and return them: they are the broker's again."""
+        """Forget every job that is held or kept; return those held. They are the broker's again."""
         with self.lock:
             jobs = [held.job for held in self._holding.clear()]
-            self.kept.clear()
+            self._kept.clear()
+            self._kept_by.clear()
             self.paused.clear()
             self._waiting.clear()
             self._quiet_at = math.inf
