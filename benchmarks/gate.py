@@ -29,6 +29,7 @@ import psutil
 from celery import Celery
 from celery.worker.consumer.tasks import Tasks
 from gate_lab import BROKERS, LabError, Run, Server, wait_until
+from gate_outage import outage
 
 from rate_limiter import TokenBucket
 from rate_limiter.celery import Gate, throttle
@@ -692,7 +693,7 @@ def overhead(bench: Bench) -> None:
 
 PARTS: Final[dict[str, Callable[[Bench], None]]] = {
     part.__name__: part
-    for part in (rates, behind, decorator, tenants, workers, memory, kills, leases, overhead)
+    for part in (rates, behind, decorator, tenants, workers, memory, kills, leases, outage, overhead)
 }
 
 

@@ -190,8 +190,8 @@ def _restore_redis(qos: Any, _: Callable[..., Any], client: Any = None) -> None:
                 del delivered[tag]
     except Exception as error:  # noqa: BLE001 - whatever state the connection is in
         logger.warning(
-            "Could not give %d unacknowledged jobs back to Redis, which is away (%r). It gives them out "
-            "again after visibility_timeout, unless this process connects again before",
+            "Could not put %d unacknowledged jobs back: the connection to Redis is lost (%r). The next "
+            "connection does it; without one Redis gives them out again after visibility_timeout",
             len(delivered),
             error,
         )

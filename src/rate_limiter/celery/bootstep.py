@@ -71,7 +71,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self.refused: deque[Any] = deque()
         self.open = False
         #: What could not be ended, and when that is tried again.
-        self.unended: list[Callable[[], Any]] = []
+        self.unended: deque[Callable[[], Any]] = deque()
         self.end_again_at = 0.0
         self.leftovers = Leftovers()
         tasks_of = self._check_and_announce()
@@ -246,7 +246,8 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             return False
         if how in ("retry", "drop"):
             end = partial(refuse_at_gate, request, demand, delay, self.returning.send)
-            self._end(request, limit, end)
+            # A result backend that is down need not be asked for each job.
+            self._end(request, end, later=how == "drop" and bool(self.unended))
         else:
             receipt.refuse(request.task, request.request_dict, demand.limit, delay)
             self.refused.append(request)
@@ -259,7 +260,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     def gone(self, request: Any) -> bool:
         """Tell whether a held job was revoked or has expired; it is announced and acknowledged here."""
-        return self._end(request, None, request.revoked)
+        return self._end(request, request.revoked)
 
     def follow(self, held: int, most: int) -> None:
         """Raise or lower the prefetch count."""
@@ -281,38 +282,38 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     # -- what ends here ---------------------------------------------------------------------------
 
-    def _end(self, request: Any, limit: Limit | None, end: Callable[[], Any]) -> bool:
+    def _end(self, request: Any, end: Callable[[], Any], *, later: bool = False) -> bool:
         """End a job; or go on, and try again later, where the result backend or the broker is down.
 
         Until then it stays unacknowledged, so the broker has it still.
 
         Args:
             request: The job.
-            limit: Because of which it ends. ``None``: the first that it is under.
             end: Ends it. It returns ``False`` if the job is not to end.
+            later: Do not try now.
 
         """
         ended = True
         try:
-            ended = end() is not False
+            if not later:
+                ended = end() is not False
         except Exception:
             logger.exception("Could not end %s[%s] yet", request.name, request.id)
-            self._end_later(partial(self._ended_by, request, end))
+            later = True
+        if later:
+            self._end_later(partial(self._end_kept, request, end))
             self.loop.look()
         if ended and not request.acknowledged:
-            if limit is None:
-                queue = self.queues.of(request) if self.by_queue else None
-                limit = self.engine.plan(request.task, queue).limits[0]
-            self.engine.keep(request, limit)
+            self.engine.keep(request)
         return ended
 
-    def _ended_by(self, request: Any, end: Callable[[], Any]) -> None:
+    def _end_kept(self, request: Any, end: Callable[[], Any]) -> None:
         end()
         if request.acknowledged:
             self._sent(request)
 
     def _sent(self, request: Any) -> None:
-        """Make use of the room that a job took up which was not acknowledged until now."""
+        """Make use of the room that a job took up which is acknowledged now."""
         if self.engine.let_go(request):
             self.engine.settle()
 
@@ -323,13 +324,15 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
                 self.end_again_at = monotonic() + _END_AGAIN
 
     def _end_again(self) -> None:
-        with self.engine.lock:
-            unended, self.unended = self.unended, []
-        for end in unended:
+        """End what could not be ended; at the first that fails, leave the others for the next time."""
+        for _ in range(len(self.unended)):
+            end = self.unended.popleft()
             try:
                 end()
             except Exception:  # noqa: BLE001 - it has been logged
                 self._end_later(end)
+                break
+        self.end_again_at = monotonic() + _END_AGAIN
 
 
 def _running() -> set[str]:

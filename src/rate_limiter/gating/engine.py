@@ -34,6 +34,9 @@ _SLOW: Final = 0.05
 #: Seconds without a job that waits, after which a limit has stopped to make jobs wait.
 _QUIET: Final = 10.0
 
+#: At most so many jobs that cannot be acknowledged have no part in the window.
+_MOST_KEPT: Final = 1000
+
 
 class Call(NamedTuple):
     """What a job's price depends on."""
@@ -125,9 +128,8 @@ class Engine(Generic[Job]):
         self._plans: dict[Hashable, Plan] = {}
         #: The prefetch count that the consumer of a limit's jobs has without a gate.
         self.window: Callable[[Limit], int] = lambda _limit: 1
-        #: The jobs that the host keeps unacknowledged besides those held, and because of which limit: they
-        #: are to end or to be sent back, and take up the consumer's window meanwhile.
-        self._kept: dict[Job, Limit] = {}
+        #: The jobs that the host keeps unacknowledged besides those held, see `keep`.
+        self._kept: dict[Job, Limit | None] = {}
         self._kept_by: Counter[Limit] = Counter()
         #: The queues that are not consumed now, and because of which limit.
         self.paused: dict[str, Limit] = {}
@@ -153,7 +155,7 @@ class Engine(Generic[Job]):
     @property
     def held_by(self) -> Counter[Limit]:
         """How many jobs each limit keeps in this worker or consumer."""
-        return self._holding.held_by + self._kept_by if self._kept else self._holding.held_by
+        return self._holding.held_by + self._kept_by if self._kept_by else self._holding.held_by
 
     @property
     def next_due(self) -> float:
@@ -244,20 +246,29 @@ class Engine(Generic[Job]):
         if self.paused:
             self._resume()
 
-    def keep(self, job: Job, limit: Limit) -> None:
-        """Count a job that is not held any more, but cannot be acknowledged yet."""
+    def keep(self, job: Job, limit: Limit | None = None) -> None:
+        """Count a job that is not held, but takes up the window: it is not acknowledged yet.
+
+        Args:
+            job: The job.
+            limit: Counts it among those that it holds. ``None``: it has ended but for its
+                acknowledgement, so no bound of a limit is for it.
+
+        """
         with self.lock:
             if job not in self._kept:
                 self._kept[job] = limit
-                self._kept_by[limit] += 1
+                if limit is not None:
+                    self._kept_by[limit] += 1
 
     def let_go(self, job: Job) -> bool:
         """Count a job no more. Return whether it was kept: `settle` then makes use of the room."""
         with self.lock:
+            kept = job in self._kept
             limit = self._kept.pop(job, None)
             if limit is not None:
                 self._kept_by[limit] -= 1
-        return limit is not None
+        return kept
 
     def clear(self) -> list[Job]:
         """Forget every job that is held or kept; return those held. They are the broker's again."""
@@ -345,7 +356,7 @@ class Engine(Generic[Job]):
 
     def _follow(self) -> None:
         with self.lock:
-            held = most = 0
+            held = most = min(_MOST_KEPT, len(self._kept) - self._kept_by.total())
             for limit, count in self.held_by.items():
                 bound = self.bound(limit)
                 most += bound
