@@ -31,6 +31,7 @@ import psutil
 from celery import Celery
 from celery.worker.consumer.tasks import Tasks
 from gate_lab import BROKERS, LabError, Ran, Run, Server, wait_until
+from gate_outage import outage
 
 from rate_limiter import TokenBucket
 from rate_limiter.celery import Gate, throttle
@@ -852,7 +853,7 @@ PARTS: Final[dict[str, Callable[[Bench], None]]] = {
     part.__name__: part
     for part in (
         *(rates, behind, decorator, tenants, asks, workers),
-        *(tally, memory, kills, leases, overhead),
+        *(tally, memory, kills, leases, outage, overhead),
     )
 }
 

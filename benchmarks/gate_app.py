@@ -12,7 +12,7 @@ from typing import Any
 from celery import Celery, signals
 from kombu.asynchronous.hub import Hub
 
-from rate_limiter import BucketPerKey, TokenBucket
+from rate_limiter import BucketPerKey, RetryAfter, TokenBucket
 from rate_limiter.celery import Gate, throttle
 
 OPTIONS = json.loads(os.environ["GATE_BENCH"])
@@ -89,7 +89,7 @@ def limit() -> Callable[[Any], Any]:
         per_key = BucketPerKey(OPTIONS["capacity"], OPTIONS["rate"])
         return throttle(per_key, key=lambda number: number // OPTIONS["keyed"])
     bucket = NotedBucket if OPTIONS["grants"] else TokenBucket
-    return throttle(bucket(OPTIONS["capacity"], OPTIONS["rate"]))
+    return throttle(bucket(OPTIONS["capacity"], OPTIONS["rate"]), when_limited=OPTIONS["when_limited"])
 
 
 @app.task(name="limited", rate_limit=OPTIONS["native"])
@@ -100,6 +100,21 @@ def limited(number: int) -> None:
         time.sleep(OPTIONS["sleep"])
 
 
-@app.task(name="free")
+@app.task(name="free", ignore_result=True)
 def free(number: int) -> None:
     note("free", number, time.monotonic())
+
+
+@app.task(name="busy")
+def busy(seconds: float) -> None:
+    note("busy", 0, time.monotonic())
+    time.sleep(seconds)
+
+
+@app.task(name="later", bind=True)
+@throttle(TokenBucket(1_000, 1_000))
+def later(self: Any, number: int) -> None:
+    """Raise RetryAfter once."""
+    note("later", number, time.monotonic())
+    if "rate_limiter_pauses" not in (self.request.headers or {}):
+        raise RetryAfter(OPTIONS["pause"])

@@ -10,11 +10,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import kombu
+import redis
 from celery import Celery, uuid
 
 __all__ = ["BROKERS", "LabError", "RabbitMQ", "Ran", "Redis", "Run"]
@@ -103,6 +104,19 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Let it do nothing, with all its connections open, as a machine that swaps would."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self.process.pid, signal.SIGCONT)
+
+    def close_connections(self) -> None:
+        """Close all connections to it, as a network would."""
+        raise NotImplementedError
+
     def _answers(self) -> bool:
         try:
             with kombu.Connection(self.url, connect_timeout=2) as connection:
@@ -126,6 +140,12 @@ class Redis(Server):
         self.command = ["redis-server", *options.split(), "--save", ""]
         if shutil.which("redis-server") is None:
             raise LabError("redis-server is not on PATH")
+
+    def close_connections(self) -> None:
+        """Close all connections to it, as a network would."""
+        with redis.Redis.from_url(self.url) as client:
+            for kind in "pubsub", "normal":
+                client.client_kill_filter(_type=kind, skipme=True)
 
 
 class RabbitMQ(Server):
@@ -180,6 +200,23 @@ class RabbitMQ(Server):
         super().__exit__()
         self._stop_epmd()
 
+    def close_connections(self) -> None:
+        """Close all connections to it, as a network would."""
+        self.control("close_all_connections", "a measurement")
+
+    def control(self, *arguments: str) -> None:
+        """Run a command of ``rabbitmqctl``."""
+        command = self.command[0].replace("rabbitmq-server", "rabbitmqctl")
+        done = subprocess.run(
+            [command, "-n", self.environment["RABBITMQ_NODENAME"], *arguments],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode:
+            raise LabError(f"rabbitmqctl {' '.join(arguments)}: {done.stderr.decode()[-500:]}")
+
     def _stop_epmd(self) -> None:
         if self.epmd is not None:
             self.epmd.kill()
@@ -203,6 +240,8 @@ class Run:
         sleep: How long a limited job runs.
         keyed: How many numbers in a row have a bucket of their own. 0: all have the same bucket.
         asks: Whether to note how often buckets are asked, in each turn of the event loop.
+        when_limited: What becomes of a limited job that has to wait.
+        pause: Seconds that the task ``later`` asks for.
         pool: The worker's pool.
         slots: How many it has.
         level: The level of its log.
@@ -223,6 +262,8 @@ class Run:
         sleep: float = 0.0,
         keyed: int = 0,
         asks: bool = False,
+        when_limited: str = "wait",
+        pause: float = 10.0,
         pool: str = "prefork",
         slots: int = 2,
         level: str = "WARNING",
@@ -256,6 +297,8 @@ class Run:
             "native": native,
             "grants": grants,
             "sleep": sleep,
+            "when_limited": when_limited,
+            "pause": pause,
             "conf": self.conf,
         }
         self.app = Celery("bench-producer", broker=server.url, set_as_current=False)
@@ -273,13 +316,13 @@ class Run:
         with self.app.connection_for_write() as connection:
             connection.default_channel.queue_delete(self.queue)
 
-    def send(self, task: str, count: int, first: int = 0) -> None:
+    def send(self, task: str, count: int, first: float = 0) -> None:
         """Send jobs, numbered in order."""
         amqp = self.app.amqp
         with self.app.connection_for_write() as connection:
             amqp.queues[self.queue](connection.default_channel).declare()
             producer = amqp.Producer(connection)
-            for number in range(first, first + count):
+            for number in (first + step for step in range(count)):
                 message = amqp.as_task_v2(uuid(), task, (number,), {})
                 producer.publish(
                     message.body,
@@ -373,6 +416,10 @@ class Run:
         """Return the ends of the workers' logs."""
         paths = sorted(self.path.parent.glob(f"{self.path.name}.*.log"))
         return "\n".join(f"--- {path}\n{path.read_text(errors='replace')[-4000:]}" for path in paths)
+
+    def output(self, name: str = "w") -> str:
+        """Return what a worker has logged."""
+        return Path(f"{self.path}.{name}.log").read_text(errors="replace")
 
     def ended(self) -> list[str]:
         """Return the workers that have ended by themselves."""

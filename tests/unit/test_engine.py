@@ -172,7 +172,7 @@ def test_a_queue_is_paused_at_the_bound_and_resumed_at_half():
 def test_jobs_that_the_host_keeps_take_room():
     """What waits to be sent back counts towards the window and the bound, as a held job does."""
     lab = Lab(max_held=2)
-    lab.engine.keep(lab.limit)
+    lab.engine.keep("kept", lab.limit)
     lab.offer("a", "b")
     assert lab.gate.room == (2, 2)
     assert not lab.engine.has_room(lab.limit)

@@ -4,15 +4,23 @@ When a channel closes, RabbitMQ puts the jobs that are not acknowledged back whe
 virtual transports kombu does it, one job after the other. Redis: the oldest first, each to the head of
 its queue. The others: the newest first, each to the end. Either way the order is reversed. For
 ``memory://`` kombu puts nothing back.
+
+A Redis that is away gets nothing back when the channel closes. Its jobs would stay among the
+unacknowledged ones until ``visibility_timeout`` has passed. `Leftovers` puts them back over the next
+channel.
 """
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+import logging
+from collections.abc import Callable, Collection, Iterable
+from time import time
+from typing import Any, NamedTuple
 
 from kombu.transport import memory, virtual
 
-__all__ = ["give_back", "restore_in_order"]
+__all__ = ["Leftovers", "give_back", "restore_in_order"]
+
+logger = logging.getLogger("rate_limiter")
 
 
 def restore_in_order(channel: Any) -> None:
@@ -27,7 +35,8 @@ def restore_in_order(channel: Any) -> None:
     if isinstance(channel, virtual.Channel):
         qos = channel.qos
         if not isinstance(qos.restore_unacked, functools.partial):
-            qos.restore_unacked = functools.partial(_restore, qos, qos.restore_unacked)
+            restore = _restore_redis if _is_redis(channel) else _restore
+            qos.restore_unacked = functools.partial(restore, qos, qos.restore_unacked)
 
 
 def give_back(channel: Any, messages: Iterable[Any]) -> None:
@@ -45,9 +54,144 @@ def give_back(channel: Any, messages: Iterable[Any]) -> None:
                 held[tag].requeue()
 
 
+class _Left(NamedTuple):
+    """The jobs that one lost channel has left unacknowledged."""
+
+    #: The Redis that has them.
+    url: str
+    #: Their delivery tags, the oldest first.
+    tags: list[str]
+    #: The moment of the loss, as ``time.time``.
+    lost_at: float
+
+
+class Leftovers:
+    """The unacknowledged jobs of lost Redis channels, until they are back in their queues.
+
+    Other brokers need nothing of this: a channel of theirs may be given, and nothing happens.
+    """
+
+    def __init__(self) -> None:
+        #: The channels that are to be looked at, and their Redis. A lost connection forgets where it was.
+        self._urls: dict[Any, str] = {}
+        self._left: list[_Left] = []
+
+    def collect(self, running: Collection[str] = ()) -> int:
+        """Take over what the channels that were lost have not put back.
+
+        Args:
+            running: The delivery tags of jobs that run now. They are left as they are.
+
+        Returns:
+            How many jobs are to be put back.
+
+        """
+        for channel in list(self._urls):
+            if not _is_lost(channel):
+                continue
+            url, qos = self._urls.pop(channel), channel.qos
+            qos._flush()
+            tags = [tag for tag in qos._delivered if tag not in running]
+            # Each tag is used once only: a job that is put back keeps its tag, and to put it back once
+            # more would take it from the worker that has it by then.
+            qos._delivered.clear()
+            if tags:
+                self._left.append(_Left(url, tags, getattr(qos, _CLOSED_AT, time())))
+        return sum(len(left.tags) for left in self._left)
+
+    def put_back(self, channel: Any, running: Collection[str] = ()) -> None:
+        """Put back what lost channels to the same Redis have left: in order, before what waits there.
+
+        Args:
+            channel: A new channel. If it is lost in turn, the next call looks after its jobs.
+            running: See `collect`.
+
+        Raises:
+            Exception: The connection is lost again. The next call tries once more.
+
+        """
+        if not _is_redis(channel) or channel in self._urls:
+            return
+        self.collect(running)
+        url = channel.connection.client.as_uri()
+        for left in [left for left in self._left if left.url == url]:
+            try:
+                count = _put_back(channel, left)
+            except channel.connection_errors:
+                raise
+            except Exception:
+                logger.warning(
+                    "Could not put %d jobs back into their queues", len(left.tags), exc_info=True
+                )
+            else:
+                self._left.remove(left)
+                logger.info(
+                    "Put %d jobs back into their queues that Redis had not got back when it was away",
+                    count,
+                )
+        self._urls[channel] = url
+
+
+#: The attribute of a channel's ``qos`` that says when kombu began to put its jobs back.
+_CLOSED_AT = "rate_limiter_closed_at"
+
+
+def _is_redis(channel: Any) -> bool:
+    """Whether unacknowledged jobs stay with the broker when a channel is lost. They do on Redis only."""
+    return hasattr(channel, "unacked_index_key") and hasattr(channel.qos, "restore_by_tag")
+
+
+def _is_lost(channel: Any) -> bool:
+    transport = channel.connection
+    return channel.closed or transport is None or transport.client is None
+
+
+def _put_back(channel: Any, left: _Left) -> int:
+    """Put jobs back that nobody else has got since. Return how many."""
+    from redis import Redis  # noqa: PLC0415 - it is there if there is such a channel
+
+    # kombu's own client adds the prefix for some commands, and for others in other versions.
+    index = f"{channel.global_keyprefix}{channel.unacked_index_key}"
+    with Redis(connection_pool=channel.pool).pipeline(transaction=False) as pipe:
+        for tag in left.tags:
+            pipe.zscore(index, tag)
+        delivered_at = dict(zip(left.tags, pipe.execute(), strict=True))
+    count = 0
+    with channel.conn_or_acquire() as client:
+        for tag in reversed(left.tags):
+            at = delivered_at[tag]
+            # None: it was acknowledged, or is back already. Later: another worker has it.
+            if at is not None and at <= left.lost_at:
+                channel.qos.restore_by_tag(tag, client=client)
+                count += 1
+    return count
+
+
 def _restore(qos: Any, restore: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Stand in for ``qos.restore_unacked``."""
     delivered = qos._delivered  # an OrderedDict by delivery tag, oldest first
     for tag in reversed(list(delivered)):
         delivered.move_to_end(tag)
     return restore(*args, **kwargs)
+
+
+def _restore_redis(qos: Any, _: Callable[..., Any], client: Any = None) -> None:
+    """Stand in for ``qos.restore_unacked`` on Redis. What cannot be put back stays noted there.
+
+    kombu's own raises where Redis is away, or where the connection was taken apart already. That leaves
+    the channel half closed, and ends the worker in the second case.
+    """
+    setattr(qos, _CLOSED_AT, time())
+    delivered = qos._delivered
+    try:
+        with qos.channel.conn_or_acquire(client) as client:
+            for tag in reversed(list(delivered)):
+                qos.restore_by_tag(tag, client=client)
+                del delivered[tag]
+    except Exception as error:  # noqa: BLE001 - whatever state the connection is in
+        logger.warning(
+            "Could not put %d unacknowledged jobs back: the connection to Redis is lost (%r). The next "
+            "connection does it; without one Redis gives them out again after visibility_timeout",
+            len(delivered),
+            error,
+        )

@@ -18,6 +18,7 @@ from celery.exceptions import ImproperlyConfigured
 from celery.worker import state
 
 from ..broker.origin import mark_messages
+from ..broker.restore import Leftovers
 from ..gating.engine import Call, Engine, Host, warn_of_unused
 from ..gating.limit import Demand, Limit
 from ..gating.record import record_of
@@ -71,12 +72,13 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self.refused: deque[Any] = deque()
         self.open = False
         #: What could not be ended, and when that is tried again.
-        self.unended: list[Callable[[], Any]] = []
+        self.unended: deque[Callable[[], Any]] = deque()
         self.end_again_at = 0.0
         #: The limits, and the names of their tasks.
         self.tasks_of = tasks_of = gate.tasks_of()
         limits = list(tasks_of)
         self.declared = {declared.limit: declared for declared in gate.declared}
+        self.leftovers = Leftovers()
         _refuse_prefetch_without_bound(consumer, limits)
         self.by_queue = any(limit.overflow == "pause" for limit in limits) or any(
             declared.queue for declared in self.declared.values()
@@ -95,6 +97,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     def start(self, consumer: Any) -> None:
         """Begin with nothing held: the broker delivers again what an earlier connection held."""
+        self.leftovers.put_back(consumer.task_consumer.channel, _running())
         self.engine.window = lambda _limit: int(consumer.initial_prefetch_count)
         self.window = Window(consumer, self.engine.jobs, self.engine.takes_more_of)
         self.queues = self.window.queues
@@ -102,7 +105,9 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         if self.by_queue:  # for the queues that `celery control add_consumer` brings
             mark_messages(consumer.task_consumer.channel, on_consume=self._on_consume)
         self.loop = Loop(consumer, self._next_due, self._work, self.window.update)
-        self.returning = Returning(consumer, self.engine.lock, self.loop.has_timer, self._end_later)
+        self.returning = Returning(
+            consumer, self.engine.lock, self.loop.has_timer, self._sent, self._end_later
+        )
         self.open = True
 
     def stop(self, consumer: Any) -> None:
@@ -119,7 +124,9 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             self.loop.stop()
             self.returning.stop()
             self.window.stop(forgotten)
-        if forgotten:
+        if left := self.leftovers.collect(_running()):
+            logger.info("%d jobs go back to their queues when Redis is there again", left)
+        elif forgotten:
             logger.info("Gave %d held jobs back to the broker", len(forgotten))
 
     terminate = stop
@@ -194,6 +201,8 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     def on_task_request(self, request: Any) -> None:
         """Let a job go, or hold it. Stands in for ``consumer.on_task_request``."""
+        if not self.consumer._maximum_prefetch_restored:
+            self.window.restore_with(request)
         receipt.strip(request.request_dict)
         queue = self.queues.of(request) if self.by_queue or self.window.is_static else None
         plan = self.engine.plan(request.task, queue)
@@ -275,7 +284,9 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         if how == "retry" and not self.returning.takes(request):
             return False
         if how in ("retry", "drop"):
-            self._end(request, partial(refuse_at_gate, request, demand, delay, self.returning.send))
+            end = partial(refuse_at_gate, request, demand, delay, self.returning.send)
+            # A result backend that is down need not be asked for each job.
+            self._end(request, end, later=how == "drop" and bool(self.unended))
         else:
             receipt.refuse(request.task, request.request_dict, demand.limit, delay)
             self.refused.append(request)
@@ -288,7 +299,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     def gone(self, request: Any) -> bool:
         """Tell whether a held job was revoked or has expired; it is announced and acknowledged here."""
-        return bool(self._end(request, request.revoked))
+        return self._end(request, request.revoked)
 
     def follow(self, held: int, most: int) -> None:
         """See that other jobs arrive beside the held ones."""
@@ -310,18 +321,40 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     # -- what ends here ---------------------------------------------------------------------------
 
-    def _end(self, request: Any, end: Callable[[], Any]) -> Any:
+    def _end(self, request: Any, end: Callable[[], Any], *, later: bool = False) -> bool:
         """End a job; or go on, and try again later, where the result backend or the broker is down.
 
         Until then it stays unacknowledged, so the broker has it still.
+
+        Args:
+            request: The job.
+            end: Ends it. It returns ``False`` if the job is not to end.
+            later: Do not try now.
+
         """
+        ended = True
         try:
-            return end()
+            if not later:
+                ended = end() is not False
         except Exception:
             logger.exception("Could not end %s[%s] yet", request.name, request.id)
-            self._end_later(end)
+            later = True
+        if later:
+            self._end_later(partial(self._end_kept, request, end))
             self.loop.look()
-            return True
+        if ended and not request.acknowledged:
+            self.engine.keep(request)
+        return ended
+
+    def _end_kept(self, request: Any, end: Callable[[], Any]) -> None:
+        end()
+        if request.acknowledged:
+            self._sent(request)
+
+    def _sent(self, request: Any) -> None:
+        """Make use of the room that a job took up which is acknowledged now."""
+        if self.engine.let_go(request):
+            self.engine.settle()
 
     def _end_later(self, end: Callable[[], Any]) -> None:
         with self.engine.lock:
@@ -330,13 +363,20 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
                 self.end_again_at = monotonic() + _END_AGAIN
 
     def _end_again(self) -> None:
-        with self.engine.lock:
-            unended, self.unended = self.unended, []
-        for end in unended:
+        """End what could not be ended; at the first that fails, leave the others for the next time."""
+        for _ in range(len(self.unended)):
+            end = self.unended.popleft()
             try:
                 end()
             except Exception:  # noqa: BLE001 - it has been logged
                 self._end_later(end)
+                break
+        self.end_again_at = monotonic() + _END_AGAIN
+
+
+def _running() -> set[str]:
+    """Return the delivery tags of the jobs that run in the pool."""
+    return {request.message.delivery_tag for request in tuple(state.active_requests)}
 
 
 def _refuse_prefetch_without_bound(consumer: Any, limits: list[Limit]) -> None:

@@ -101,6 +101,10 @@ class Loop:
             self._work()
         finally:
             self.look()
+        if getattr(self._consumer.hub, "_ready", None):
+            # What a timer leaves to call_soon, an acknowledgement for one, the event loop does only
+            # after its next sleep. This ends the sleep.
+            self._consumer.timer.call_after(_LEAST, int)
 
     def _work_between_messages(self, flush: Callable[[], None]) -> None:
         """Without an event loop, do what is due around the consumer's own wait for messages.

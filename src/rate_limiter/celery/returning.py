@@ -55,17 +55,24 @@ class Returning:
         consumer: Celery's consumer, before it has begun to consume.
         lock: The gate's lock. It is held while anything here runs.
         has_timer: Whether ``consumer.timer`` calls from the thread that consumes.
+        sent: Called with a job that was sent back, and is acknowledged.
         again: Called with a function without arguments that is to be called in a second: it sends a job
             back whose copy has failed.
 
     """
 
     def __init__(
-        self, consumer: Any, lock: RLock, has_timer: bool, again: Callable[[Callable[[], Any]], None]
+        self,
+        consumer: Any,
+        lock: RLock,
+        has_timer: bool,
+        sent: Callable[[Any], None],
+        again: Callable[[Callable[[], Any]], None],
     ) -> None:
         self._consumer = consumer
         self._lock = lock
         self._has_timer = has_timer
+        self._sent = sent
         self._again = again
         self._relay = Relay(moved=self._moved, failed=self._failed)
         self._timer: Any = None
@@ -146,6 +153,7 @@ class Returning:
         state.task_ready(request)
         if not self._stopping:
             request.acknowledge()
+            self._sent(request)
         elif request.message.channel.connection is not None:
             # The event loop has ended, and would not do it any more.
             request.message.ack_log_error(logger, self._consumer.connection_errors)

@@ -3,13 +3,23 @@
 It sees that the jobs behind held ones arrive: it raises the prefetch count by the number of held jobs, or
 consumes a queue again, where that count is static. It renews the leases of held jobs on Redis, and lets
 them go back to the broker in order.
+
+The leases of jobs that wait for their ETA are renewed too. A job that was sent back is one of them, and
+may wait for longer than ``visibility_timeout``. That Celery itself does not renew them is a trap that its
+documentation warns of; no user wants those of other tasks to run twice.
+
+After a connection loss Celery lowers the prefetch count, and restores it with each acknowledgement. It
+sets it outright then, which would undo the rise, and in the thread that acknowledges, while the consumer
+reads from the same socket. So the gate does it instead.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from celery.worker.consumer.tasks import Tasks
+from celery.worker.request import Request
 
 from ..broker.lease import Lease
 from ..broker.prefetch import Prefetch
@@ -27,8 +37,8 @@ class Window:
 
     Args:
         consumer: Celery's consumer, connected.
-        held: Returns the requests that are held. Called by Celery's timer, which is a thread of its own
-            in a worker without event loop.
+        held: Returns the requests that are held or kept. Called by Celery's timer, which is a thread of
+            its own in a worker without event loop.
         takes_more_of: Tells whether more jobs of a queue may come.
 
     """
@@ -43,7 +53,8 @@ class Window:
         self._held = held
         self._takes_more_of = takes_more_of
         self._channel = consumer.task_consumer.channel
-        self._prefetch = Prefetch(consumer.qos)
+        self._qos = consumer.qos
+        self._prefetch = Prefetch(self._qos)
         self._static: StaticCounts | None = None
         # Quorum queues, and every queue of RabbitMQ 4.
         if consumer.connection.transport.driver_type == "amqp" and not (
@@ -66,6 +77,13 @@ class Window:
         if self._lease.interval is not None:
             self._lease_timer = consumer.timer.call_repeatedly(self._lease.interval, self._renew)
         restore_in_order(self._channel)
+        consumer._restore_prefetch_count_after_connection_restart = _nothing
+
+    def restore_with(self, request: Any) -> None:
+        """Restore a step of the prefetch count that Celery has lowered when a job is acknowledged."""
+        restore = partial(self._consumer.call_soon, self._restore)
+        for answer in request.on_ack, request.on_reject:
+            answer.then(restore)
 
     def handing_on(self, forward: Callable[[Any], None]) -> Callable[[Any], None]:
         """Return what hands a job to the pool: ``forward``, and takes note of it where that counts."""
@@ -92,12 +110,7 @@ class Window:
             most: The highest number of jobs that may be held.
 
         """
-        changed = self.is_static
-        # After a reconnect with worker_enable_prefetch_count_reduction Celery itself sets the count at
-        # each acknowledgement, until it is as high as before.
-        if not changed and self._consumer._maximum_prefetch_restored:
-            changed = self._prefetch.follow(held, most)
-        if changed:
+        if self.is_static or self._prefetch.follow(held, most):
             self._update_later()
 
     def update(self) -> None:
@@ -156,13 +169,26 @@ class Window:
             # consumed any longer.
             self._consumer.hub.call_soon(_raise, error)
 
+    def _restore(self, *_: Any) -> None:
+        consumer = self._consumer
+        if consumer._maximum_prefetch_restored or consumer.qos is not self._qos:
+            return
+        count, most = consumer.initial_prefetch_count, consumer.max_prefetch_count
+        restored = min(most, count + consumer.prefetch_multiplier)
+        consumer.initial_prefetch_count = restored
+        self._qos.increment_eventually(restored - count)
+        if restored == most:
+            consumer._maximum_prefetch_restored = True
+            logger.info("Prefetch count has been restored to the maximum of %d", most)
+
     def _renew(self) -> None:
-        tags = [request.message.delivery_tag for request in self._held()]
+        messages = [request.message for request in (*self._held(), *_scheduled(self._consumer.timer))]
+        tags = [message.delivery_tag for message in messages if message.channel is self._channel]
         try:
             self._lease.renew(tags)
         except Exception:
             # If the connection is lost, Celery will notice, and the gate will forget the held jobs.
-            logger.warning("Could not renew the leases of %d held jobs", len(tags), exc_info=True)
+            logger.warning("Could not renew the leases of %d jobs", len(tags), exc_info=True)
 
 
 def _has_eta(message: Any) -> bool:
@@ -176,3 +202,15 @@ def _raise(error: Exception) -> None:
 
 def _tasks_step(consumer: Any) -> Any:
     return next(step for step in consumer.steps if isinstance(step, Tasks))
+
+
+def _scheduled(timer: Any) -> Iterator[Any]:
+    """Yield the requests that wait for their ETA, where `celery inspect scheduled` finds them too."""
+    for item in list(timer.queue):
+        arguments = item.entry.args
+        if arguments and isinstance(arguments[0], Request):
+            yield arguments[0]
+
+
+def _nothing(*_: Any) -> None:
+    """Stand in for the consumer's own way to restore the prefetch count."""

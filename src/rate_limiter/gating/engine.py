@@ -41,6 +41,9 @@ _MOST_PLANS: Final = 10_000
 #: Seconds without a job that waits, after which a limit has stopped to make jobs wait.
 _QUIET: Final = 10.0
 
+#: At most so many jobs that cannot be acknowledged have no part in the window.
+_MOST_KEPT: Final = 1000
+
 
 class Call(NamedTuple):
     """What a job's price depends on."""
@@ -132,10 +135,13 @@ class Engine(Generic[Job]):
         self._plans: dict[Hashable, Plan] = {}
         #: The prefetch count that the consumer of a limit's jobs has without a gate.
         self.window: Callable[[Limit], int] = lambda _limit: 1
+        #: The jobs that the host keeps unacknowledged besides those held, see `keep`.
+        self._kept: dict[Job, Limit | None] = {}
+        self._kept_by: Counter[Limit] = Counter()
+        #: How many of them no limit holds.
+        self._loose = 0
         #: The queues that are not consumed now, and because of which limit.
         self.paused: dict[str, Limit] = {}
-        #: See `keep`.
-        self._kept: Counter[Limit] = Counter()
         #: For each limit that keeps jobs: how many of them there is to be room for, and its bound. And the
         #: sums: what a job costs is not to depend on how many limits keep others.
         self._rooms: dict[Limit, tuple[int, int]] = {}
@@ -158,14 +164,14 @@ class Engine(Generic[Job]):
         return len(self._holding)
 
     def jobs(self) -> list[Job]:
-        """Return the jobs that are held."""
+        """Return the jobs that are held, and those that the host keeps."""
         with self.lock:
-            return self._holding.jobs()
+            return [*self._holding.jobs(), *self._kept]
 
     @property
     def held_by(self) -> Counter[Limit]:
         """How many jobs each limit keeps in this worker or consumer."""
-        return self._holding.held_by + self._kept if self._kept else self._holding.held_by
+        return self._holding.held_by + self._kept_by if self._kept_by else self._holding.held_by
 
     @property
     def next_due(self) -> float:
@@ -191,17 +197,6 @@ class Engine(Generic[Job]):
     def has_room(self, limit: Limit) -> bool:
         """Tell whether one more job may be held for a limit."""
         return self._number(limit) < self.bound(limit)
-
-    def keep(self, limit: Limit, jobs: int = 1) -> None:
-        """Count jobs that the host keeps unacknowledged for a limit besides those held, or no more (-1).
-
-        They are to be sent back, and take up the consumer's window meanwhile.
-        """
-        with self.lock:
-            self._kept[limit] += jobs
-            if not self._kept[limit]:
-                del self._kept[limit]
-            self._holding.changed.add(limit)
 
     def takes_more_of(self, queue: str) -> bool:
         """Tell whether more jobs of a queue may come: it is not paused, and no bound is exceeded."""
@@ -279,12 +274,44 @@ class Engine(Generic[Job]):
         if self.paused:
             self._resume()
 
+    def keep(self, job: Job, limit: Limit | None = None) -> None:
+        """Count a job that is not held, but takes up the window: it is not acknowledged yet.
+
+        Args:
+            job: The job.
+            limit: Counts it among those that it holds. ``None``: it has ended but for its
+                acknowledgement, so no bound of a limit is for it.
+
+        """
+        with self.lock:
+            if job not in self._kept:
+                self._kept[job] = limit
+                if limit is None:
+                    self._loose += 1
+                else:
+                    self._kept_by[limit] += 1
+                    self._holding.changed.add(limit)
+
+    def let_go(self, job: Job) -> bool:
+        """Count a job no more. Return whether it was kept: `settle` then makes use of the room."""
+        with self.lock:
+            kept = job in self._kept
+            limit = self._kept.pop(job, None)
+            if limit is not None:
+                self._kept_by[limit] -= 1
+                self._holding.changed.add(limit)
+            elif kept:
+                self._loose -= 1
+        return kept
+
     def clear(self) -> list[Job]:
-        """Forget every job that is held, and return them: they are the broker's again."""
+        """Forget every job that is held or kept; return those held. They are the broker's again."""
         with self.lock:
             jobs = [held.job for held in self._holding.clear()]
-            self.paused.clear()
             self._kept.clear()
+            self._kept_by.clear()
+            self._loose = 0
+            self.paused.clear()
             self._rooms.clear()
             self._room = self._most = 0
             self._limits_of.clear()
@@ -379,7 +406,8 @@ class Engine(Generic[Job]):
             changed = self._holding.changed
             while changed:
                 self._count_room(changed.pop())
-            self._host.follow(self._room, self._most)
+            loose = min(_MOST_KEPT, self._loose)
+            self._host.follow(self._room + loose, self._most + loose)
 
     def _count_room(self, limit: Limit) -> None:
         room, bound = self._rooms.pop(limit, (0, 0))
@@ -395,7 +423,7 @@ class Engine(Generic[Job]):
             self._waiting[limit] = self._clock()
 
     def _number(self, limit: Limit) -> int:
-        return self._holding.held_by.get(limit, 0) + self._kept.get(limit, 0)
+        return self._holding.held_by.get(limit, 0) + self._kept_by.get(limit, 0)
 
     def _pause(self, queue: str, plan: Plan) -> None:
         """Stop consuming a queue that has brought enough for one of its limits."""

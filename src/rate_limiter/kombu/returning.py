@@ -7,7 +7,7 @@ import heapq
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from time import monotonic
 from typing import Any, Final
 
@@ -40,10 +40,6 @@ class Returning:
         self._count = itertools.count()
         #: The messages, by the moment of their turn.
         self._turns: list[tuple[float, int, Any]] = []
-
-    def __iter__(self) -> Iterator[Any]:
-        for _, _, job in self._turns:
-            yield job
 
     @property
     def next_due(self) -> float:

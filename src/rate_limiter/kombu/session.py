@@ -19,6 +19,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from ..broker.origin import MARK, MOVED, can_be_sent_to, mark_messages, restore_origin
+from ..broker.restore import Leftovers
 from ..exceptions import RateLimitExceeded
 from ..gating.engine import Call, Engine, Host, warn_of_unused
 from ..gating.limit import Demand, Limit, is_of_a_signal
@@ -47,7 +48,7 @@ class _Job:
 
     __slots__ = (
         *("args", "callback", "can_return", "copy"),
-        *("held", "limit", "message", "queue", "window"),
+        *("held", "message", "queue", "window"),
     )
 
     def __init__(
@@ -68,8 +69,6 @@ class _Job:
         self.window = window
         #: Whether it counts among what its window holds.
         self.held = False
-        #: The limit because of which it waits to be sent back.
-        self.limit: Limit | None = None
 
     def __str__(self) -> str:
         return f"a message of queue {self.queue}"
@@ -96,6 +95,7 @@ class Session(Host[_Job]):
         #: Whether there is anything for `poll` to do apart from the inbox.
         self._unsettled = False
         self._windows: dict[Any, Window] = {}
+        self._leftovers = Leftovers()
         #: The prefetch counts that the consumers of queues have without a gate.
         self._own: dict[str, int] = {}
         self._own_of: dict[Limit, int] = {}
@@ -193,7 +193,9 @@ class Session(Host[_Job]):
         self._pausing.forget()
         self._consumers.clear()
         self._queues.clear()
-        if forgotten:
+        if left := self._leftovers.collect():
+            logger.info("%d messages go back to their queues when Redis is there again", left)
+        elif forgotten:
             logger.info("Gave %d held messages back to the broker", forgotten)
         return forgotten
 
@@ -252,6 +254,8 @@ class Session(Host[_Job]):
         if window is None:
             for other in [other for other in self._windows if other.connection is None]:
                 del self._windows[other]  # of a connection that was lost
+            with self._occupied():
+                self._leftovers.put_back(channel)
             window = self._windows[channel] = Window(channel, self.static)
         return window
 
@@ -278,8 +282,7 @@ class Session(Host[_Job]):
                 return False
             if job.copy and self._engine.has_room(limit):
                 return False  # it was sent back before and comes at its turn: a few tokens are missing
-            job.limit = limit
-            self._engine.keep(limit)
+            self._engine.keep(job, limit)
             self._enter(job)
             self._returning.add(job, record_of(limit).turn(bucket, tokens, delay))
         elif limit.when_limited == "drop":
@@ -327,8 +330,7 @@ class Session(Host[_Job]):
 
     def _on_sent(self, job: _Job, gone: bool) -> None:
         """Let go of a message whose copy is at the end of its queue."""
-        assert job.limit is not None  # noqa: S101 - for mypy
-        self._engine.keep(job.limit, -1)
+        self._engine.let_go(job)
         if not gone:
             self._leave(job)
 
@@ -405,7 +407,7 @@ class Session(Host[_Job]):
         return self._window(consumer.channel).can_cancel(queue)
 
     def _messages(self) -> Iterator[Any]:
-        for job in (*self._engine.jobs(), *self._returning):
+        for job in self._engine.jobs():
             yield job.message
 
     @contextlib.contextmanager
