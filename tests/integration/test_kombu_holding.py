@@ -294,7 +294,7 @@ def test_limits_are_announced_once(broker, caplog):
     messages = [record.getMessage() for record in caplog.records]
     lines = [line for line in messages if line.startswith("Limit") and "jobs begin to wait" not in line]
     assert len(lines) == 2
-    assert lines[0].startswith("Limit limit: <TokenBucket 1 of 1")
+    assert lines[0].startswith("Limit limit: <TokenBucket: capacity 1")
     assert lines[0].endswith(f"for queue {queue.name}")
     assert lines[1] == "Limit typo matches no queue that is consumed"
 
