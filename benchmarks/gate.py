@@ -453,7 +453,7 @@ def tally(bench: Bench) -> None:
         return
     jobs = 400 if bench.short else 2_000
     root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "pytest", "-q", "-rA", "tests/integration/test_tally.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rA", "tests/integration/test_counted.py"]
     environment = {**os.environ, "TALLY_JOBS": str(jobs), "REQUIRE_SERVICES": "1"}
     ended = subprocess.run(
         command, cwd=root, env=environment, capture_output=True, text=True, check=False
