@@ -1,4 +1,4 @@
-"""Which queue a job came from, and pausing the consumption of a queue."""
+"""Finding the queue that a job came from, and pausing the consumption of a queue."""
 
 import logging
 from collections.abc import Callable
@@ -18,18 +18,18 @@ class Queues:
 
     Args:
         consumer: Celery's consumer, before it has begun to consume.
-        mark: Whether anybody asks.
-        on_consume: Called with the name of each queue that is about to be consumed, if anybody asks.
+        mark: Whether the gate needs to know the queue of each job.
+        on_consume: With ``mark``, it is called with the name of each queue before it is consumed.
 
     """
 
     def __init__(self, consumer: Any, mark: bool, on_consume: Callable[[str], Any]) -> None:
         self._consumer = consumer
-        #: The queues that are not consumed now, and because of which limit.
+        #: The queues that are paused now, each with the limit that caused it.
         self.paused: dict[str, Limit] = {}
         self._entities: dict[str, Any] = {}
         if mark:
-            # for the queues that `celery control add_consumer` brings, too
+            # The channel is marked, so this covers queues of `celery control add_consumer` too.
             mark_messages(consumer.task_consumer.channel, on_consume)
 
     def of(self, request: Any) -> str | None:
@@ -39,20 +39,20 @@ class Queues:
         return None if name is None else str(name)
 
     def pause(self, name: str, limit: Limit) -> None:
-        """Stop consuming a queue. What was delivered already still arrives."""
+        """Stop consuming a queue. Messages that the broker has sent already still arrive."""
         if name in self.paused:
             return
         self.paused[name] = limit
-        # Not from within the handling of a message: cancelling reads further ones.
+        # Not while a message is being handled: cancelling reads further messages.
         self._consumer.call_soon(self._cancel, name)
 
     def resume(self, name: str) -> None:
-        """Take a paused queue up again."""
+        """Consume a paused queue again."""
         if self.paused.pop(name, None) is not None:
             self._consumer.call_soon(self._consume_again, name)
 
     def stop(self) -> None:
-        """Forget it all, with the connection: on the next one every queue is consumed again."""
+        """Forget all paused queues, as the connection ends. On the next one every queue is consumed."""
         self.paused.clear()
         self._entities.clear()
 
@@ -62,7 +62,9 @@ class Queues:
             return
         self._entities[name] = next(queue for queue in consumer.queues if queue.name == name)
         consumer.cancel_by_queue(name)
-        logger.info("Paused queue %s: enough of %s is held", name, record_of(self.paused[name]).name)
+        logger.info(
+            "Paused queue %s: enough jobs of limit %s are held", name, record_of(self.paused[name]).name
+        )
 
     def _consume_again(self, name: str) -> None:
         consumer = self._consumer.task_consumer

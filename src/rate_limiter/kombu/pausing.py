@@ -1,4 +1,4 @@
-"""Stopping to consume a queue for a while, and taking it up again."""
+"""Pausing the consumption of a queue, and consuming it again."""
 
 import logging
 from collections.abc import Iterable
@@ -31,14 +31,16 @@ class Pausing:
             self._paused.pop(queue.name, None)
 
     def pause(self, name: str, limit: Limit) -> None:
-        """Stop consuming a queue. What was delivered already still arrives."""
+        """Stop consuming a queue. Messages that the broker has sent already still arrive."""
         consumer = self._consumers.get(name)
         if consumer is None or name in self._paused or not consumer.consuming_from(name):
             return
         queue = next(queue for queue in consumer.queues if queue.name == name)
         consumer.cancel_by_queue(name)
         self._paused[name] = _Paused(consumer, queue)
-        logger.info("Paused queue %s: enough of %s is held", name, record_of(limit).name)
+        logger.info(
+            "Paused queue %s: enough messages of limit %s are held", name, record_of(limit).name
+        )
 
     def resume(self, name: str) -> None:
         """Consume a paused queue again."""
@@ -55,17 +57,17 @@ class Pausing:
 
 
 def check(queue: Any, consumer: Any, limits: Iterable[Limit]) -> None:
-    """Refuse a queue whose messages cannot be held, or that cannot be paused.
+    """Refuse a limited queue whose messages cannot be held, or that has to be paused and cannot be.
 
     Raises:
-        ValueError: It is consumed without acknowledgements, or is to be paused and is ``auto_delete``.
+        ValueError: The queue is consumed with ``no_ack``, or is ``auto_delete`` under ``overflow="pause"``.
 
     """
     for limit in limits:
         if consumer.no_ack or queue.no_ack:
             raise ValueError(
                 f"queue {queue.name} is consumed with no_ack, and limited by {record_of(limit).name}: the broker "
-                "would forget what is held; consume it with acknowledgements"
+                "would forget the held messages; consume it with acknowledgements"
             )
         if limit.overflow == "pause" and queue.auto_delete:
             raise ValueError(
