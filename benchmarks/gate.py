@@ -40,15 +40,15 @@ from rate_limiter.gating.engine import Engine, Host
 from rate_limiter.gating.limit import Limit
 from rate_limiter.testing import ManualClock
 
-#: What a time taken inside a task may be late by (design.md, "Tests and numbers").
+#: Seconds by which a task may note its start late: the gate lets a job go, and the pool starts it later.
 LATE: Final = 0.05
 
-#: Jobs that run ahead of what is measured, so that the pool's children are warm.
+#: Jobs that run before the measurement, so that the pool's processes are warm.
 WARM_UP: Final = 20
 
 
 class Bench:
-    """What is to be measured, on what, and what came out.
+    """The servers and settings of a benchmark, and its results.
 
     Args:
         directory: For the servers.
@@ -503,7 +503,7 @@ def tally(bench: Bench) -> None:
         return
     jobs = 400 if bench.short else 2_000
     root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "pytest", "-q", "-rA", "tests/integration/test_tally.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rA", "tests/integration/test_counted.py"]
     environment = {**os.environ, "TALLY_JOBS": str(jobs), "REQUIRE_SERVICES": "1"}
     ended = subprocess.run(
         command, cwd=root, env=environment, capture_output=True, text=True, check=False

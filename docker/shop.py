@@ -1,7 +1,6 @@
 """The app of compose.yaml: two workers with limits, and a producer that reports what ran.
 
-Emails wait for a bucket of 1/s, uploads for one of 10 MB/s, each in each of the two workers; pictures
-are not limited.
+Each of the two workers sends emails at 1/s and uploads at 10 MB/s. Pictures are not limited.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""The larger a request, the more it costs; one that is too dear for now is told when to come again.
+"""The larger a request, the more it costs; a request that is refused learns when to try again.
 
 `uv run examples/adaptive.py` sends four requests that cost 1, 20, 60 and 40 tokens, where 100 are there
 and 20 a second come back:

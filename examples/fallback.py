@@ -1,4 +1,4 @@
-"""A request that finds no token is answered from the cache instead, at once.
+"""A request that finds no token is answered from the cache at once.
 
 `uv run examples/fallback.py` sends 8 requests at once, where 5 are allowed, and 2 more after two seconds:
 

@@ -1,4 +1,4 @@
-"""A partner's API allows 10 calls a second; when it answers 429 nobody calls until it says so.
+"""A partner's API allows 10 calls a second; after an answer 429 no job calls it until it allows calls again.
 
 `uv run examples/partner_api.py` makes 20 calls. At the ninth, the partner is busy for a second:
 
@@ -30,7 +30,7 @@ def place(order):
     try:
         return partner.post(order)
     except PartnerBusyError as refusal:
-        # Nobody gets a token meanwhile, and this job comes again after that.
+        # No job gets a token during the pause. After it this job runs again.
         raise RetryAfter(refusal.retry_after) from None
 
 

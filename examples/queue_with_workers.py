@@ -1,4 +1,4 @@
-"""One queue, four workers' threads, one rate: a limit for whatever comes through the queue.
+"""A limit for a queue: one rate for all its jobs, whichever of the worker's four threads runs them.
 
 `uv run examples/queue_with_workers.py` puts 45 requests of two kinds into a queue whose limit is 5 at
 once and then 20 a second:

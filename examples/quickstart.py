@@ -18,7 +18,7 @@ from rate_limiter import TokenBucket
 from rate_limiter.celery import Gate, throttle
 
 app = Celery("quickstart", broker="memory://")
-app.conf.broker_transport_options = {"polling_interval": 0.02}  # memory:// looks once a second else
+app.conf.broker_transport_options = {"polling_interval": 0.02}  # the default is 1 s
 app.conf.task_ignore_result = True
 
 Gate(app)  # limited jobs wait in the worker's consumer, and keep no pool slot busy
@@ -104,13 +104,13 @@ def print_table():
             f"{kind:8} {bucket.capacity:4g}{unit:3} {bucket.tokens_per_second:4g}{unit}/s"
             f" {rate:6.2f}{unit}/s {len(jobs):5} {longest:11.2f} s"
         )
-        # A job notes its time a moment after it was let go: 50 ms are allowed for that.
+        # A job notes its time a moment after it got its tokens: 50 ms are allowed for that.
         held = held and most_over(jobs, bucket) <= bucket.tokens_per_second * 0.05
     return held
 
 
 def main():
-    app.set_default()  # for all threads: the worker runs in one of its own here
+    app.set_default()  # in all threads: the worker runs in another one here
     worker = app.WorkController(pool="threads", concurrency=4)
     thread = threading.Thread(target=worker.start)
     thread.start()
@@ -119,7 +119,7 @@ def main():
         while len(runs) < 14 + 40 + SECONDS and time.monotonic() < started + SECONDS + 6:
             time.sleep(0.1)
     finally:
-        print("\nStopping the worker: it looks up every two seconds …", flush=True)
+        print("\nStopping the worker: it may take two seconds …", flush=True)
         app.control.shutdown()
         thread.join()
     held = print_table()

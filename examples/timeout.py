@@ -1,7 +1,7 @@
-"""A request waits for its token, but not for ever: beyond the timeout its result is an error.
+"""A request waits for its token, but no longer than its timeout: then its result is an error.
 
 `uv run examples/timeout.py` sends 4 requests at once, where one a second is allowed and none waits for
-longer than 1.5 s. What can be foreseen to come too late is refused at once:
+longer than 1.5 s. A request that would have to wait longer is refused at once:
 
     request 0: done after 0.0 s
     request 1: done after 1.0 s

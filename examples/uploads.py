@@ -1,4 +1,4 @@
-"""Uploads at 10 MB/s, however many jobs that are.
+"""Uploads at 10 MB/s in total, in any number of jobs.
 
 `uv run examples/uploads.py` sends 60 MB, where 20 MB may go at once:
 

@@ -1,7 +1,7 @@
 """Operations have a price: a write costs as much as 5 reads, a delete as much as 10.
 
 `uv run examples/weighted.py` sends 10 reads, 4 writes and 3 deletes (60 tokens) to a database that takes
-20 at once and then 10 a second. A dear operation waits for longer, and is not overtaken:
+20 at once and then 10 a second. An operation that costs more waits longer, and is not overtaken:
 
      0.1 s  read
      ... (9 more reads, and 2 writes)

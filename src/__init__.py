@@ -1,9 +1,9 @@
 """Makes ``src.rate_limiter`` the same modules as ``rate_limiter``. Not part of the wheel.
 
 From a checkout the package can be imported as ``src.rate_limiter`` without installing anything.
-Were it loaded a second time under that name, each class would exist twice, and ``except
-RateLimitExceeded`` would miss the other one. So it is loaded as ``rate_limiter`` only, and each of
-its modules is given its second name here.
+If it were loaded a second time under that name, each class would exist twice, and ``except
+RateLimitExceeded`` would not catch the other one. So it is loaded as ``rate_limiter`` only, and each
+of its modules gets its second name here.
 """
 
 import importlib
@@ -31,4 +31,4 @@ for _module in pkgutil.walk_packages(rate_limiter.__path__, "rate_limiter."):
     except ModuleNotFoundError as missing:
         if (missing.name or "").startswith("rate_limiter"):
             raise
-        # an optional dependency is absent: importing that module says so by itself
+        # An optional dependency is missing. Importing that module raises this error again.

@@ -1,4 +1,4 @@
-"""The project's Celery app, as Celery's documentation has it, and a gate."""
+"""The project's Celery app, as in Celery's documentation, with a gate."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""A worker and a client apart, with a folder as the broker: nothing to install, nothing to start.
+"""A worker and a client in two terminals, with a folder as the broker: there is no service to install.
 
 In one terminal, in this folder:
 

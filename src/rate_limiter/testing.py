@@ -14,8 +14,8 @@ import threading
 
 __all__ = ["ManualClock"]
 
-#: Seconds before its moment at which a sleeper is woken: steps of 0.1 s add up to almost 1 s. A bucket
-#: then decides itself whether that is close enough.
+#: A sleeper is woken up to this many seconds early, because ten steps of 0.1 s add up to slightly less than
+#: 1 s. The bucket decides whether the moment has come.
 _ALMOST = 1e-6
 
 

@@ -183,7 +183,8 @@ class Lab:
                 used += entry.value
                 allowed = capacity + rate * (entry.at - start.at)
                 assert used <= allowed + 1e-6, f"{used} tokens where {allowed} were allowed"
-        runs = self.log(name)
+        # By time: a busy thread may read the clock before another one, and write after it.
+        runs = sorted(self.log(name), key=lambda run: run.at)
         assert len(runs) <= len(taken)
         for run, paid in zip(runs, taken, strict=False):
             assert paid.at <= run.at

@@ -377,9 +377,11 @@ def test_limits_are_announced_once(broker, caplog):
     messages = [record.getMessage() for record in caplog.records]
     lines = [line for line in messages if line.startswith("Limit") and "jobs begin to wait" not in line]
     assert len(lines) == 2
-    assert lines[0].startswith("Limit limit: <TokenBucket: capacity 1, ")
-    assert lines[0].endswith(f"for queue {queue.name}")
-    assert lines[1] == "Limit typo matches no queue that is consumed"
+    assert lines[0].startswith("Limit limit: <TokenBucket")
+    assert lines[0].endswith(f"for queue {queue.name}, enforced at the gate")
+    assert lines[1] == (
+        "Limit typo matches no queue that is consumed, so it limits nothing; there are: " + queue.name
+    )
 
 
 def test_memory_transport_gives_back():

@@ -119,8 +119,8 @@ def send_sms(): ...
     [
         (APP + GATE + "gate.limit('send_*', bucket=bucket)", "the same bucket limits it twice"),
         (APP + GATE + "Gate(app)", "has a Gate already"),
-        (TWICE, "name must be another for each limit: 'mails' is the name of two"),
-        (TWICE + GATE, "name must be another for each limit: 'mails' is the name of two"),
+        (TWICE, "name must be different for each limit: 'mails' is the name of two"),
+        (TWICE + GATE, "name must be different for each limit: 'mails' is the name of two"),
         (
             APP + GATE + "gate.limit('send_*', bucket='1/s', key='tenant')",
             "not 'tenant': the parameters",

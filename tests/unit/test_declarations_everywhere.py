@@ -125,7 +125,7 @@ TABLE = [
     # the name
     row("name 7", TypeError, "name must be text, not 7", {"name": 7}),
     row("no name", ValueError, "name must be text, not ''", {"name": ""}),
-    row("one name for two", ValueError, "name must be another for each limit: 'mails' is the name of two",
+    row("one name for two", ValueError, "name must be different for each limit: 'mails' is the name of two",
         {"name": "mails"}, {"name": "mails"}, late=True),
     # the bucket
     row("bucket 5", TypeError, "bucket must be a bucket such as", {"bucket": 5, "burst": None}, **NO_BUCKET),

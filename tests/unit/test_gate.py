@@ -322,7 +322,7 @@ def test_a_name_is_given_once(app, one, other):
         gate.limit("jobs.send_email", bucket="1/s", name="mails")
     else:
         other(app, gate, "mails")
-    with pytest.raises(ImproperlyConfigured, match="name must be another for each limit: 'mails' is"):
+    with pytest.raises(ImproperlyConfigured, match="name must be different for each limit: 'mails' is"):
         gate.tasks_of()
 
 

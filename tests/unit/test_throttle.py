@@ -322,7 +322,7 @@ def test_nothing_of_celery_is_in_gating():
 
 def as_task(function):
     """Make it a task of an app of its own. To call it pays for all its limits together."""
-    return Celery("counted", broker="memory://", set_as_current=False).task(function)
+    return Celery("counted", broker="memory://", set_as_current=False).task(shared=False)(function)
 
 
 def numbers(task):

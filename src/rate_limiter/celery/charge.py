@@ -22,22 +22,25 @@ from . import receipt
 from .declarations import parameters_of
 from .settings import enabled
 
-__all__ = ["Charge", "collect", "confine", "current_charge", "warn_of_private_buckets"]
+__all__ = ["Charge", "charge_of", "current_charge", "note_pool_processes", "warn_of_private_buckets"]
 
 logger = logging.getLogger("rate_limiter")
 
 #: The charge of the execution that runs now.
 _current: Final[ContextVar["Charge | None"]] = ContextVar("rate_limiter_charge", default=None)
 
-#: Whether tasks run in processes that the gate does not run in.
-_confined = False
+#: Whether tasks run in pool processes, and the gate in another one.
+_has_pool_processes = False
 
-#: Whether it was logged that a limit takes from a bucket in a pool process: a byte for each limit.
-_told: Final[WeakKeyDictionary[Limit, Any]] = WeakKeyDictionary()
+#: For each limit a byte: whether the warning of `warn_of_private_buckets` was logged.
+_warned: Final[WeakKeyDictionary[Limit, Any]] = WeakKeyDictionary()
 
 
 class _Payment(NamedTuple):
-    """So many tokens from each of these buckets, and whether they are the ones that were paid from."""
+    """Tokens that were taken from each of some buckets.
+
+    ``reachable`` tells whether these are the buckets that were paid from, or copies in another process.
+    """
 
     tokens: float
     buckets: tuple[Bucket, ...]
@@ -75,7 +78,7 @@ class Charge:
         return bool(self._paid)
 
     def add(self, demands: Iterable[Demand]) -> None:
-        """Note what was paid here."""
+        """Add demands that were paid."""
         for bucket, tokens, limit in demands:
             before = self._paid.get(limit)
             self._paid[limit] = _Payment(tokens, (*(before.buckets if before else ()), bucket))
@@ -84,7 +87,7 @@ class Charge:
         """Return what was charged, as settled so far.
 
         Args:
-            limit: The name of one of several limits.
+            limit: The name of the limit, if the job was charged for several.
 
         Raises:
             LookupError: As `settle`.
@@ -97,12 +100,12 @@ class Charge:
         """Correct the estimate: give back what was not used, or take what was used beyond it.
 
         Args:
-            actual: What the job did cost, in tokens: a number, or a number in text. 0 if it found
-                nothing to do. It may be more than the capacity: the bucket then goes into debt, and grants
+            actual: The true cost, in tokens: a number, or a number in text. 0 if the job found nothing
+                to do. It may be more than the capacity: the bucket then goes into debt, and grants
                 nothing until that is paid off. Anything else (``None`` from a remote that does not say,
                 NaN, a number below 0) is logged as a warning and settles nothing: the work is done, and
                 the job must not fail because of it.
-            limit: The name of the limit, where the job was charged for several.
+            limit: The name of the limit, if the job was charged for several.
 
         Raises:
             LookupError: The job was charged for several limits and ``limit`` does not say which, or
@@ -112,7 +115,7 @@ class Charge:
                 ``buckets=[…]`` does not name. (What `throttle` and ``Gate.limit`` are given as a
                 ``TokenBucket`` can be reached from every pool.)
 
-        It can be called again: what counts is the last figure. Where limits are lifted it does nothing.
+        It can be called again: the last figure counts. It does nothing while limits are lifted.
 
         """
         chosen = self._find(limit)
@@ -140,7 +143,7 @@ class Charge:
             tell("given_back", chosen, paid.tokens - amount)
 
     def give_back(self) -> None:
-        """Refund all of it, as far as that can be done from here: the job does not run."""
+        """Refund what was paid, from the buckets that can be reached from here: the job does not run."""
         for limit, paid in self._paid.items():
             if paid.reachable and paid.tokens:
                 for bucket in paid.buckets:
@@ -149,7 +152,7 @@ class Charge:
         self._paid.clear()
 
     def pause(self, seconds: float) -> list[Limit]:
-        """Pause every bucket it was paid from; return the limits whose buckets are out of reach."""
+        """Pause the buckets that were paid from; return the limits whose buckets cannot be reached."""
         for paid in self._paid.values():
             if paid.reachable:
                 for bucket in paid.buckets:
@@ -157,7 +160,7 @@ class Charge:
         return [limit for limit, paid in self._paid.items() if not paid.reachable]
 
     def pay_again(self) -> None:
-        """Wait until the same can be taken again, as far as the buckets can be reached from here."""
+        """Wait for the same tokens again, from the buckets that can be reached from here."""
         for paid in self._paid.values():
             if paid.reachable and paid.tokens:
                 for bucket in paid.buckets:
@@ -165,7 +168,7 @@ class Charge:
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
-        """Be the charge of what runs in the block; unless nothing was paid: then the caller's stays."""
+        """Make this what `current_charge` returns in the block. An empty charge leaves the caller's there."""
         if not self:
             yield
             return
@@ -205,48 +208,52 @@ def current_charge() -> Charge:
     raise RuntimeError(f"{task.name} was charged nothing: no limit is declared for it")
 
 
-def collect(task: Task, what: receipt.Receipt, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Charge:
-    """Begin the charge of an execution with what the gate was paid for it."""
+def charge_of(
+    task: Task, decided: receipt.Receipt, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Charge:
+    """Return the charge of an execution that begins: what was paid for it at the gate."""
     charge = Charge()
-    for limit, tokens in what.paid:
+    for limit, tokens in decided.paid:
         buckets: tuple[Bucket, ...] = ()
-        if limit.has_bucket or limit.buckets or not _apart():
-            # The job has paid, so it runs, even if its bucket cannot be told any more.
+        if limit.has_bucket or limit.buckets or not _gate_is_elsewhere():
+            # The job has paid, so it runs, even if its bucket cannot be found any more.
             with contextlib.suppress(Exception):
                 buckets = limit.buckets_of(
                     f"task {task.name}", args, kwargs, task.request.headers, parameters_of(task)
                 )
-        charge._paid[limit] = _Payment(tokens, buckets, bool(buckets) and all(map(_reachable, buckets)))
+        charge._paid[limit] = _Payment(
+            tokens, buckets, bool(buckets) and all(map(_is_shared_with_gate, buckets))
+        )
     return charge
 
 
-def confine(limits: Iterable[Limit]) -> None:
-    """Note that tasks run in other processes than the gate, from now on and in future children.
+def note_pool_processes(limits: Iterable[Limit]) -> None:
+    """Note that tasks run in pool processes, not in the gate's. Forked children inherit this.
 
     Args:
-        limits: Those that tasks may pay.
+        limits: The limits that tasks may pay.
 
     """
-    global _confined  # noqa: PLW0603 - one per process, by design
-    _confined = True
+    global _has_pool_processes  # noqa: PLW0603 - one per process, by design
+    _has_pool_processes = True
     private = [limit for limit in limits if not isinstance(limit.bucket, Bucket)]
     memory = memoryview(mmap(-1, len(private) + 1))  # all processes of the pool share it
     for place, limit in enumerate(private):
-        _told[limit] = memory[place : place + 1]
+        _warned[limit] = memory[place : place + 1]
 
 
 def warn_of_private_buckets(name: str, demands: Iterable[Demand]) -> None:
-    """Tell once of each limit that is paid in a pool process from a bucket which the gate does not see.
+    """Warn, once for each limit, that a pool process took from a bucket of its own, not from the gate's.
 
     Args:
         name: The name of the task.
         demands: What it has paid.
 
     """
-    for limit in [demand.limit for demand in demands if not _reachable(demand.bucket)]:
-        told = _told.setdefault(limit, bytearray(1))
-        if not told[0]:
-            told[0] = 1
+    for limit in [demand.limit for demand in demands if not _is_shared_with_gate(demand.bucket)]:
+        warned = _warned.setdefault(limit, bytearray(1))
+        if not warned[0]:
+            warned[0] = 1
             logger.warning(
                 "Limit %s: calls of %s that are no jobs of their own (inline, chunks, map, starmap) take from a "
                 "bucket of their pool process, which the gate does not see: they have one rate per pool "
@@ -257,12 +264,12 @@ def warn_of_private_buckets(name: str, demands: Iterable[Demand]) -> None:
             )
 
 
-def _apart() -> bool:
-    return _confined or receipt.is_spawned()
+def _gate_is_elsewhere() -> bool:
+    return _has_pool_processes or receipt.is_spawned()
 
 
-def _reachable(bucket: Bucket) -> bool:
-    """Whether a task can reach what the gate takes from. An own class of the user's is believed to."""
-    if not _apart() or not isinstance(bucket, TokenBucket):
+def _is_shared_with_gate(bucket: Bucket) -> bool:
+    """Whether the task's process sees the bucket that the gate takes from. A user's class counts as seen."""
+    if not _gate_is_elsewhere() or not isinstance(bucket, TokenBucket):
         return True
     return is_shared(bucket) and not receipt.is_spawned()

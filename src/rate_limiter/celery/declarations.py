@@ -1,4 +1,4 @@
-"""Where an app's limits are found, on its tasks and at its gate, and what they are called."""
+"""Finding the limits of an app, on its tasks and at its gate, and their names."""
 
 import inspect
 from typing import Any, Final
@@ -29,14 +29,14 @@ __all__ = [
 #: The attribute of a decorated function that holds its limits.
 LIMITS: Final = "__rate_limits__"
 
-#: The attribute of a task that declares a limit, and how attributes begin that are this library's.
+#: The attribute of a task that declares a limit, and the prefix of this library's attributes.
 ATTRIBUTE: Final = "rate_limiter_limit"
 _PREFIX: Final = "rate_limiter_"
 
 #: The gate of each app that has one.
 gates: WeakKeyDictionary[Celery, Any] = WeakKeyDictionary()
 
-#: The limits that the gate of this worker enforces for a task from whatever queue, and no decorator.
+#: For each task: the limits that this worker's gate enforces from any queue, without those of decorators.
 at_gate: WeakKeyDictionary[Task, tuple[Limit, ...]] = WeakKeyDictionary()
 
 _names: WeakKeyDictionary[Celery, Names] = WeakKeyDictionary()
@@ -47,8 +47,8 @@ def adopt_gate(app: Celery) -> Any:
     """Return the gate of a spawned pool process, if it has one.
 
     Args:
-        app: The app of its tasks. Celery has sent it there, so it is a copy of the one that the user's
-            modules make there once more, with the gate.
+        app: The app of the tasks in this process, a copy that Celery has sent here. The user's modules are
+            imported here too and make an app of the same name, with a gate. The copy gets that gate.
 
     """
     for original, gate in list(gates.items()):
@@ -64,7 +64,7 @@ def limits_of(task: Task) -> tuple[Limit, ...]:
 
 
 def held_at_gate(limit: Limit) -> bool:
-    """Tell whether a gate enforces the limit, rather than the decorator."""
+    """Tell whether a gate enforces the limit of a decorator. With a timeout the decorator does."""
     return limit.timeout is None
 
 
@@ -74,7 +74,7 @@ def names_of(app: Celery) -> Names:
 
 
 def name_limits(task: Task) -> None:
-    """Name what ``@throttle`` declared on a task, after the task where the user gave no name.
+    """Name the limits that ``@throttle`` declared on a task: after the task, if they have no ``name=``.
 
     Raises:
         ImproperlyConfigured: Two limits of the app were given one name.
@@ -99,7 +99,7 @@ def refuse_async(function: Any, name: str) -> None:
     """Refuse to limit a coroutine function.
 
     Raises:
-        TypeError: It is one.
+        TypeError: The function is one.
 
     """
     function = inspect.unwrap(function)
@@ -108,8 +108,8 @@ def refuse_async(function: Any, name: str) -> None:
 
 
 def attributes_of(task: Task) -> list[str]:
-    """Return the attributes of a task that are this library's, spelled right or wrong."""
-    # Celery's own classes have none; they are the most of it.
+    """Return the names of a task's attributes that begin with ``rate_limiter_``, misspelled ones too."""
+    # Celery's own classes have no such attribute, and most others: they are skipped to save time.
     owners = [kind for kind in type(task).__mro__ if not kind.__module__.startswith("celery.")]
     found = [name for owner in (task, *owners) for name in vars(owner) if name.startswith(_PREFIX)]
     return list(dict.fromkeys(found))
@@ -119,7 +119,7 @@ def check_task(task: Task) -> None:
     """Refuse a task with a misspelled attribute, which would run without its limit.
 
     Raises:
-        ImproperlyConfigured: It has one.
+        ImproperlyConfigured: The task has one.
 
     """
     for attribute in attributes_of(task):

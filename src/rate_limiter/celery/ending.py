@@ -1,9 +1,8 @@
-"""How a job ends that a limit refuses: at the gate, and in the task itself.
+"""How a refused job ends, at the gate and in the task.
 
-At the gate there is a ``celery.worker.request.Request`` in the worker's main process, and Celery's own
-methods end the job. In the task there is a ``celery.Task`` in the pool, and the job ends with ``Ignore``.
-``Ignore`` stores no result, so the result is stored here first: else ``get()`` and a chord would wait for
-ever.
+At the gate the job is a ``celery.worker.request.Request`` in the worker's main process, and Celery's own
+methods end it. In the task the job is a ``celery.Task`` in the pool and ends with ``Ignore``, which stores
+no result. So the result is stored here first: without it ``get()`` and a chord would wait for ever.
 """
 
 import logging
@@ -30,13 +29,13 @@ logger = logging.getLogger("rate_limiter")
 def refuse_at_gate(
     request: Any, demand: Demand, delay: float, send_back: Callable[[Any, float], None]
 ) -> None:
-    """End a job as a revoked one (``"drop"``), or send it back (``"retry"``).
+    """End a job as revoked (``"drop"``), or send it back to the broker (``"retry"``).
 
     Args:
         request: The ``celery.worker.request.Request``.
-        demand: The bucket that has no tokens for it, how many it costs, and the limit.
-        delay: Seconds until the bucket will have as many.
-        send_back: Called with the request and the seconds until its turn.
+        demand: The bucket that has too few tokens, the tokens that the job costs, and the limit.
+        delay: The seconds until the bucket has them.
+        send_back: It is called with the request and the seconds until the job comes again.
 
     """
     bucket, tokens, limit = demand
@@ -49,11 +48,11 @@ def refuse_at_gate(
 
 
 def refuse_in_task(demand: Demand, delay: float, name: str, job: Task | None) -> NoReturn:
-    """End a job, or send it back, from within its task, as the limit's ``when_limited`` says.
+    """End a job within its task, or send it back to the broker, as the limit's ``when_limited`` says.
 
     Args:
-        demand: The bucket that has no tokens for it, how many it costs, and the limit.
-        delay: Seconds until the bucket will have as many.
+        demand: The bucket that has too few tokens, the tokens that the job costs, and the limit.
+        delay: The seconds until the bucket has them.
         name: The name of the limit, for the error and the log.
         job: The task; ``None`` for a nested call, which ends with an exception for its caller.
 
@@ -79,13 +78,13 @@ def refuse_in_task(demand: Demand, delay: float, name: str, job: Task | None) ->
 
 
 def postpone(job: Task, pause: RetryAfter, seconds: float) -> None:
-    """Let a job run again after the pause that its remote asks for. It is no retry.
+    """Send a job back to the broker, to run again after a pause. This does not count as a retry.
 
-    Returns only if the job has no queue to be sent back to: it is to run again where it is.
+    Returns only if the job has no queue to go back to: the caller then runs it again.
 
     Raises:
         Ignore: It was sent back.
-        RetryAfter: It has been paused ten times.
+        RetryAfter: The job has been paused ten times already.
 
     """
     request = job.request

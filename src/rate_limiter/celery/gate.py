@@ -1,6 +1,6 @@
 """The gate: jobs wait for their tokens in the worker's consumer, before they take a pool slot.
 
-Here limits are declared and found; `bootstep` holds the jobs.
+This module declares and finds limits; `bootstep` holds the jobs.
 """
 
 from collections.abc import Iterable
@@ -31,32 +31,32 @@ from .startup import has_started
 
 __all__ = ["Gate"]
 
-#: How the names of Celery's own tasks begin, which cannot be limited.
+#: The prefix of the names of Celery's own tasks, which cannot be limited.
 _CELERYS: Final = "celery."
 
 
 class Gate:
     """Holds limited jobs in the worker until their tokens are there, and lets all others pass.
 
-    Construct it where the app is made. It does nothing in a process that is no worker::
+    Construct it where the app is made. Outside of a worker it does nothing::
 
         app = Celery("shop", broker="redis://")
         gate = Gate(app)
         gate.limit("jobs.send_*", bucket=TokenBucket(capacity=5, tokens_per_second=1))
 
-    It finds by itself what is declared with `throttle`, in ``app.conf.rate_limiter_limits``, and as a
-    task's attribute ``rate_limiter_limit`` (so in ``task_annotations`` too). A job to which several
+    It also enforces the limits that are declared with `throttle`, in ``app.conf.rate_limiter_limits``, and
+    in a task's attribute ``rate_limiter_limit`` (so in ``task_annotations`` too). A job to which several
     limits apply takes from all of them or from none.
 
     Args:
         app: The Celery app.
-        max_held: The most jobs that a worker holds for one limit. By default what runs in four
-            seconds, and at least one prefetch window. Beyond it the broker keeps the rest, and jobs
-            of other kinds that stand behind them in the queue wait too. With a bucket per key the default
-            is at least 1,000, for jobs of other keys are such jobs.
+        max_held: The most jobs that a worker holds for one limit. By default the jobs that
+            run in four seconds, and at least one prefetch window. The broker keeps the others, and with
+            them all jobs that stand behind them in the queue. With a key the default is at least 1,000,
+            since the jobs of other keys would stand behind them too.
 
     Raises:
-        RuntimeError: The app has a gate already, or a worker of it runs without one.
+        RuntimeError: The app has a gate already, or a worker of the app runs already.
         TypeError: ``app`` is not a Celery app, or ``max_held`` not a whole number.
         ValueError: ``max_held`` is below 1.
 
@@ -110,31 +110,32 @@ class Gate:
         Args:
             tasks: Names of tasks, or shell patterns for them (``"jobs.send_*"``). None: all tasks. A
                 pattern never matches Celery's own tasks (``celery.*``).
-            queue: Only jobs that the worker consumes from this queue. Such a limit is not for inline calls
-                of a task, nor for elements of ``chunks``, ``map`` and ``starmap``: they come from no queue.
+            queue: Only jobs that the worker consumes from this queue. Inline calls of a task, and elements of
+                ``chunks``, ``map`` and ``starmap``, do not pay such a limit: they come from no queue.
             bucket: As in `throttle`. All the tasks share it.
             burst: As in `throttle`.
             tokens: As in `throttle`.
             key: As in `throttle`.
             when_limited: As in `throttle`, without the callable.
-            name: As in `throttle`. By default the patterns, or the queue.
+            name: As in `throttle`. By default the names or patterns of the tasks, or the queue.
             max_held: For this limit, instead of the gate's.
-            overflow: What happens beyond ``max_held``. ``"hold"``, the default: the broker keeps the
-                rest, and other jobs behind them in the queue too. ``"pause"``: the worker stops
-                consuming the queue for a while; for a queue that carries one limit, for quorum
-                queues, and so that several workers share a backlog. On Redis it takes up to a second
-                to take a queue up again: hold at least two seconds' worth there, as the default does.
-            buckets: As in `throttle`. The gate needs it only for tasks in a prefork pool that settle
-                their charge or raise `RetryAfter`.
+            overflow: What happens when ``max_held`` jobs are held. ``"hold"``, the default: the broker
+                keeps the others, and all jobs that stand behind them in the queue. ``"pause"``: the worker
+                stops consuming the queue for a while. This is for a queue whose jobs all have the same
+                limit, for quorum queues, and for several workers that share a backlog. On Redis it takes
+                up to a second until the queue is consumed again: hold the jobs of at least two seconds
+                there, as the default does.
+            buckets: As in `throttle`. The gate needs them only if tasks in a prefork pool settle their
+                charge or raise `RetryAfter`.
 
         Raises:
             RuntimeError: A worker of the app runs already.
             TypeError: An argument has the wrong type.
-            ValueError: Neither task nor queue is given, a task is one of Celery's own, the cost can
-                never be paid, or another limit has the name.
+            ValueError: Neither task nor queue is given, a task is one of Celery's own, the cost is above the
+                capacity, or another limit has the name.
 
-        A parameter that ``key`` or ``tokens`` names is looked for in each of the tasks as the worker
-        starts: a task without it stops the worker. With ``queue`` alone, a job without it fails.
+        If ``key`` or ``tokens`` names a parameter, each of the tasks must have it: else the worker refuses to
+        start. With ``queue`` alone the tasks are not known, and a job without that argument fails.
 
         """
         if has_started(self.app):
@@ -156,7 +157,7 @@ class Gate:
 
     @property
     def declared(self) -> Declarations:
-        """What `limit` and the settings declare.
+        """The limits that `limit` and the settings declare.
 
         Raises:
             ImproperlyConfigured: The settings are wrong.
@@ -194,19 +195,19 @@ class Gate:
         return tuple(limits)
 
     def tasks_of(self) -> dict[Limit, list[str]]:
-        """Check what is declared against the tasks that are registered.
+        """Check the declarations against the registered tasks.
 
         Returns:
-            Each limit that the gate enforces, in order, and the names of its tasks; none for a limit that
-            matches no task.
+            Each limit that the gate enforces, in the order of declaration, and the names of its tasks. A
+            limit that matches no task has none.
 
         Raises:
-            ImproperlyConfigured: As `limits_for`; or a limited task is async, has no parameter of the
-                name that a limit was given, or has a misspelled attribute.
+            ImproperlyConfigured: As `limits_for`; or a limited task is async, lacks the parameter that a
+                limit names, or has a misspelled attribute.
 
         """
         tasks_of: dict[Limit, list[str]] = {declared.limit: [] for declared in self.declared}
-        # Nobody knows which tasks come from a queue; one that does not fit fails as its job comes.
+        # The tasks of a queue are not known before its jobs arrive. A job that lacks the argument fails then.
         of_queues = {declared.limit for declared in self.declared if not declared.patterns}
         for name, task in sorted(self.app.tasks.items()):
             if name.startswith(_CELERYS):

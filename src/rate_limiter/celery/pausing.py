@@ -1,4 +1,4 @@
-"""Which queue a job came from, and pausing the consumption of a queue."""
+"""Finding the queue that a job came from, and pausing the consumption of a queue."""
 
 import logging
 from collections.abc import Callable
@@ -39,20 +39,20 @@ class Queues:
         return None if name is None else str(name)
 
     def pause(self, name: str, limit: Limit) -> None:
-        """Stop consuming a queue. What was delivered already still arrives."""
+        """Stop consuming a queue. Messages that the broker has sent already still arrive."""
         if name in self.paused:
             return
         self.paused[name] = limit
-        # Not from within the handling of a message: cancelling reads further ones.
+        # Not while a message is being handled: cancelling reads further messages.
         self._consumer.call_soon(self._cancel, name)
 
     def resume(self, name: str) -> None:
-        """Take a paused queue up again."""
+        """Consume a paused queue again."""
         if self.paused.pop(name, None) is not None:
             self._consumer.call_soon(self._consume_again, name)
 
     def stop(self) -> None:
-        """Forget it all, with the connection: on the next one every queue is consumed again."""
+        """Forget all paused queues, as the connection ends. On the next one every queue is consumed."""
         self.paused.clear()
         self._entities.clear()
 
@@ -69,7 +69,9 @@ class Queues:
             return  # what is on its way would go behind all others in the queue
         self._entities[name] = next(queue for queue in consumer.queues if queue.name == name)
         consumer.cancel_by_queue(name)
-        logger.info("Paused queue %s: enough of %s is held", name, record_of(self.paused[name]).name)
+        logger.info(
+            "Paused queue %s: enough jobs of limit %s are held", name, record_of(self.paused[name]).name
+        )
 
     def _consume_again(self, name: str) -> None:
         consumer = self._consumer.task_consumer

@@ -1,7 +1,7 @@
-"""Prefork pools: the buckets that tasks take from become shared before the pool forks.
+"""Prefork pools: before the pool forks, the buckets that its tasks take from move to shared memory.
 
-Tasks run in the pool's processes there. A bucket in plain memory would be one per process: a limit of
-1/s would run at 1/s in each of them.
+Tasks run in the processes of the pool. In plain memory each process would have a bucket of its own, and a
+limit of 1/s would run at 1/s in each process.
 """
 
 import logging
@@ -27,7 +27,7 @@ logger = logging.getLogger("rate_limiter")
 
 
 def share_before_fork(worker: Any) -> None:
-    """Share what the tasks of a worker's prefork pool take from.
+    """Share the buckets from which the tasks of a worker's prefork pool take tokens.
 
     Raises:
         ImproperlyConfigured: A limit would run at a multiple of its rate.
@@ -37,14 +37,14 @@ def share_before_fork(worker: Any) -> None:
         return
     app = worker.app
     children = max(worker.concurrency, worker.max_concurrency or 0)
-    # A child that takes another's place starts anew: with a full bucket.
+    # A pool process that replaces another one would start with a full bucket.
     replaced = bool(worker.max_tasks_per_child or worker.max_memory_per_child or worker.time_limit)
     spawned = is_spawned(worker)
     for task in app.tasks.values():
         for limit in limits_of(task):
             if (app in gates and held_at_gate(limit)) or (children == 1 and not replaced):
                 continue
-            reason = "spawned processes share no memory" if spawned else _not_to_be_shared(limit)
+            reason = "spawned processes share no memory" if spawned else _why_not_shared(limit)
             if reason:
                 rate = ""
                 if isinstance(limit.bucket, TokenBucket):
@@ -63,14 +63,14 @@ def share_before_fork(worker: Any) -> None:
 
 
 def is_spawned(worker: Any) -> bool:
-    """Whether the worker's pool processes start from nothing (Celery 5.7: worker_pool_start_method)."""
+    """Whether the worker's pool processes are spawned, not forked (Celery 5.7: worker_pool_start_method)."""
     return getattr(worker, "pool_start_method", "fork") == "spawn"
 
 
 def share_all(limits: Iterable[Limit]) -> None:
-    """Share the buckets of limits, and what is counted, with the processes that will be forked."""
+    """Share the buckets of limits, and their tallies, with processes that are forked later."""
     limits = list(limits)
-    charge.confine(limits)
+    charge.note_pool_processes(limits)
     share_tallies(limits)
     for limit in limits:
         buckets = [limit.bucket] if isinstance(limit.bucket, Bucket) else limit.buckets
@@ -83,7 +83,8 @@ def share_all(limits: Iterable[Limit]) -> None:
                     )
 
 
-def _not_to_be_shared(limit: Limit) -> str:
+def _why_not_shared(limit: Limit) -> str:
+    """Return why the bucket of a limit cannot be shared between processes, or ``""`` if it can."""
     if limit.key is not None:
         return "a BucketPerKey cannot be shared between processes"
     if isinstance(limit.bucket, Bucket) or limit.buckets:

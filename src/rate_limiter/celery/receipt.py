@@ -1,9 +1,9 @@
-"""The receipt: what the gate has decided about a job, as its task in the pool learns it.
+"""The receipt: it tells a task in the pool what the gate has decided about its job.
 
-The gate runs in the worker's main process, the task in the pool. The receipt travels with the request
-and says what was paid, or why the job is not to run. It carries a secret of this worker, made before
-the pool starts, so no message can forge one, and a worker without a gate believes none. It is consumed
-once, before the task's body runs: neither ``retry()`` nor a nested call inherits it.
+The gate runs in the worker's main process, the task in the pool. The receipt travels in the request and
+says what was paid, or why the job must not run. It contains a secret that this worker makes before the
+pool starts, so no message can forge a receipt, and a worker without a gate accepts none. It is removed
+from the request before the task's body runs, so neither ``retry()`` nor a nested call inherits it.
 """
 
 import os
@@ -30,27 +30,27 @@ __all__ = [
     "strip",
 ]
 
-#: Where it is kept in the request.
+#: The key of the receipt in the request.
 KEY: Final = "rate_limiter_receipt"
 
-#: How spawned pool processes, which inherit no memory, learn the secret.
+#: The environment variable with the secret, for spawned pool processes, which inherit no memory.
 _VARIABLE: Final = "RATE_LIMITER_RECEIPT"
 
 _secret: str | None = None
 
-#: A limit as the pool's process finds it: its place among those of the task's decorator, or its name.
+#: How a receipt refers to a limit: its index among the limits of the task's decorators, or its name.
 _Reference = int | str
 
 
 class Receipt(NamedTuple):
     """What the gate has decided about a job."""
 
-    #: The limits that it has paid, and how many tokens.
+    #: The limits that the job has paid, each with the tokens.
     paid: list[tuple[Limit, float]]
-    #: The name of the limit that has refused it, the seconds until that will have its tokens, and what
-    #: is called instead of the task, if anything is.
+    #: The name of the limit that refused the job, the seconds until it has the tokens, and the fallback
+    #: that is called instead of the task, if there is one.
     refused: tuple[str, float, Callable[..., Any] | None] | None = None
-    #: Why it cannot be paid for.
+    #: The error because of which the job cannot pay.
     error: Exception | None = None
 
 
@@ -69,19 +69,19 @@ def strip(request: dict[str, Any]) -> None:
 
 
 def issue(task: Task, request: dict[str, Any], demands: Iterable[Demand]) -> None:
-    """Put into a job's request that it has paid."""
+    """Put a receipt into a job's request: the job has paid."""
     paid = {demand.limit: demand.tokens for demand in demands}
     request[KEY] = (_secret, [(_refer(task, limit), tokens) for limit, tokens in paid.items()])
 
 
 def refuse(task: Task, request: dict[str, Any], limit: Limit, delay: float) -> None:
-    """Put into a job's request that a limit has refused it."""
+    """Put a receipt into a job's request: a limit has refused it."""
     request[KEY] = (_secret, [], (_refer(task, limit), delay))
 
 
 def fail(request: dict[str, Any], error: Exception) -> None:
-    """Put into a job's request that it cannot be paid for."""
-    # Only an error that is known everywhere, and whole: this may go to another process.
+    """Put a receipt into a job's request: it cannot pay."""
+    # The receipt may go to another process: only a built-in error with one text surely arrives unchanged.
     plain = error if type(error) in (ValueError, TypeError) else ValueError(f"{error!r}")
     request[KEY] = (_secret, [], None, type(plain)(str(plain)))
 
@@ -131,7 +131,7 @@ def headers_of(request: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         request: ``Request.request_dict``, or what ``task.request`` contains.
 
-    A header that is named ``headers`` takes their place in Celery's ``Context``. Here it is one of them.
+    Celery's ``Context`` takes a header with the name ``headers`` for all headers. Here it is one of them.
 
     """
     named = request.get("headers")

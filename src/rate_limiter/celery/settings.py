@@ -10,11 +10,11 @@ A value is a rate, or a mapping with a ``rate`` and any of these:
 
 - ``rate``: a number of tokens per second, or text with a unit: ``"10/s"``, ``"100/m"``, ``"2/h"``, ``"1000/d"``.
 - ``burst``: the capacity of the bucket, in tokens. By default a tenth of a second's worth, at least 1, and at
-  least what a job costs. Without a default where the cost depends on the job.
+  least what a job costs. There is no default if the cost depends on the job.
 - ``tokens``: what a job costs: a number, the name of a parameter of the task, or ``"module:callable"``.
-- ``key``: each value has a bucket of its own: the name of a parameter, or ``"module:callable"``.
-- ``limits``: the rates of some keys: a mapping of a key to a rate, or to a mapping with ``rate`` and ``burst``;
-  or ``"module:callable"``, called with a key, as in `BucketPerKey`.
+- ``key``: the name of a parameter, or ``"module:callable"``. Each value has a bucket of its own.
+- ``limits``: other rates for some keys: a mapping from a key to its rate, or to a mapping with ``rate`` and
+  ``burst``. Or ``"module:callable"``, which is called with a key, as in `BucketPerKey`.
 - ``when_limited``, ``name``, ``max_held``, ``overflow``: as in ``Gate.limit``.
 - ``queue``: as in ``Gate.limit``; in the settings only.
 
@@ -36,7 +36,7 @@ __all__ = ["declare_settings", "enabled", "limit_from"]
 _LIMITS: Final = "rate_limiter_limits"
 _SETTINGS: Final = frozenset({"rate_limiter_enabled", _LIMITS})
 
-#: What may be text that names a callable.
+#: The options that may name a callable, as ``"module:callable"``.
 _CALLABLES: Final = ("tokens", "key", "limits")
 _OPTIONS: Final = ("rate", "burst", *_CALLABLES, "when_limited", "name", "max_held", "overflow")
 
@@ -80,7 +80,7 @@ def limit_from(setting: str, value: Any, others: tuple[str, ...] = ()) -> Limit:
     Args:
         setting: What to call it in errors.
         value: A rate, or a mapping of options.
-        others: Further options that may be there, for the error about one that may not.
+        others: Further known options, for the error about an unknown one.
 
     Raises:
         ImproperlyConfigured: The value is wrong.

@@ -1,7 +1,7 @@
 """``@throttle``: a limit declared beside its task, and enforced in the worker as the task starts.
 
 Where the app has a `Gate`, the gate finds the same declaration and makes the job wait in the worker's
-consumer instead, before it takes a pool slot. The decorator then only collects the receipt.
+consumer instead, before it takes a pool slot. The decorator then only reads the receipt (see `receipt`).
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from ..gating.limit import AnyBucket, AnyCost, AnyKey, Demand, Limit, refuse_to_
 from ..gating.parameters import Parameters
 from ..gating.record import record_of
 from ..gating.tally import tell
-from .charge import Charge, collect, warn_of_private_buckets
+from .charge import Charge, charge_of, warn_of_private_buckets
 from .declarations import (
     LIMITS,
     at_gate,
@@ -50,18 +50,19 @@ logger = logging.getLogger("rate_limiter")
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: Marks what `watch` has put in place of a task's body.
+#: The attribute of a function that `watch` has put in place of a task's body.
 _WATCHED: Final = "__rate_limiter_watched__"
 
-#: Shown where it is written in another way.
+#: The right order of the decorators, for errors.
 _HOW: Final = "\n\n    @app.task\n    @throttle(bucket)\n    def send_email(to): ...\n"
 
-#: How many seconds a job that was sent back may wait for the rest, when it comes again.
-_TURN_WAIT: Final = 0.5
+#: A job that was sent back once and comes at its scheduled time may wait for so many seconds, for the few
+#: tokens that are missing.
+_LAST_WAIT: Final = 0.5
 
-#: Which limits the execution with this request has paid for and not yet passed. Not kept in the
-#: request: an inline call copies that, and retry() sends on what it finds there.
-_passes: WeakKeyDictionary[Any, set[Limit]] = WeakKeyDictionary()
+#: For each running request: the limits that are paid and whose decorator is not entered yet. Kept beside
+#: the request, since an inline call copies the request and retry() sends its contents.
+_prepaid: WeakKeyDictionary[Any, set[Limit]] = WeakKeyDictionary()
 
 
 def throttle(
@@ -84,49 +85,48 @@ def throttle(
     Args:
         bucket: The bucket to take tokens from. Or a rate: tokens per second, minute, hour or day, as in
             ``"5/s"``, ``"100/m"``, ``"2/h"``, ``"1000/d"``; it makes a `TokenBucket`, or with ``key`` a
-            `BucketPerKey`. Or a callable that is given exactly the arguments that the producer sent
-            (never ``self``) and returns the bucket: premium, standard, free.
-        burst: With a rate, the capacity of the bucket, in tokens. By default a tenth of a second's
-            worth, at least 1, and at least what a job costs. Without a default where the cost depends
-            on the job.
-        tokens: What a job costs: a number above 0, at most the bucket's capacity. Or the name of the
-            parameter that says it: of a job the argument counts as it was sent, by position or by
-            keyword, or else the default. Or such a callable as for ``bucket``.
-        key: With a `BucketPerKey` or a rate: the name of the parameter that picks the bucket, or such a
-            callable.
+            `BucketPerKey`. Or a callable that returns the bucket, for example that of
+            the customer's tier. It is given exactly the arguments that the producer sent, never ``self``.
+        burst: With a rate, the capacity of the bucket, in tokens. The default is what the
+            rate gives in 0.1 s, at least 1, and at least what a job costs. There is no default if the
+            cost depends on the job.
+        tokens: What a job costs: a number above 0, at most the bucket's capacity. Or the name of a
+            parameter: the cost is that argument, as it was sent by position or by keyword, or else its
+            default. Or a callable that returns the cost, with the same arguments as one for ``bucket``.
+        key: With a `BucketPerKey` or a rate: the name of the parameter whose value picks the bucket. Or a
+            callable that returns the key, with the same arguments as one for ``bucket``.
         when_limited: What happens when the tokens are not there.
 
             - ``"wait"``: the job waits. In the decorator it occupies its pool slot meanwhile, and its
-              time limits count the wait; at the gate neither.
-            - ``"retry"``: it goes back to the broker and comes again when its turn is due, which does
-              not count as a retry. Called inline or eagerly it gets `RateLimitExceeded` instead.
+              time limits count the wait. At the gate it does neither.
+            - ``"retry"``: the job goes back to the broker and is delivered again when its tokens are
+              due. This does not count as a retry. An inline or eager call raises `RateLimitExceeded`.
             - ``"raise"``: `RateLimitExceeded` with ``retry_after`` (seconds) is the task's result.
-            - ``"drop"``: it ends as a revoked job does; ``.get()`` raises ``TaskRevokedError``.
-            - a callable: called with the job's arguments instead of the task.
-        timeout: With ``"wait"``, the most seconds to wait in the decorator; after that, or at once
-            where it can be foreseen, `RateLimitExceeded` is the task's result. Such a limit is
-            always enforced in the decorator.
-        name: What logs call the limit, and what tells it apart: no two limits of an app have the same.
-            By default the name of the task.
-        buckets: All the buckets that a callable for ``bucket`` may return. Prefork pools need it where
-            there is no `Gate`.
+            - ``"drop"``: the job ends as a revoked job does; ``.get()`` raises ``TaskRevokedError``.
+            - a callable: it is called with the job's arguments instead of the task.
+        timeout: With ``"wait"``, the most seconds to wait in the decorator. If the tokens come later, the
+            task's result is `RateLimitExceeded`, at once if the forecast says so. A limit with a timeout
+            is always enforced in the decorator.
+        name: The name of the limit in logs and errors. Each limit of an app needs another. By default the
+            name of the task.
+        buckets: All buckets that a callable for ``bucket`` may return. A prefork pool needs them if there
+            is no `Gate`.
 
     Returns:
         The decorator.
 
     Raises:
-        TypeError: It decorates something other than a plain function, or an argument has the wrong
-            type.
-        ValueError: An argument has an impossible value, for one a cost above the capacity, or a
-            parameter's name that the function does not have.
+        TypeError: The decorated object is not a plain function, or an argument has the wrong type.
+        ValueError: An argument has an impossible value, such as a cost above the capacity, or the name of
+            a parameter that the function does not have.
 
-    Every execution pays: a retry, a redelivery, and an inline ``task()`` or ``task.run()`` too. What
-    it paid can be settled (`current_charge`), and a task that raises `RetryAfter` pauses its bucket.
+    Every execution pays: a retry, a redelivery, and an inline ``task()`` or ``task.run()`` too. A task can
+    settle its cost (`current_charge`). A task that raises `RetryAfter` pauses its bucket.
 
-    The limit is one rate for the worker, whatever its pool: before a prefork pool forks, the bucket
-    becomes shared memory. What cannot be shared (a `BucketPerKey`, what a callable returns and
-    ``buckets`` does not name) needs a `Gate` there, and any bucket does where processes are spawned:
-    else the worker refuses to start.
+    The limit is one rate for the worker, in every pool: before a prefork pool forks, the bucket moves to
+    shared memory. Two kinds of buckets cannot be shared, and need a `Gate` in a prefork pool: a
+    `BucketPerKey`, and a bucket that a callable returns and ``buckets`` does not name. If pool processes
+    are spawned, every limit needs a `Gate`. Without it the worker refuses to start.
 
     """
     _refuse_what_is_decorated(bucket, sys._getframe(1))
@@ -161,12 +161,12 @@ def throttle(
 
 
 def watch(task: Task, limits: Iterable[Limit] = ()) -> None:
-    """Let a task obey its receipt, where only the gate limits it; and let inline calls pay.
+    """Wrap the body of a task that only the gate limits: its jobs obey the receipt, inline calls pay.
 
     Args:
         task: The task.
-        limits: The limits that the gate enforces for it from whatever queue. An execution that comes
-            without a receipt pays them here: an inline call, an element of ``chunks`` or ``starmap``.
+        limits: The limits that the gate enforces for the task from any queue. An execution without a
+            receipt pays them here: an inline call, or an element of ``chunks`` or ``starmap``.
 
     """
     at_gate[task] = tuple(limit for limit in limits if limit not in limits_of(task))
@@ -201,8 +201,8 @@ def _refuse_what_is_decorated(bucket: Any, caller: FrameType) -> None:
     """Refuse a function or a task where a bucket is to be: the parentheses were forgotten."""
     if _is_task(bucket):
         raise TypeError(f"@throttle is given a bucket, and stands below @app.task:{_HOW}")
-    # A callable that returns a bucket is a function too. But one that is being decorated is defined by
-    # the caller's own code, on the lines on which that code is just now.
+    # A callable that returns a bucket is a function too. A function that is being decorated differs in one
+    # way: its caller's code defines it, and executes one of the function's lines now.
     function = inspect.unwrap(bucket) if inspect.isfunction(bucket) else None
     if function is None or function.__name__ == "<lambda>":
         return
@@ -229,12 +229,12 @@ def _refuse_what_is_not_a_function(function: Any) -> None:
 
 
 def _is_task(it: Any) -> bool:
-    # Asking a Proxy for its class would evaluate it, so its type comes first.
+    # isinstance() would evaluate a Proxy, so its type is looked at first.
     return issubclass(type(it), Proxy) or isinstance(it, Task)
 
 
 def _check_function(limit: Limit, function: Any, parameters: Parameters) -> None:
-    """Check a limit against the function that it decorates, and against the others there."""
+    """Check a limit against the function that it decorates, and against the function's other limits."""
     whose = f"`{function.__qualname__}`"
     callers = parameters.without_first if parameters.names[:1] == ["self"] else parameters
     check_parameters(limit, callers, whose)
@@ -245,7 +245,7 @@ def _check_function(limit: Limit, function: Any, parameters: Parameters) -> None
 
 
 class _Sent(NamedTuple):
-    """The arguments that a job is priced by: those that the producer sent."""
+    """The arguments that the producer sent. They price the job."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -259,11 +259,13 @@ def _run(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Pay for a limit of the decorator, then call the function, or do what the policy wants instead."""
+    """Pay a limit of the decorator and call the function; or refuse it, as ``when_limited`` says."""
     given = _without_self(args)
     sent = _Sent(given, kwargs, parameters if given is args else parameters.without_first)
     task: Task | None = get_current_task()
-    if task is None or limit not in limits_of(task):  # something other than its task calls it
+    if task is None or limit not in limits_of(
+        task
+    ):  # it is called as a plain function, or by another task
         return _pay_and_call((limit,), Charge(), None, None, function, args, kwargs, sent)
     if not enabled(task.app):
         return function(*args, **kwargs)
@@ -280,23 +282,26 @@ def _begin(
 ) -> Any:
     """Enter a task's body, or one of the decorators around it.
 
-    A job pays for all limits of its task as it enters the outermost, and passes each of them once. A
-    nested ``task.run()``, which finds the request of the job that calls it, pays for itself.
+    A job pays all limits of its task as it enters the outermost decorator, and then goes through the others
+    once each without paying. A nested ``task.run()`` finds the request of the job that calls it, and pays
+    for itself.
     """
     request = task.request
-    passes = _passes.get(request)
-    if passes is not None and limit in passes:
-        passes.discard(limit)
+    prepaid = _prepaid.get(request)
+    if prepaid is not None and limit in prepaid:
+        prepaid.discard(limit)
         return _call(function, args, kwargs, Charge(), None)
-    if passes is not None:
+    if prepaid is not None:
         due = [] if limit is None else [limit]
         if limit is None or limit is limits_of(task)[0]:
             due += at_gate.get(task, ())
         return _pay_and_call(due, Charge(), task, None, function, args, kwargs, sent)
-    if not all(record_of(each).name for each in limits_of(task)):  # called outside of a worker
+    if not all(
+        record_of(each).name for each in limits_of(task)
+    ):  # no worker has named them: the call is outside of one
         name_limits(task)
-    _passes[request] = passes = set(limits_of(task))
-    passes.discard(limit)
+    _prepaid[request] = prepaid = set(limits_of(task))
+    prepaid.discard(limit)
     receipt = consume(task, request)
     if receipt.error is not None:
         raise receipt.error
@@ -308,7 +313,7 @@ def _begin(
     if request.args is not None:
         # With pydantic=True the function gets models made of what the producer sent.
         sent = sent._replace(args=tuple(request.args), kwargs=dict(request.kwargs or {}))
-    charge = collect(task, receipt, sent.args, sent.kwargs)
+    charge = charge_of(task, receipt, sent.args, sent.kwargs)
     due = [each for each in (*limits_of(task), *at_gate.get(task, ())) if each not in charge]
     job = None if _is_inline(task) else task
     return _pay_and_call(due, charge, task, job, function, args, kwargs, sent)
@@ -324,17 +329,17 @@ def _pay_and_call(
     kwargs: dict[str, Any],
     sent: _Sent,
 ) -> Any:
-    """Pay what the gate was not paid, and call the function; or do what the policy wants instead.
+    """Pay the limits that are due and call the function; or refuse it, as ``when_limited`` says.
 
     Args:
-        due: The limits that are still to be paid.
-        charge: What the gate was paid.
+        due: The limits that were not paid at the gate.
+        charge: What was paid at the gate.
         task: The task, if the function is called as one.
         job: The same, unless the call is an inline one.
         function: The function.
         args: Its arguments.
         kwargs: Its keyword arguments.
-        sent: The arguments to price it by.
+        sent: The arguments that the producer sent.
 
     """
     name = function.__qualname__ if task is None else task.name
@@ -346,7 +351,7 @@ def _pay_and_call(
         charge.give_back()
         raise
     if refused is not None:
-        charge.give_back()  # what the gate was paid
+        charge.give_back()  # what was paid at the gate
         demand, delay = refused
         how = demand.limit.when_limited
         tell("refused", name, demand, delay, how if isinstance(how, str) else "fallback")
@@ -370,7 +375,7 @@ def _call(
     charge: Charge,
     job: Task | None,
 ) -> Any:
-    """Call a function that is paid for; pause its buckets if it says that the remote wants that."""
+    """Call a function that is paid for. If it raises `RetryAfter`, pause its buckets and run the job again."""
     try:
         with charge.current():
             return function(*args, **kwargs)
@@ -398,7 +403,7 @@ def _is_inline(task: Task) -> bool:
 
 
 def _price(limits: Iterable[Limit], name: str, sent: _Sent, request: Any) -> list[Sequence[Demand]]:
-    """Return what each limit demands of one call."""
+    """Return the demands of each limit for one call."""
     headers = request.headers if request is not None else None
     demands: list[Sequence[Demand]] = []
     for limit in limits:
@@ -417,7 +422,7 @@ def _pay(
     """Take the tokens of all limits, or of none.
 
     Args:
-        each: What each limit demands.
+        each: The demands of each limit.
         name: What to call the job.
         request: ``task.request``, if there is a task.
 
@@ -426,7 +431,7 @@ def _pay(
         job wait the longest.
 
     Raises:
-        RateLimitExceeded: The wait for a limit with ``timeout`` would last, or has lasted, too long.
+        RateLimitExceeded: The wait for a limit with ``timeout`` is, or would be, longer than that.
         ValueError: A bucket can never grant its tokens.
 
     """
@@ -464,7 +469,7 @@ def _waits(limit: Limit, request: Any) -> bool:
     if limit.when_limited != "retry":
         return limit.when_limited == "wait"
     task = get_current_task()
-    # It would be sent back, but a Broadcast job on Redis has no queue to go back to.
+    # "retry" sends a job back, but a Broadcast job on Redis has no queue to go back to: it waits.
     return bool(task and request and not _is_inline(task) and not has_queue(task, request))
 
 
@@ -475,7 +480,7 @@ def _take_or_delay(demands: Sequence[Demand], eta: Any) -> tuple[float, int]:
         # The job was sent back before and comes at its scheduled time. It waits for a few tokens that
         # are missing, so that it need not be sent back again.
         try:
-            wait_for_all([(demands, _TURN_WAIT)])
+            wait_for_all([(demands, _LAST_WAIT)])
         except RateLimitExceeded:
             return delay, refused
         return 0.0, 0

@@ -1,1 +1,1 @@
-"""What both gates share: limits, and the engine that decides about jobs. It knows no broker."""
+"""Limits, and the engine that decides about jobs. Both gates use it. It imports neither Celery nor kombu."""

@@ -1,4 +1,4 @@
-"""Declaring limits: every check of a declaration, which jobs a limit is for, and what it is called.
+"""Declaring limits: all checks of a declaration, the jobs that a limit is for, and its name.
 
 A limit is declared with `throttle`, with ``Gate.limit`` of either gate, in the settings, or as an attribute of
 a task. All of them come here, so a wrong declaration gets the same error wherever it stands.
@@ -27,11 +27,11 @@ OVERFLOWS: Final = ("hold", "pause")
 #: The units of a rate, in seconds.
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
-#: How many seconds' worth of a rate may go at once, unless the user says otherwise: a worker that wakes
-#: up late needs it to keep the rate.
+#: The default burst, in seconds: as many tokens as the rate gives in that time. A worker that wakes up late
+#: needs them to keep the rate.
 _BURST_SECONDS: Final = 0.1
 
-#: In place of a bucket: make one for the rate.
+#: The value of ``bucket`` where `new_limit` has to make a bucket for the rate.
 _AT_RATE: Final = object()
 
 
@@ -64,19 +64,19 @@ def new_limit(
             what a job costs.
         tokens: See `Limit`.
         key: See `Limit`.
-        limits: With a rate and a key, the rates of some keys: a mapping of a key to a rate, or to a mapping
-            with ``rate`` and ``burst``; or a callable as in `BucketPerKey`.
+        limits: With a rate and a key, other rates for some keys: a mapping from a key to its rate, or to a
+            mapping with ``rate`` and ``burst``. Or a callable as in `BucketPerKey`.
         buckets: See `Limit`.
         when_limited: See `Limit`.
         timeout: See `Limit`.
-        name: See `Limit`. ``None``: none is given.
+        name: See `Limit`. ``None``: the limit gets a derived name.
         max_held: See `Limit`.
         overflow: See `Limit`. ``None``: ``"hold"``.
         fallback: Whether ``when_limited`` may be a callable.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: An argument has an impossible value, for one a cost above the capacity.
+        ValueError: An argument has an impossible value, such as a cost above the capacity.
 
     """
     _check_text("name", name)
@@ -128,7 +128,7 @@ def check_parameters(limit: Limit, function: Callable[..., Any] | Parameters, wh
         whose: What to call the task in errors.
 
     Raises:
-        ValueError: It has no parameter of that name, and takes no ``**kwargs``.
+        ValueError: The task has no parameter of that name, and no ``**kwargs``.
 
     """
     if not limit.parameter_names:
@@ -148,7 +148,7 @@ def _at_rate(rate: Any, burst: Any, tokens: Any, key: Any, limits: Any) -> Token
     capacity = _burst(burst, per_second, tokens)
     if key is None:
         if limits is not None:
-            raise ValueError("limits goes with key: it has the rates of some keys")
+            raise ValueError("limits goes with key: it lists other rates for some keys")
         return TokenBucket(capacity, per_second)
     if limits is None or callable(limits):
         return BucketPerKey(capacity, per_second, limits=limits)
@@ -195,7 +195,7 @@ def _burst(burst: Any, per_second: float, tokens: Any) -> float:
         return positive("burst", burst)
     if callable(tokens) or isinstance(tokens, str):
         raise ValueError(
-            "burst is missing: where the cost depends on the job, it says the most that one may cost"
+            "burst is missing: the cost depends on the job, so burst must say how much a job may cost at most"
         )
     return max(1.0, per_second * _BURST_SECONDS, positive("tokens", tokens))
 
@@ -210,7 +210,7 @@ def _check_buckets(bucket: Any, key: Any, buckets: Iterable[Any]) -> tuple[Bucke
             f"'100/m', or a callable that returns a bucket, not {bucket!r}"
         )
     if key is None and isinstance(bucket, BucketPerKey):
-        raise ValueError(f"key is missing: it says which bucket of {bucket!r} a job draws on")
+        raise ValueError(f"key is missing: it says which bucket of {bucket!r} a job takes from")
     if key is not None and is_bucket:
         raise ValueError(f"key goes with a BucketPerKey, not with {bucket!r}")
     buckets = tuple(buckets)
@@ -218,7 +218,9 @@ def _check_buckets(bucket: Any, key: Any, buckets: Iterable[Any]) -> tuple[Bucke
         if not isinstance(each, Bucket):
             raise TypeError(f"buckets must be buckets, not {each!r}")
     if buckets and (is_bucket or isinstance(bucket, BucketPerKey)):
-        raise ValueError("buckets goes with a callable for bucket: it says what that may return")
+        raise ValueError(
+            "buckets goes with a callable for bucket: it lists the buckets that the callable may return"
+        )
     return buckets
 
 
@@ -252,10 +254,10 @@ def _check_policy(when_limited: Any, timeout: Any, fallback: bool) -> None:
 
 
 def check_options(options: Mapping[Any, Any], known: Iterable[str]) -> None:
-    """Refuse an option that there is not.
+    """Refuse an unknown option.
 
     Raises:
-        ValueError: There is one. The message names it, and those that there are.
+        ValueError: An option is unknown. The message names it, and all known options.
 
     """
     known = sorted(known)
@@ -279,17 +281,21 @@ def _quoted(words: Iterable[str]) -> str:
     return ", ".join(map(repr, words))
 
 
-# -- what they are called -----------------------------------------------------------------------------
+# -- their names -------------------------------------------------------------------------------------
 
 
 class Names:
-    """The names of the limits of one app: no two limits have the same."""
+    """The names of the limits of one app. Each limit has another name."""
 
     def __init__(self) -> None:
         self._limits: dict[str, Limit] = {}
 
     def add(self, limit: Limit, derived: str) -> None:
-        """Name a limit as the user did, or else as it is derived; the second one ``"… (2)"``.
+        """Give a limit its name: the one that the user gave, or else a derived one.
+
+        Args:
+            limit: The limit.
+            derived: The derived name. If another limit has it already, it gets a number: ``"jobs.* (2)"``.
 
         Raises:
             ValueError: The user gave another limit the same name.
@@ -305,11 +311,11 @@ class Names:
         other = self._limits.get(limit.name)
         if other is not None and other.name:
             raise ValueError(
-                f"name must be another for each limit: {limit.name!r} is the name of two, {limit.bucket!r} "
+                f"name must be different for each limit: {limit.name!r} is the name of two, {limit.bucket!r} "
                 f"and {other.bucket!r}"
             )
         self._limits[limit.name] = limit
-        if other is not None:  # its name was only derived
+        if other is not None:  # That limit has the name by derivation only: it gets another one.
             record_of(other).name = self._free(limit.name)
             self._limits[record_of(other).name] = other
 
@@ -325,18 +331,18 @@ class Names:
         return free
 
 
-# -- which jobs they are for --------------------------------------------------------------------------
+# -- the jobs that they are for -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Declared:
-    """A limit, and the jobs it is for.
+    """A limit, and the jobs that it is for.
 
     Args:
         limit: The limit.
-        patterns: The names of its tasks (of its queues, in the gate for kombu), or patterns for them; none:
-            all of them.
-        queue: The queue of its jobs; ``None``: any.
+        patterns: The names of its tasks, or shell patterns for them; in the gate for kombu, of its queues.
+            Empty: all tasks, or all queues.
+        queue: The queue that its jobs come from. ``None``: any queue.
 
     """
 
@@ -345,7 +351,7 @@ class Declared:
     queue: str | None = None
 
     def covers(self, name: str) -> bool:
-        """Whether it is for a task of that name, in whatever queue."""
+        """Whether the limit is for tasks of that name, in at least one queue."""
         return not self.patterns or any(fnmatchcase(name, pattern) for pattern in self.patterns)
 
 
@@ -353,12 +359,12 @@ class Declarations:
     """The limits that are declared by name or queue, in the order of their declaration.
 
     Args:
-        noun: What the patterns stand for: ``"tasks"`` or ``"queues"``.
-        reserved: How the names begin that cannot be limited.
+        noun: What the patterns name: ``"tasks"`` or ``"queues"``.
+        reserved: The prefix of names that cannot be limited.
         names: The names of the limits.
 
-    Finding the limits of a job takes no longer where many others are declared by exact name. Patterns are
-    tried one by one.
+    The time to find the limits of a job does not grow with the number of limits for exact names. It grows
+    with the number of patterns, which are tried one by one.
 
     """
 
@@ -367,7 +373,7 @@ class Declarations:
         self._reserved = reserved
         self._names = names if names is not None else Names()
         self._all: list[Declared] = []
-        #: By place in the list: for tasks of an exact name, for all tasks of a queue, and the others.
+        #: Positions in that list: of limits for an exact name, of limits for all tasks of a queue, of others.
         self._by_name: dict[str, list[int]] = {}
         self._by_queue: dict[str, list[int]] = {}
         self._others: list[int] = []
@@ -385,7 +391,7 @@ class Declarations:
 
         Raises:
             TypeError: A pattern or the queue is no text.
-            ValueError: One of them is empty, or a name is reserved, or another limit has its name.
+            ValueError: A pattern or the queue is empty, a pattern is reserved, or another limit has the name.
 
         """
         patterns = tuple(patterns)
@@ -401,35 +407,35 @@ class Declarations:
         if queue:
             derived = f"{derived} in queue {queue}" if derived else f"queue {queue}"
         self._names.add(limit, derived or f"all {self._noun}")
-        place = len(self._all)
+        position = len(self._all)
         self._all.append(Declared(limit, patterns, queue))
         if patterns and not any(set(pattern) & set("*?[") for pattern in patterns):
             for pattern in set(patterns):
-                self._by_name.setdefault(pattern, []).append(place)
+                self._by_name.setdefault(pattern, []).append(position)
         elif queue and not patterns:
-            self._by_queue.setdefault(queue, []).append(place)
+            self._by_queue.setdefault(queue, []).append(position)
         else:
-            self._others.append(place)
+            self._others.append(position)
 
     def of(self, name: str, queue: str | None = None) -> list[Limit]:
         """Return the limits of a job.
 
         Args:
-            name: The name of its task (of its queue, in the gate for kombu).
+            name: The name of its task; in the gate for kombu, of its queue.
             queue: The queue that it came from.
 
         """
         found = self._for_name(name)
         if queue is not None:
             found += self._by_queue.get(queue, ())
-        places = [self._all[place] for place in sorted(found)]
-        return [each.limit for each in places if each.queue in (None, queue)]
+        found_limits = [self._all[position] for position in sorted(found)]
+        return [each.limit for each in found_limits if each.queue in (None, queue)]
 
     def queues_of(self, name: str) -> set[str]:
-        """Return the queues in which a task of that name has limits of its own."""
-        found = {self._all[place].queue for place in self._for_name(name)}
+        """Return the queues in which tasks of that name have further limits."""
+        found = {self._all[position].queue for position in self._for_name(name)}
         return {queue for queue in found if queue is not None} | set(self._by_queue)
 
     def _for_name(self, name: str) -> list[int]:
-        others = [place for place in self._others if self._all[place].covers(name)]
+        others = [position for position in self._others if self._all[position].covers(name)]
         return [*self._by_name.get(name, ()), *others]

@@ -1,7 +1,7 @@
-"""A limit: which bucket a job draws on, what it costs, and what happens when the tokens are not there.
+"""A limit: the bucket that a job takes from, the cost of the job, and what happens without tokens.
 
-The decorator and the gates share this: it prices a job from its arguments. `declared` makes limits, and
-checks them; `tally` has what happens to them. It knows neither Celery nor kombu.
+The decorator and both gates use this module to price a job by its arguments. `declared` makes and checks
+limits, `tally` counts what happens under them. It imports neither Celery nor kombu.
 """
 
 import inspect
@@ -40,7 +40,7 @@ _HOLD_MOST: Final = 1000
 
 
 class Demand(NamedTuple):
-    """What a job is to take: so many tokens from this bucket, because of this limit."""
+    """The tokens that a job has to take from one bucket, because of one limit."""
 
     bucket: Bucket
     tokens: float
@@ -57,10 +57,10 @@ class Limit:
         tokens: The cost of a job: a number, the name of a parameter, or a callable that is given the
             job's arguments.
         key: The name of a parameter, or such a callable: the job's key in a `BucketPerKey`.
-        buckets: All that a callable for ``bucket`` may return.
+        buckets: All buckets that a callable for ``bucket`` may return.
         when_limited: One of ``"wait"``, ``"retry"``, ``"drop"``, ``"raise"``, or a callable that is
-            called instead.
-        timeout: The most seconds that ``"wait"`` waits in the decorator.
+            called instead of the task.
+        timeout: With ``"wait"``, the most seconds that a job waits in the decorator.
         name: The name that the user gave it, or ``""``. Messages and logs use the name in
             `record.record_of`.
         max_held: The most jobs that a gate holds because of it; ``None``: see `bound`.
@@ -78,8 +78,8 @@ class Limit:
     name: str = ""
     max_held: int | None = None
     overflow: str = "hold"
-    #: The demands of every job, where they are the same for all. A capacity that is configured below
-    #: the cost later is found by the bucket, which raises.
+    #: The demands of a job, if they are the same for all jobs; else empty. They are not checked again: if
+    #: ``configure`` sets a capacity below the cost later, the bucket raises.
     fixed: tuple[Demand, ...] = field(init=False, default=())
     #: Whether ``bucket`` is a `Bucket`. On Python 3.11 it takes 20 µs to find that out.
     has_bucket: bool = field(init=False, default=False)
@@ -111,7 +111,7 @@ class Limit:
 
     @property
     def parameter_names(self) -> list[tuple[str, str]]:
-        """The arguments that are names of parameters, each with the name."""
+        """Pairs of an argument, ``"key"`` or ``"tokens"``, and the name of the parameter that it names."""
         arguments = ("key", self.key), ("tokens", self.tokens)
         return [(argument, name) for argument, name in arguments if isinstance(name, str)]
 
@@ -123,19 +123,20 @@ class Limit:
         headers: Mapping[str, Any] | None = None,
         parameters: Parameters | None = None,
     ) -> tuple[Demand, ...]:
-        """Return what a job is to take: from one bucket, or from each that an `AllOf` stands for.
+        """Return the demands of a job: one for its bucket, or one for each bucket of an `AllOf`.
 
         Args:
             job: What to call it in errors: ``"task upload"``, ``"queue emails"``.
             args: The positional arguments that the producer sent.
             kwargs: The keyword arguments that the producer sent.
             headers: The headers that the producer sent, for callables that ask for them.
-            parameters: Those of the task's function. ``None``: a name is a field of the first argument,
-                which is the body of a message.
+            parameters: The parameters of the task's function. ``None``: the job is a message of kombu,
+                and the names in ``tokens`` and ``key`` are fields of its body, the first argument.
 
         Raises:
-            ValueError: The price cannot be computed, or is one that can never be paid. The message
-                names the job, the limit and the value; the job is to fail with it.
+            ValueError: The bucket, the key or the cost cannot be computed, or the cost is above the
+                bucket's capacity. The message names the job, the limit and the value. The job has to
+                fail with this error.
 
         """
         if self.fixed:
@@ -161,11 +162,11 @@ class Limit:
         headers: Mapping[str, Any] | None = None,
         parameters: Parameters | None = None,
     ) -> tuple[Bucket, ...]:
-        """Return the buckets that a job draws on, whatever it costs. See `demands`."""
+        """Return the buckets that a job takes from, without its cost. See `demands`."""
         return tuple(members(self._bucket(job, args, kwargs, headers, parameters)))
 
     def bound(self, window: int, default: int | None = None) -> int:
-        """Return how many jobs a gate holds because of it before the broker is to keep the rest.
+        """Return the most jobs that a gate holds for this limit. The broker keeps the others.
 
         That is ``max_held``, of the limit or of the gate. Where neither says it: as many as run within
         ten minutes, but at least one prefetch window and at most 1,000. Where the rate depends on the
@@ -173,7 +174,7 @@ class Limit:
 
         Args:
             window: The prefetch count that the consumer has without a gate.
-            default: What the gate says, for limits that say nothing.
+            default: The ``max_held`` of the gate, for a limit that has none.
 
         """
         bound = self.max_held or default
@@ -203,7 +204,7 @@ class Limit:
             except (Exception, SystemExit, KeyboardInterrupt) as error:
                 if is_of_a_signal(error):
                     raise
-                # a bad key, or the callable for its limits has failed
+                # The key is wrong, or the callable ``limits`` of the BucketPerKey has failed.
                 raise ValueError(f"{self._blamed(job)}: {error}") from error
         if not self._calls_for_bucket:
             return bucket  # type: ignore[no-any-return]
@@ -223,7 +224,7 @@ class Limit:
         headers: Mapping[str, Any] | None,
         parameters: Parameters | None,
     ) -> Any:
-        """Return what the name or the callable that was declared gives for one job."""
+        """Return the value of ``bucket``, ``key`` or ``tokens`` for one job, from a name or a callable."""
         if isinstance(source, str):
             try:
                 if parameters is None:
@@ -248,30 +249,34 @@ class Limit:
 
 
 def is_of_a_signal(error: BaseException) -> bool:
-    """Tell whether a signal has interrupted the code that an exception comes from.
+    """Tell whether an exception was raised by a signal handler, not by the code that the signal interrupted.
 
-    A callable of the user's that raises an exception, ``SystemExit`` and ``KeyboardInterrupt`` too, fails
-    its job alone. But Ctrl-C, a soft time limit and a handler of the program's own may interrupt the
-    callable: these exceptions are none of its errors, and have to get through.
+    When a user's callable raises an exception, only its job fails, even with ``SystemExit`` or
+    ``KeyboardInterrupt``. But a signal handler may interrupt the callable: for Ctrl-C, for a soft time
+    limit, or for a signal of the user's program. An exception of such a handler must not be caught.
     """
     if threading.current_thread() is not threading.main_thread():
         return False  # Python calls signal handlers in the main thread only
     if isinstance(error, KeyboardInterrupt) and (
         signal.getsignal(signal.SIGINT) is signal.default_int_handler
     ):
-        return True  # of Ctrl-C, as far as anybody can tell: that handler leaves no frame
+        return True  # Probably of Ctrl-C: Python's own handler leaves no frame to be certain
     handlers = {getattr(signal.getsignal(each), "__code__", None) for each in signal.valid_signals()}
     return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def refuse_to_pay_twice(buckets: Iterable[Any], whose: str) -> None:
-    """Check that no bucket stands among the others twice, in an `AllOf` neither.
+    """Check that no bucket limits a job twice. The buckets inside an `AllOf` count too.
 
-    A job could never take from a bucket twice that holds enough for once only: it would be held for
+    A job that takes from one bucket twice may need more than the bucket's capacity. It would be held for
     ever.
 
+    Args:
+        buckets: The buckets of all limits of the job.
+        whose: What to call the job or its task in the error.
+
     Raises:
-        ValueError: One does. The message names it, and whose limits these are.
+        ValueError: A bucket is there twice. The message names it.
 
     """
     seen: set[Any] = set()
@@ -288,6 +293,6 @@ def refuse_to_pay_twice(buckets: Iterable[Any], whose: str) -> None:
 def _wants_headers(function: Callable[..., Any]) -> bool:
     try:
         parameter = inspect.signature(function).parameters.get("headers")
-    except (TypeError, ValueError):  # a builtin that does not tell
+    except (TypeError, ValueError):  # a builtin without a signature
         return False
     return parameter is not None and parameter.kind is parameter.KEYWORD_ONLY

@@ -8,18 +8,18 @@ from typing import Any, Final
 
 __all__ = ["Parameters", "field_of_body"]
 
-_NONE: Final = inspect.Parameter.empty
-_NAMED: Final = inspect.Parameter.POSITIONAL_OR_KEYWORD
-_FIRST: Final = inspect.Parameter.POSITIONAL_ONLY
-_KEYWORD: Final = inspect.Parameter.KEYWORD_ONLY
+_NO_DEFAULT: Final = inspect.Parameter.empty
+_ANY_WAY: Final = inspect.Parameter.POSITIONAL_OR_KEYWORD
+_POSITION_ONLY: Final = inspect.Parameter.POSITIONAL_ONLY
+_KEYWORD_ONLY: Final = inspect.Parameter.KEYWORD_ONLY
 
 
 class Parameters:
-    """The parameters of a task's function: where a job has the argument of a name.
+    """The parameters of a task's function. They find the argument of a job by the name of its parameter.
 
     Args:
-        function: The function, or its signature. Of one that has no signature (some builtins) every
-            argument counts as sent by keyword.
+        function: The function, or its signature. A function without a signature (some builtins) counts as
+            one that takes any keyword argument.
 
     """
 
@@ -32,32 +32,32 @@ class Parameters:
             self._signature = inspect.Signature(
                 [inspect.Parameter("arguments", inspect.Parameter.VAR_KEYWORD)]
             )
-        #: Whether it takes keyword arguments of any name.
+        #: Whether the function has ``**kwargs``.
         self.any_keyword = False
-        #: By name: the position, whether a keyword does too, and the default.
-        self._places: dict[str, tuple[int, bool, Any]] = {}
-        for place, each in enumerate(self._signature.parameters.values()):
+        #: For each name: its position (`sys.maxsize`: none), whether a keyword may be sent, and its default.
+        self._by_name: dict[str, tuple[int, bool, Any]] = {}
+        for index, each in enumerate(self._signature.parameters.values()):
             if each.kind is each.VAR_KEYWORD:
                 self.any_keyword = True
             elif each.kind is not each.VAR_POSITIONAL:
-                position = sys.maxsize if each.kind is _KEYWORD else place
-                self._places[each.name] = (position, each.kind is not _FIRST, each.default)
+                position = sys.maxsize if each.kind is _KEYWORD_ONLY else index
+                self._by_name[each.name] = (position, each.kind is not _POSITION_ONLY, each.default)
 
     @property
     def names(self) -> list[str]:
         """The names of the parameters, without ``*args`` and ``**kwargs``."""
-        return list(self._places)
+        return list(self._by_name)
 
     @functools.cached_property
     def without_first(self) -> "Parameters":
-        """The same without the first one, which is ``self`` in a bound task."""
+        """The same parameters without the first one, which is ``self`` in a bound task."""
         every = list(self._signature.parameters.values())
-        if not every or every[0].kind not in (_NAMED, _FIRST):  # it is in *args
+        if not every or every[0].kind not in (_ANY_WAY, _POSITION_ONLY):  # self is in *args
             return self
         return Parameters(self._signature.replace(parameters=every[1:]))
 
     def argument(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Return a job's argument: as it was sent, by position or by keyword, or else its default.
+        """Return an argument of a job: as it was sent, by position or by keyword, or else its default.
 
         Args:
             name: The name of the parameter.
@@ -68,21 +68,21 @@ class Parameters:
             LookupError: The job has no such argument.
 
         """
-        position, by_keyword, default = self._places.get(name, (sys.maxsize, True, _NONE))
+        position, by_keyword, default = self._by_name.get(name, (sys.maxsize, True, _NO_DEFAULT))
         if position < len(args):
             return args[position]
         if by_keyword and name in kwargs:
             return kwargs[name]
-        if default is _NONE:
+        if default is _NO_DEFAULT:
             raise LookupError("the job has no such argument")
         return default
 
 
 def field_of_body(name: str, body: Any) -> Any:
-    """Return a field of a message's body, which is to be a mapping.
+    """Return a field of a message's body.
 
     Raises:
-        LookupError: It is not, or has no such field.
+        LookupError: The body is not a mapping, or has no such field.
 
     """
     if not isinstance(body, Mapping):

@@ -1,4 +1,4 @@
-"""What happens to a limit at run time, in this process: its name and turns. What was declared stands in `limit`."""
+"""What a process knows of a limit at run time. `limit` has what was declared."""
 
 from collections.abc import Iterable
 from time import monotonic
@@ -24,27 +24,30 @@ class Record:
     """
 
     def __init__(self, name: str) -> None:
-        #: What messages and logs call the limit; ``""`` until the task of an unnamed one is known.
+        #: The name of the limit in errors and logs. ``""`` until the task of a limit without ``name=`` is known.
         self.name = name
-        #: Whether the log has said that a callable of the limit is slow.
+        #: Whether the warning about a slow callable of the limit was logged.
         self.slow = False
-        self._turns: WeakKeyDictionary[Bucket, float] = WeakKeyDictionary()
+        #: For each bucket: when the latest of the jobs that were sent back comes again (monotonic).
+        self._latest: WeakKeyDictionary[Bucket, float] = WeakKeyDictionary()
 
     def turn(self, bucket: Bucket, tokens: float, delay: float) -> float:
-        """Return in how many seconds a job is to come again that is sent back to the broker.
+        """Give a job that is sent back to the broker the time at which it comes again.
 
         Args:
             bucket: The bucket that refused the job.
-            tokens: What the job costs there.
-            delay: In how many seconds the bucket has that many tokens.
+            tokens: The tokens that the job takes from the bucket.
+            delay: The seconds until the bucket has them.
 
-        Jobs that are sent back come again one after another, at the bucket's rate.
+        Returns:
+            The seconds until that time. Jobs that are sent back come again one after another, at the
+            bucket's rate.
 
         """
         now = monotonic()
-        turn = max(now + delay, self._turns.get(bucket, 0.0) + tokens / bucket.tokens_per_second)
-        self._turns[bucket] = turn
-        return turn - now
+        moment = max(now + delay, self._latest.get(bucket, 0.0) + tokens / bucket.tokens_per_second)
+        self._latest[bucket] = moment
+        return moment - now
 
 
 def record_of(limit: "Limit") -> Record:

@@ -1,6 +1,6 @@
-"""What happened under each limit: observers are told of every outcome, and a tally counts them.
+"""What happened under each limit: observers learn every outcome of a job, and a tally counts them.
 
-The engine of a gate and the payment of the decorator tell the observers, and nothing else does.
+Only the engine of a gate and the payment of the decorator call the observers.
 """
 
 import logging
@@ -25,11 +25,11 @@ logger = logging.getLogger("rate_limiter")
 
 
 class Observer:
-    """Is told what becomes of the jobs under limits. Each method does nothing: override those you need.
+    """Learns every outcome of a job under a limit. Each method does nothing: override the ones you need.
 
-    Methods are called in the loop of the worker or consumer, or in the task's own thread, so they are
-    to be quick. ``job`` is what the gate knows the job by (``str(job)`` names it), or the task's name
-    where the decorator pays.
+    Methods are called in the loop of the worker or consumer, or in the task's own thread: keep them quick.
+    ``job`` is the gate's object for the job, whose ``str()`` names it. Where the decorator pays, it is the
+    name of the task.
     """
 
     def held(self, job: Any, demand: Demand, delay: float) -> None:
@@ -37,8 +37,8 @@ class Observer:
 
         Args:
             job: The job.
-            demand: What the limit that makes it wait wants.
-            delay: The seconds until its bucket serves again, as far as known now.
+            demand: The tokens that it waits for, with their bucket and limit.
+            delay: The seconds until they are there, as forecast now.
 
         """
 
@@ -47,21 +47,21 @@ class Observer:
 
         Args:
             job: The job.
-            demands: What it has paid, and under which limits.
+            demands: The tokens that it has paid, each with bucket and limit.
             waited: The seconds for which it was held, or waited in the decorator.
-            limit: The limit that made it wait last. ``None``: it did not wait.
+            limit: The last limit that made it wait. ``None``: it did not wait.
 
         """
 
     def refused(self, job: Any, demand: Demand, delay: float, how: str) -> None:
-        """Take note of a job that a limit does not let wait.
+        """Take note of a job that found no tokens and does not wait for them.
 
         Args:
             job: The job.
-            demand: What the limit wants.
-            delay: The seconds until its bucket will have as much.
-            how: ``"raise"``, ``"drop"``, ``"retry"`` or ``"fallback"``; or ``"timeout"``: it would have
-                waited for too long, or has.
+            demand: The tokens that it did not get, with their bucket and limit.
+            delay: The seconds until they are there.
+            how: How the job is refused: ``"raise"``, ``"drop"``, ``"retry"``, ``"fallback"``, or
+                ``"timeout"`` if the wait is, or would be, longer than the ``timeout`` of the limit.
 
         """
 
@@ -72,18 +72,18 @@ class Observer:
         """Take note of a job that cannot pay: its cost cannot be computed, or the bucket raises."""
 
     def forgotten(self, jobs: Sequence[Any]) -> None:
-        """Take note of held jobs that are the broker's again: the worker stops or has reconnected."""
+        """Take note of held jobs that go back to the broker: the worker stops or has reconnected."""
 
     def given_back(self, limit: Limit, tokens: float) -> None:
-        """Take note of tokens that a paid job gave back. Below 0: it was charged for more."""
+        """Take note of tokens that a paid job gave back. Below 0: it was charged more, afterwards."""
 
 
-#: All that are told, in order.
+#: All observers, in the order in which they are called.
 observers: Final[list[Observer]] = []
 
 
 def tell(outcome: str, *what: Any) -> None:
-    """Tell all observers of an outcome. An observer that fails is logged, and changes nothing.
+    """Call all observers. An exception of an observer is logged, and changes nothing else.
 
     Args:
         outcome: The name of a method of `Observer`.
@@ -100,10 +100,10 @@ def tell(outcome: str, *what: Any) -> None:
 _NAMES: Final = ("admitted", "tokens", "refused", "failed", "skipped", "waited", "longest")
 _ADMITTED, _TOKENS, _REFUSED, _FAILED, _SKIPPED, _WAITED, _LONGEST = range(len(_NAMES))
 
-#: How many processes have a row of their own in shared memory. More of them use the last one together.
+#: The number of rows in shared memory, one for each process. Further processes use the last row together.
 _ROWS: Final = 256
 
-#: One for all tallies of the process.
+#: One lock for all tallies of the process.
 _lock = threading.Lock()
 
 
@@ -112,22 +112,22 @@ class Tally:
 
     - ``admitted``: jobs that have paid.
     - ``tokens``: what they have paid, as settled so far.
-    - ``refused``: jobs that the limit did not let wait.
+    - ``refused``: jobs that found no tokens and did not wait.
     - ``failed``: jobs that could not pay: their cost could not be computed, or the bucket raised.
     - ``skipped``: jobs that were revoked, or expired, while held.
-    - ``waited``, ``longest``: the seconds that admitted jobs have waited, in all and at the longest.
+    - ``waited``, ``longest``: the seconds that admitted jobs have waited: their sum, and the longest wait.
     """
 
     __slots__ = ("__weakref__", "_cells", "_column", "_table")
 
     def __init__(self) -> None:
         self._cells: Any = [0.0] * len(_NAMES)
-        #: Where the numbers are once other processes share them.
+        #: The shared memory that has the numbers, once other processes share them.
         self._table: _Table | None = None
         self._column = 0
 
     def snapshot(self) -> dict[str, float]:
-        """Return the numbers by their names, those of all processes together."""
+        """Return the numbers by their names. Each is the sum over all processes, but for ``longest``."""
         with _lock:
             if self._table is None:
                 return dict(zip(_NAMES, self._cells, strict=True))
@@ -152,14 +152,14 @@ class Tally:
 class _Table:
     """Tallies in memory that a process shares with all that are forked from it.
 
-    Each process counts in a row of its own, so none waits for another. It locks one byte of an unlinked
-    file for its row, which the kernel unlocks when the process ends, however it ends. Another process
-    then goes on in that row from the numbers that are there, so nothing is lost with a process.
+    Each process counts in a row of its own, so no process waits for another. For its row it locks one byte
+    of an unlinked file. The kernel unlocks the byte when the process ends, even if it is killed. Another
+    process may then take the row and add to its numbers, so no number is lost.
     """
 
     def __init__(self, tallies: Sequence[Tally]) -> None:
         self._width = len(_NAMES) * len(tallies)
-        # A mark for each row that is used, then the rows. Pages that nobody touches take no memory.
+        # First a mark for each row that is in use, then the rows. Pages that are never written take no memory.
         self._memory = memoryview(mmap(-1, 8 * _ROWS * (1 + self._width))).cast("d")
         if hasattr(os, "memfd_create"):
             self._file = os.memfd_create("rate_limiter_tally")
@@ -184,7 +184,7 @@ class _Table:
         return self._own
 
     def rows(self, column: int) -> list[list[float]]:
-        """Return the numbers of the tally that begins at a column, of each process."""
+        """Return the numbers of one tally, by its first column: a list for each process."""
         used = (number for number in range(_ROWS) if self._memory[number])
         return [self._row(number)[column : column + len(_NAMES)].tolist() for number in used]
 
@@ -240,7 +240,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Counting(Observer):
-    """Keeps the tallies."""
+    """The observer that keeps the tallies."""
 
     def admitted(self, job: Any, demands: Sequence[Demand], waited: float, limit: Limit | None) -> None:
         if len(demands) == 1:

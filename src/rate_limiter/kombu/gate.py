@@ -1,4 +1,4 @@
-"""Declaring limits for kombu queues, and the gate for loops of one's own."""
+"""The gate of plain kombu consumers: limits for queues, and its use in your own loop."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -23,7 +23,7 @@ AnyConsumer = TypeVar("AnyConsumer", bound=Consumer)
 class Gate:
     """Holds limited messages in the consumer until their tokens are there, and lets all others pass.
 
-    In a ``ConsumerMixin`` it is an attribute, see `GateMixin`. With a loop of one's own::
+    In a ``ConsumerMixin`` it is an attribute, see `GateMixin`. In your own loop::
 
         gate = Gate()
         gate.limit("emails", bucket=TokenBucket(capacity=5, tokens_per_second=1))
@@ -37,11 +37,11 @@ class Gate:
     A message to which several limits apply takes from all of them or from none.
 
     Args:
-        max_held: The most messages that a consumer holds for one limit. By default what runs in four
-            seconds, and at least its ``prefetch_count``. Beyond it the broker keeps the rest, and other
-            messages that stand behind them in the queue wait too.
-        on_refused: Called with the message and the error for each message that ends without having
-            run: under ``when_limited="raise"``, or because its price cannot be computed or paid. See
+        max_held: The most messages that a consumer holds for one limit. By default the messages
+            that run in four seconds, and at least its ``prefetch_count``. The broker keeps the others, and
+            all messages that stand behind them in the queue.
+        on_refused: It is called with the message and the error for each message that does not run: under
+            ``when_limited="raise"``, or because its cost cannot be computed or is above the capacity. See
             `GateMixin.on_refused`.
 
     Raises:
@@ -50,7 +50,7 @@ class Gate:
 
     A bucket in memory is one rate for all the consumers of a process that share it, in threads too; two
     processes run at twice the rate. `attach`, `wrap`, `poll` and `timeout` are for one loop in one
-    thread; two loops have a gate each, and may share buckets.
+    thread; a second loop needs its own gate, which may use the same buckets.
 
     """
 
@@ -84,38 +84,41 @@ class Gate:
         overflow: str | None = None,
         buckets: Iterable[Bucket] = (),
     ) -> None:
-        """Declare a limit for queues. It comes before the consumer starts.
+        """Declare a limit for queues, before the consumer starts.
 
         Args:
-            queues: Names of queues, or shell patterns for them (``"mail.*"``). None: all queues.
+            queues: Names of queues, or shell patterns for them (``"mail.*"``). Without any: all queues.
             bucket: The `Bucket` that all their messages share. Or a rate: tokens per second, minute, hour
                 or day, as in ``"5/s"``, ``"100/m"``, ``"2/h"``, ``"1000/d"``. Or a callable that is given
                 ``(body, message)`` and returns a bucket; ``message.headers`` and
                 ``message.delivery_info["routing_key"]`` are there to decide by.
-            burst: With a rate, the capacity of the bucket, in tokens. By default a tenth of a second's
-                worth, at least 1, and at least what a message costs. Without a default where the cost
-                depends on the message.
-            tokens: What a message costs: a number above 0, at most the bucket's capacity. Or the name of
-                the field that says it, in a body that is a mapping; a message without it is rejected.
-                Or such a callable as for ``bucket``. They run in the consumer's loop: keep them quick.
-            key: With a `BucketPerKey` or a rate: the name of the field that picks the bucket, or such a
-                callable.
-            when_limited: ``"wait"``: the message is held. ``"retry"``: it goes to the end of its queue
-                when its turn comes, one after another at the bucket's rate, and is held until then.
+            burst: With a rate, the capacity of the bucket, in tokens. The default is what the rate
+                gives in 0.1 s, at least 1, and at least what a message costs. There is no default if the
+                cost depends on the message.
+            tokens: What a message costs: a number above 0, at most the bucket's capacity. Or the name of a
+                field of the body, which must be a mapping; a message without the field is rejected. Or a
+                callable of ``(body, message)`` that returns the cost. Callables run in the consumer's
+                loop: keep them quick.
+            key: With a `BucketPerKey` or a rate: the name of the field whose value picks the bucket. Or a
+                callable of ``(body, message)`` that returns the key.
+            when_limited: ``"wait"``: the message is held. ``"retry"``: it is held until its tokens are due
+                and then sent to the end of its queue, one after another at the bucket's rate.
                 ``"drop"``: it is rejected, not requeued, so a dead-letter exchange gets it. ``"raise"``:
                 the same, after ``on_refused`` was called with a `RateLimitExceeded`.
-            name: What logs and errors call the limit, another for each. By default the names of its
-                queues.
+            name: The name of the limit in logs and errors. Each limit needs another. By default the names
+                or patterns of its queues.
             max_held: For this limit, instead of the gate's.
-            overflow: What happens beyond ``max_held``. ``"hold"``, the default: the broker keeps the
-                rest. ``"pause"``: the queue is not consumed for a while; for queues that carry one
-                limit, and so that several consumers share a backlog. It takes `attach` or `GateMixin`.
-            buckets: All that a callable for ``bucket`` may return; anything else fails its message.
+            overflow: What happens when ``max_held`` messages are held. ``"hold"``, the default: the broker
+                keeps the others. ``"pause"``: the queue is not consumed for a while. This is for queues
+                whose messages all have the same limit, and for several consumers that share a backlog. It
+                needs `attach` or `GateMixin`.
+            buckets: All buckets that a callable for ``bucket`` may return. If it returns another one, the
+                message is rejected.
 
         Raises:
             RuntimeError: A consumer has started.
             TypeError: An argument has the wrong type.
-            ValueError: An argument has an impossible value, for one a cost above the capacity, or the
+            ValueError: An argument has an impossible value, such as a cost above the capacity, or the
                 name of another limit.
 
         """
@@ -179,13 +182,13 @@ class Gate:
         return self._own_session().wrap(callback, queue)
 
     def poll(self) -> int:
-        """Call the callbacks of the messages whose tokens are there. It belongs into the loop.
+        """Call the callbacks of held messages whose tokens are there. Your loop calls this each time round.
 
         Returns:
             How many were called.
 
         Raises:
-            Exception: What a callback raises, and the connection's errors.
+            Exception: An exception of a callback, or of the connection.
 
         """
         return self._own_session().poll()
@@ -195,20 +198,20 @@ class Gate:
         return self._own_session().timeout(most)
 
     def forget(self) -> int:
-        """Forget what is held, because its connection was lost or its consumer is to stop.
+        """Forget the held messages, because their connection was lost or their consumer stops.
 
-        Nothing is lost: none of it was acknowledged, and the broker gives it out again as soon as the
-        channel is closed (on Redis kombu puts back the latest as the first; `GateMixin` keeps the order).
+        Nothing is lost: they were not acknowledged, and the broker delivers them again once the channel is
+        closed (on Redis kombu puts them back in reverse order; `GateMixin` keeps the order).
 
         Returns:
-            How many messages it was.
+            How many messages they were.
 
         """
         return self._own_session().forget()
 
     @property
     def held(self) -> dict[str, int]:
-        """How many messages are held now, by the names of the limits; of all consumers together."""
+        """How many messages all consumers hold now, by the name of the limit."""
         held: Counter[str] = Counter()
         for session in list(self.sessions):
             for limit, count in session.held_by.items():
@@ -217,11 +220,11 @@ class Gate:
 
     @property
     def limits(self) -> list[Limit]:
-        """What was declared."""
+        """The limits that are declared."""
         return [declared.limit for declared in self._declared]
 
     def limits_for(self, queue: str) -> tuple[Limit, ...]:
-        """Return the limits of a queue. From now on none may be declared.
+        """Return the limits of a queue. After this, `limit` raises.
 
         Raises:
             ValueError: One bucket limits it twice.

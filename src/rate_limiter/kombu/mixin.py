@@ -13,7 +13,7 @@ from .session import Session
 
 __all__ = ["GateMixin"]
 
-#: What a broker answers that knows no prefetch count for a whole channel (quorum queues).
+#: The AMQP error of a broker without a prefetch count for a whole channel (quorum queues).
 _NOT_IMPLEMENTED = 540
 
 
@@ -28,19 +28,19 @@ class GateMixin(ConsumerMixin):
                 return [Consumer([Queue("emails")], callbacks=[self.on_task], prefetch_count=10)]
 
     Callbacks and ``on_message`` are called as ever, once the tokens of the message are taken. Meanwhile
-    it is held, unacknowledged, and the loop goes on: with other messages, with heartbeats (those of
-    ``producer_connection`` too, which kombu leaves out), and with ``should_stop``. When the consumer
-    stops or loses its connection, what is held goes back to the broker.
+    it is held, unacknowledged, and the loop goes on: it handles other messages, obeys ``should_stop``, and sends
+    heartbeats (those of ``producer_connection`` too, which kombu does not send). When the consumer stops or
+    loses its connection, the held messages go back to the broker.
 
-    Set ``prefetch_count`` on the consumers: the gate raises it by what it holds, and has no other way to
-    know it. A consumer that sets none gets 20.
+    Set ``prefetch_count`` on the consumers, not on the channel: the gate raises it by the number of held
+    messages. A consumer without one gets 20.
 
     Attributes:
         gate: The `Gate`, of this class or of the instance.
 
     Raises:
         TypeError: By ``run()`` and ``consume()``: ``gate`` is not set.
-        ValueError: By them too: a limited queue is consumed with ``no_ack``, or cannot be paused, or one
+        ValueError: By both too: a limited queue is consumed with ``no_ack``, or cannot be paused, or one
             bucket limits it twice.
 
     """
@@ -49,15 +49,15 @@ class GateMixin(ConsumerMixin):
     _session: Session | None = None
 
     def on_refused(self, message: Any, error: Exception) -> None:
-        """Take note of a message that ends without having run.
+        """Take note of a message that does not run.
 
         Args:
             message: The message. Unless this acknowledges, rejects or requeues it, it is rejected
                 afterwards without being requeued.
             error: `RateLimitExceeded`, with ``retry_after`` in seconds, under a limit with
-                ``when_limited="raise"``; or whatever says that its price cannot be computed or paid.
+                ``when_limited="raise"``. Or the error because of which its cost cannot be computed or paid.
 
-        By default it calls the gate's ``on_refused``. What it raises is logged.
+        By default it calls the gate's ``on_refused``. An exception that it raises is logged.
 
         """
         if self.gate.on_refused is not None:
@@ -65,7 +65,7 @@ class GateMixin(ConsumerMixin):
 
     @contextlib.contextmanager
     def consumer_context(self, **kwargs: Any) -> Iterator[Any]:
-        """Be kombu's, with the gate open inside."""
+        """Enter kombu's context. The gate accepts messages inside it."""
         session = self._own_session()
         try:
             with super().consumer_context(**kwargs) as (connection, channel, consumers):
@@ -76,7 +76,7 @@ class GateMixin(ConsumerMixin):
                     )
                 connection.drain_events = _Loop(self, session, connection).drain_events
                 yield connection, channel, consumers
-                session.close()  # what comes while the consumers are cancelled stays with the broker
+                session.close()  # messages that arrive while the consumers are cancelled go back to the broker
         except Exception as error:
             if getattr(error, "reply_code", None) == _NOT_IMPLEMENTED:
                 session.static = True
@@ -101,12 +101,12 @@ class GateMixin(ConsumerMixin):
 
 
 class _Loop:
-    """What happens while kombu's loop waits for messages.
+    """Stands in for ``connection.drain_events``: it also releases held messages and sends heartbeats.
 
     Args:
         consumer: The mixin's instance.
-        session: What it holds.
-        connection: Its connection, whose ``drain_events`` this stands in for.
+        session: The session of the gate, which holds the messages.
+        connection: The consumer's connection.
 
     """
 
@@ -115,7 +115,7 @@ class _Loop:
         self._session = session
         self._connection = connection
         self._drain: Callable[..., Any] = connection.drain_events
-        #: Four times as often as the broker wants to hear from us; 0: it does not.
+        #: Seconds between heartbeats, a quarter of the broker's interval. 0: the broker wants none.
         self._interval = connection.get_heartbeat_interval() / 4
         self._beat_at = 0.0
 
@@ -123,10 +123,10 @@ class _Loop:
         """Return once a message has been handled, read or released.
 
         Raises:
-            TimeoutError: None was in that time.
+            TimeoutError: No message was, within ``timeout`` seconds.
 
         """
-        if self._session.busy:  # called by a callback
+        if self._session.busy:  # a callback has called this
             return self._drain(timeout=timeout)
         end = math.inf if timeout is None else monotonic() + timeout
         while True:
@@ -154,7 +154,7 @@ class _Loop:
 
 
 def _alive(connection: Any) -> bool:
-    """Do the heartbeats of a connection that nobody reads from. ``False``: it is lost."""
+    """Send and read the heartbeats of a connection that nobody else reads. ``False``: it is lost."""
     try:
         if connection.connected:
             with contextlib.suppress(TimeoutError):

@@ -1,4 +1,4 @@
-"""Stopping to consume a queue for a while, and taking it up again."""
+"""Pausing the consumption of a queue, and consuming it again."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -62,17 +62,17 @@ class Pausing:
 
 
 def check(queue: Any, consumer: Any, limits: Iterable[Limit]) -> None:
-    """Refuse a queue whose messages cannot be held, or that cannot be paused.
+    """Refuse a limited queue whose messages cannot be held, or that has to be paused and cannot be.
 
     Raises:
-        ValueError: It is consumed without acknowledgements, or is to be paused and is ``auto_delete``.
+        ValueError: The queue is consumed with ``no_ack``, or is ``auto_delete`` under ``overflow="pause"``.
 
     """
     for limit in limits:
         if consumer.no_ack or queue.no_ack:
             raise ValueError(
                 f"queue {queue.name} is consumed with no_ack, and limited by {record_of(limit).name}: the broker "
-                "would forget what is held; consume it with acknowledgements"
+                "would forget the held messages; consume it with acknowledgements"
             )
         if limit.overflow == "pause" and queue.auto_delete:
             raise ValueError(

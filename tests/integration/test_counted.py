@@ -96,7 +96,7 @@ def without_times(counted):
 def test_a_gate_counts_what_happens(redis_lab, pool):
     """Admitted, refused, failed, skipped and tokens are exact: with revoked, expired and killed jobs."""
     jobs = Jobs(redis_lab)
-    with start(redis_lab, pool=pool, module="tally_app") as worker:
+    with start(redis_lab, pool=pool, module="counted_app") as worker:
         jobs.send("sized", 20)  # takes all that is there at first
         for _ in range(GONE):
             jobs.send("sized", 1, expires=EXPIRES)
@@ -121,7 +121,7 @@ def test_a_gate_counts_what_happens(redis_lab, pool):
 def test_prefork_counts_what_happens_without_a_gate(redis_lab):
     """The decorator counts in shared memory, so that nothing is lost with a child that is killed."""
     jobs = Jobs(redis_lab)
-    with start(redis_lab, pool="prefork", concurrency=4, gate=False, module="tally_app") as worker:
+    with start(redis_lab, pool="prefork", concurrency=4, gate=False, module="counted_app") as worker:
         jobs.send_all("prefork")
         truth = jobs.truth(worker, gate=False)
         counted = redis_lab.send("counted").get(timeout=40)
