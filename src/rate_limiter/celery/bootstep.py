@@ -92,6 +92,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self.engine.window = lambda _limit: int(consumer.initial_prefetch_count)
         self.window = Window(consumer, self.engine.jobs, self.engine.takes_more_of)
         self.queues = self.window.queues
+        self.by_queue = self.by_queue or self.window.is_static
         self.forward = self.window.handing_on(self.to_pool)
         self.loop = Loop(consumer, self._next_due, self._work, self.window.update)
         self.returning = Returning(consumer, self.engine.lock, self.loop.has_timer, self._end_later)
@@ -160,7 +161,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
     def on_task_request(self, request: Any) -> None:
         """Let a job go, or hold it. Stands in for ``consumer.on_task_request``."""
         receipt.strip(request.request_dict)
-        queue = self.queues.of(request) if self.by_queue or self.window.is_static else None
+        queue = self.queues.of(request) if self.by_queue else None
         plan = self.engine.plan(request.task, queue)
         if not plan.limits:
             self.forward(request)

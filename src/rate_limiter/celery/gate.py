@@ -50,10 +50,10 @@ class Gate:
 
     Args:
         app: The Celery app.
-        max_held: The most jobs that a worker holds for one limit. By default what runs in four
-            seconds, and at least one prefetch window. Beyond it the broker keeps the rest, and jobs
-            of other kinds that stand behind them in the queue wait too. With a bucket per key the default
-            is at least 1,000, for jobs of other keys are such jobs.
+        max_held: The most jobs that a worker holds for one limit. By default what runs within ten
+            minutes, but at least one prefetch window and at most 1,000; with a bucket per key, or a
+            callable for ``bucket``, 1,000. Beyond it the broker keeps the rest, and jobs of other kinds
+            that stand behind them in the queue wait too.
 
     Raises:
         RuntimeError: The app has a gate already.
@@ -117,9 +117,10 @@ class Gate:
             max_held: For this limit, instead of the gate's.
             overflow: What happens beyond ``max_held``. ``"hold"``, the default: the broker keeps the
                 rest, and other jobs behind them in the queue too. ``"pause"``: the worker stops
-                consuming the queue for a while; for a queue that carries one limit, for quorum
-                queues, and so that several workers share a backlog. On Redis it takes up to a second
-                to take a queue up again: hold at least two seconds' worth there, as the default does.
+                consuming the queue for a while; for a queue that carries one limit, and so that
+                several workers share a backlog. On Redis it takes up to a second to take a queue up
+                again: hold at least two seconds' worth there. Where prefetch counts are static
+                (quorum queues, RabbitMQ 4) up to a prefetch window more is held before it stops.
             buckets: As in `throttle`. The gate needs it only for tasks in a prefork pool that settle
                 their charge or raise `RetryAfter`.
 

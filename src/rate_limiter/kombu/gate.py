@@ -37,9 +37,10 @@ class Gate:
     A message to which several limits apply takes from all of them or from none.
 
     Args:
-        max_held: The most messages that a consumer holds for one limit. By default what runs in four
-            seconds, and at least its ``prefetch_count``. Beyond it the broker keeps the rest, and other
-            messages that stand behind them in the queue wait too.
+        max_held: The most messages that a consumer holds for one limit. By default what runs within ten
+            minutes, but at least its ``prefetch_count`` and at most 1,000; with a bucket per key, or a
+            callable for ``bucket``, 1,000. Beyond it the broker keeps the rest, and other messages that
+            stand behind them in the queue wait too.
         on_refused: Called with the message and the error for each message that ends without having
             run: under ``when_limited="raise"``, or because its price cannot be computed or paid. See
             `GateMixin.on_refused`.
@@ -109,7 +110,9 @@ class Gate:
             max_held: For this limit, instead of the gate's.
             overflow: What happens beyond ``max_held``. ``"hold"``, the default: the broker keeps the
                 rest. ``"pause"``: the queue is not consumed for a while; for queues that carry one
-                limit, and so that several consumers share a backlog. It takes `attach` or `GateMixin`.
+                limit, and so that several consumers share a backlog. Where prefetch counts are static
+                (quorum queues, RabbitMQ 4) up to ``prefetch_count`` more is held before that. It takes
+                `attach` or `GateMixin`.
             buckets: All that a callable for ``bucket`` may return; anything else fails its message.
 
         Raises:
@@ -139,8 +142,9 @@ class Gate:
 
         Args:
             consumer: A ``kombu.Consumer`` with its queues and its callbacks or ``on_message``. Its
-                ``prefetch_count``, 20 if it has none, is raised by what is held. Attach a new one, or
-                the same after ``revive``, when the connection was lost.
+                ``prefetch_count``, 20 if it has none, is raised by what is held. Where it is static
+                (quorum queues, RabbitMQ 4) its queues are cancelled and consumed anew instead, by
+                `poll`. Attach a new one, or the same after ``revive``, when the connection was lost.
 
         Returns:
             The consumer.

@@ -32,8 +32,8 @@ class GateMixin(ConsumerMixin):
     ``producer_connection`` too, which kombu leaves out), and with ``should_stop``. When the consumer
     stops or loses its connection, what is held goes back to the broker.
 
-    Set ``prefetch_count`` on the consumers: the gate raises it by what it holds, and has no other way to
-    know it. A consumer that sets none gets 20.
+    Set ``prefetch_count`` on the consumers: the gate raises it by what it holds (or consumes queues anew,
+    where it is static), and has no other way to know it. A consumer that sets none gets 20.
 
     Attributes:
         gate: The `Gate`, of this class or of the instance.
