@@ -19,7 +19,7 @@ from rate_limiter import TokenBucket
 from rate_limiter.celery import Gate, throttle
 
 app = Celery("tiers", broker="memory://", backend="cache+memory://")
-Gate(app, max_held=100)  # all that wait here; by default what runs within four seconds
+Gate(app)
 
 BUCKETS = {
     "premium": TokenBucket(capacity=1000, tokens_per_second=1000),

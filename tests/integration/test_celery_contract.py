@@ -22,7 +22,7 @@ from celery.worker import state
 from celery.worker.consumer import Consumer
 from celery.worker.consumer.tasks import Tasks
 from harness import wait_for
-from kombu.asynchronous import set_event_loop
+from kombu.asynchronous import Hub, set_event_loop
 from kombu.common import QoS
 
 from rate_limiter import TokenBucket
@@ -263,6 +263,22 @@ def test_the_prefetch_count(probe):
         assert limited.value == 10
 
 
+def test_what_the_event_loop_calls_soon_may_raise():
+    """A timer's error is logged, and no more; that of hub.call_soon ends the loop."""
+    hub = Hub()
+
+    def fail():
+        raise LookupError
+
+    hub.timer.call_after(0, fail)
+    hub.timer.call_after(60, fail)
+    assert hub.fire_timers() > 1
+    hub.call_soon(fail)
+    with pytest.raises(LookupError):
+        next(hub.create_loop())
+    hub.close()
+
+
 def test_timers_and_calls(probe):
     """timer.call_at counts by the monotonic clock; call_soon runs on the consumer's thread."""
     consumer, fired, repeats = probe.consumer, [], []
@@ -294,6 +310,7 @@ def test_a_queue_can_be_cancelled_and_added(probe):
     assert name in probe.app.amqp.queues.consume_from
     (queue,) = [queue for queue in tasks.queues if queue.name == name]
     assert tasks._active_tags[name]
+    assert callable(tasks._basic_consume)
     assert tasks.consuming_from(name)
     probe.call(tasks.cancel_by_queue, name)
     assert not tasks.consuming_from(name)

@@ -75,15 +75,18 @@ def test_jobs_that_were_held_and_run_are_no_held_ones(rabbitmq_lab, quorum):
         assert waiting(lab, quorum[0]) >= 40 - 2 * WINDOW
 
 
-def test_no_more_is_held_than_the_bound_says(rabbitmq_lab, quorum):
-    """Beyond max_held and one prefetch count the broker keeps the jobs."""
+@pytest.mark.parametrize(("max_held", "eta_limit", "most"), [(20, None, 20 + WINDOW), (1000, 20, 20)])
+def test_no_more_is_held_than_the_bound_says(rabbitmq_lab, quorum, max_held, eta_limit, most):
+    """Beyond max_held and one prefetch count, or worker_eta_task_limit, the broker keeps the jobs."""
     lab = rabbitmq_lab
     send(lab, "job", *range(60), to=quorum)
-    with start(lab, queues=(quorum,), limits=(limit(rate=1e-3, max_held=20),)) as worker:
-        wait_for(lambda: held(lab, worker) >= 20)
+    bound = limit(rate=1e-3, max_held=max_held)
+    settings = {"worker_eta_task_limit": eta_limit}
+    with start(lab, queues=(quorum,), limits=(bound,), **settings) as worker:
+        wait_for(lambda: held(lab, worker) > most - WINDOW)
         time.sleep(0.5)
-        assert held(lab, worker) <= 20 + WINDOW
-        assert waiting(lab, quorum[0]) >= 60 - 1 - 20 - WINDOW
+        assert held(lab, worker) <= most
+        assert waiting(lab, quorum[0]) >= 60 - 1 - most
 
 
 def test_jobs_with_an_eta_take_up_no_count(rabbitmq_lab, quorum):

@@ -169,6 +169,25 @@ def test_a_queue_is_paused_at_the_bound_and_resumed_at_half():
     assert lab.gate.asked == [("pause", "queue"), ("resume", "queue")]
 
 
+@pytest.mark.parametrize("overflow", ["hold", "pause"])
+def test_more_of_a_queue_may_come_until_a_bound_is_exceeded(overflow):
+    """No more of the queue whose jobs exceed a bound; paused, it is left alone before that."""
+    lab = Lab(overflow=overflow, max_held=4)
+    takes = lab.engine.takes_more_of
+    assert takes("queue")
+    lab.offer(*"abcd")
+    assert takes("queue")
+    lab.offer("e")
+    assert takes("queue") is (overflow == "hold")
+    lab.offer("f")
+    assert (takes("queue"), takes("another")) == (False, True)
+    lab.run(1 if overflow == "hold" else 3)
+    assert takes("queue")
+    lab.offer(*"abcdefg")
+    lab.engine.clear()
+    assert takes("queue")
+
+
 def test_jobs_that_the_host_keeps_take_room():
     """What waits to be sent back counts towards the window and the bound, as a held job does."""
     lab = Lab(max_held=2)

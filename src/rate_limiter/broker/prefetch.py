@@ -16,8 +16,8 @@ __all__ = ["HIGHEST_COUNT", "STATIC_QUEUE_TYPES", "Prefetch"]
 #: The highest prefetch count: AMQP has 16 bits for it. For a higher one kombu sends 0, no limit at all.
 HIGHEST_COUNT: Final = 0xFFFF
 
-#: Queue types whose prefetch count belongs to each consumer and cannot be changed while it consumes.
-#: In RabbitMQ 4 this is so for every type.
+#: Queue types whose prefetch count belongs to each consumer and cannot be changed while it consumes: see
+#: `StaticCounts`. In RabbitMQ 4 this is so for every type.
 STATIC_QUEUE_TYPES: Final = ("quorum", "stream")
 
 #: Up to this number of held jobs the count is raised by exactly their number, so that the worker

@@ -101,6 +101,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self.engine.window = lambda _limit: int(consumer.initial_prefetch_count)
         self.window = Window(consumer, self.engine.jobs, self.engine.takes_more_of)
         self.queues = self.window.queues
+        self.by_queue = self.by_queue or self.window.is_static
         self.forward = self.window.handing_on(self.to_pool)
         if self.by_queue:  # for the queues that `celery control add_consumer` brings
             mark_messages(consumer.task_consumer.channel, on_consume=self._on_consume)
@@ -204,7 +205,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         if not self.consumer._maximum_prefetch_restored:
             self.window.restore_with(request)
         receipt.strip(request.request_dict)
-        queue = self.queues.of(request) if self.by_queue or self.window.is_static else None
+        queue = self.queues.of(request) if self.by_queue else None
         plan = self.engine.plan(request.task, queue)
         if not plan.limits:
             self.forward(request)

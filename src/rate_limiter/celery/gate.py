@@ -50,10 +50,10 @@ class Gate:
 
     Args:
         app: The Celery app.
-        max_held: The most jobs that a worker holds for one limit. By default the jobs that
-            run in four seconds, and at least one prefetch window. The broker keeps the others, and with
-            them all jobs that stand behind them in the queue. With a key the default is at least 1,000,
-            since the jobs of other keys would stand behind them too.
+        max_held: The most jobs that a worker holds for one limit. By default the jobs that run in ten
+            minutes, but at least one prefetch window and at most 1,000; with a key, or a callable for
+            ``bucket``, 1,000. The broker keeps the others, and with them all jobs that stand behind
+            them in the queue.
 
     Raises:
         RuntimeError: The app has a gate already, or a worker of the app runs already.
@@ -122,9 +122,9 @@ class Gate:
             overflow: What happens when ``max_held`` jobs are held. ``"hold"``, the default: the broker
                 keeps the others, and all jobs that stand behind them in the queue. ``"pause"``: the worker
                 stops consuming the queue for a while. This is for a queue whose jobs all have the same
-                limit, for quorum queues, and for several workers that share a backlog. On Redis it takes
-                up to a second until the queue is consumed again: hold the jobs of at least two seconds
-                there, as the default does.
+                limit, and for several workers that share a backlog. On Redis it takes up to a second until
+                the queue is consumed again: hold the jobs of at least two seconds there. Where prefetch
+                counts are static (quorum queues, RabbitMQ 4), up to a prefetch window more is held.
             buckets: As in `throttle`. The gate needs them only if tasks in a prefork pool settle their
                 charge or raise `RetryAfter`.
 

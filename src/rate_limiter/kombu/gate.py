@@ -37,9 +37,10 @@ class Gate:
     A message to which several limits apply takes from all of them or from none.
 
     Args:
-        max_held: The most messages that a consumer holds for one limit. By default the messages
-            that run in four seconds, and at least its ``prefetch_count``. The broker keeps the others, and
-            all messages that stand behind them in the queue.
+        max_held: The most messages that a consumer holds for one limit. By default the messages that run
+            in ten minutes, but at least its ``prefetch_count`` and at most 1,000; with a key, or a callable
+            for ``bucket``, 1,000. The broker keeps the others, and all messages that stand behind them in
+            the queue.
         on_refused: It is called with the message and the error for each message that does not run: under
             ``when_limited="raise"``, or because its cost cannot be computed or is above the capacity. See
             `GateMixin.on_refused`.
@@ -142,8 +143,9 @@ class Gate:
 
         Args:
             consumer: A ``kombu.Consumer`` with its queues and its callbacks or ``on_message``. Its
-                ``prefetch_count``, 20 if it has none, is raised by what is held. Attach a new one, or
-                the same after ``revive``, when the connection was lost.
+                ``prefetch_count``, 20 if it has none, is raised by what is held. Where it is static
+                (quorum queues, RabbitMQ 4) its queues are cancelled and consumed anew instead, by
+                `poll`. Attach a new one, or the same after ``revive``, when the connection was lost.
 
         Returns:
             The consumer.
