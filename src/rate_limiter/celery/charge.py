@@ -84,7 +84,7 @@ class Charge:
             self._paid[limit] = _Payment(tokens, (*(before.buckets if before else ()), bucket))
 
     def tokens(self, limit: str | None = None) -> float:
-        """Return what was charged, as settled so far.
+        """Return the tokens that were charged, as settled so far.
 
         Args:
             limit: The name of the limit, if the job was charged for several.
@@ -97,7 +97,7 @@ class Charge:
         return self._paid[chosen].tokens if chosen is not None else 0.0
 
     def settle(self, actual: float | str, limit: str | None = None) -> None:
-        """Correct the estimate: give back what was not used, or take what was used beyond it.
+        """Correct the estimate: refund tokens that were not used, or charge those used beyond it.
 
         Args:
             actual: The true cost, in tokens: a number, or a number in text. 0 if the job found nothing
@@ -189,7 +189,7 @@ class Charge:
 
 
 def current_charge() -> Charge:
-    """Return what the execution that runs now was charged. To be called in a task.
+    """Return the charge of the execution that runs now. Call it in the body of a task.
 
     Raises:
         RuntimeError: No task runs here, or nothing limits it. (Where limits are lifted, by

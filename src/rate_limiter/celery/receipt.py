@@ -106,9 +106,9 @@ def consume(task: Task, request: Any) -> Receipt:
     secret = _secret or os.environ.get(_VARIABLE)
     if not secret or not isinstance(receipt, tuple | list) or receipt[:1] not in ((secret,), [secret]):
         return Receipt([])
-    _, what, *verdict = receipt
+    _, payments, *verdict = receipt
     paid = []
-    for reference, tokens in what:
+    for reference, tokens in payments:
         limit = _find(task, reference)
         if limit is not None:
             paid.append((limit, tokens))
@@ -129,7 +129,7 @@ def headers_of(request: Mapping[str, Any]) -> dict[str, Any]:
     """Return the headers that the producer of a job has added to those of Celery.
 
     Args:
-        request: ``Request.request_dict``, or what ``task.request`` contains.
+        request: ``Request.request_dict``, or ``vars(task.request)``.
 
     Celery's ``Context`` takes a header with the name ``headers`` for all headers. Here it is one of them.
 

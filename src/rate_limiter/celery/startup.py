@@ -1,7 +1,7 @@
-"""What happens as a worker starts, with a gate or without: checks, log lines, shared buckets.
+"""The start of a worker, with a gate or without: checks, log lines, shared buckets.
 
-Importing ``rate_limiter.celery`` connects the receivers here, so that a limit that nobody enforces is told
-of too.
+Importing ``rate_limiter.celery`` connects the receivers here, so that the worker also warns of limits that
+nothing enforces.
 """
 
 import logging
@@ -31,7 +31,7 @@ _spawned = False
 
 
 def connect() -> None:
-    """Do something as a worker, or a pool process, starts."""
+    """Connect the receivers for the start of a worker, and of a pool process."""
     for signal, receiver in (
         (signals.worker_init, _on_worker_init),
         (signals.worker_process_init, _on_pool_process),
@@ -46,7 +46,7 @@ def has_started(app: Celery) -> bool:
 
 
 def _on_worker_init(sender: Any, **_: Any) -> None:
-    # A receiver cannot stop a worker: Signal.send swallows what it raises. A step can.
+    # A receiver cannot stop a worker: Signal.send catches its exceptions. A step can.
     sender.app.steps["worker"].add(_Startup)
 
 
@@ -85,7 +85,7 @@ class _Startup(bootsteps.Step):
 
 
 def _warn_without_gate(app: Celery) -> None:
-    """Tell of what only a gate reads."""
+    """Warn of settings and task attributes that only a gate reads."""
     prefix = (app.namespace or "").lower() + "_"
     settings = {
         str(key): str(key).lower().removeprefix(prefix) for key, value in app.conf.items() if value
@@ -106,7 +106,7 @@ def _warn_without_gate(app: Celery) -> None:
 
 
 def _on_pool_process(sender: Any, **_: Any) -> None:
-    """Let a spawned pool process do what the gate in the main process does with tasks."""
+    """Wrap the tasks of a spawned pool process, as the gate does in the main process."""
     global _spawned  # noqa: PLW0603 - one per process
     if not receipt.is_spawned():
         return
@@ -126,6 +126,6 @@ def _on_pool_process(sender: Any, **_: Any) -> None:
             watch(task)
     else:
         tasks = watch_all(gate, gate.tasks_of())
-    # Celery has made the tracers already, from the tasks as they were (process_initializer).
+    # Celery has already made the tracers, from the tasks without the wrapper (process_initializer).
     for task in tasks:
         task.__trace__ = build_tracer(task.name, task, app.loader, sender, app=app)

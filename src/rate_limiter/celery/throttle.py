@@ -56,8 +56,8 @@ _WATCHED: Final = "__rate_limiter_watched__"
 #: The right order of the decorators, for errors.
 _HOW: Final = "\n\n    @app.task\n    @throttle(bucket)\n    def send_email(to): ...\n"
 
-#: A job that was sent back once and comes at its scheduled time may wait for so many seconds, for the few
-#: tokens that are missing.
+#: The seconds that a job may wait for a few missing tokens, if it was sent back before and has come at its
+#: scheduled time.
 _LAST_WAIT: Final = 0.5
 
 #: For each running request: the limits that are paid and whose decorator is not entered yet. Kept beside
@@ -311,7 +311,7 @@ def _begin(
             return fallback(*_without_self(args), **kwargs)
         raise RateLimitExceeded(f"rate limit exceeded: {name}", delay)
     if request.args is not None:
-        # With pydantic=True the function gets models made of what the producer sent.
+        # With pydantic=True the function gets models, made from the arguments that the producer sent.
         sent = sent._replace(args=tuple(request.args), kwargs=dict(request.kwargs or {}))
     charge = charge_of(task, receipt, sent.args, sent.kwargs)
     due = [each for each in (*limits_of(task), *at_gate.get(task, ())) if each not in charge]

@@ -1,4 +1,4 @@
-"""A limit: the bucket that a job takes from, the cost of the job, and what happens without tokens.
+"""A limit: the bucket that a job takes from, the cost of the job, and its policy without tokens.
 
 The decorator and both gates use this module to price a job by its arguments. `declared` makes and checks
 limits, `tally` counts what happens under them. It imports neither Celery nor kombu.

@@ -1,4 +1,4 @@
-"""What a process knows of a limit at run time. `limit` has what was declared."""
+"""The run-time record of a limit in this process. `limit` has the declaration."""
 
 from collections.abc import Iterable
 from time import monotonic

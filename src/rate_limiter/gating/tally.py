@@ -82,17 +82,17 @@ class Observer:
 observers: Final[list[Observer]] = []
 
 
-def tell(outcome: str, *what: Any) -> None:
+def tell(outcome: str, *details: Any) -> None:
     """Call all observers. An exception of an observer is logged, and changes nothing else.
 
     Args:
         outcome: The name of a method of `Observer`.
-        what: Its arguments.
+        details: Its arguments.
 
     """
     for observer in observers:
         try:
-            getattr(observer, outcome)(*what)
+            getattr(observer, outcome)(*details)
         except Exception:
             logger.exception("The observer %r failed", observer)
 
@@ -111,7 +111,7 @@ class Tally:
     """The numbers of one limit, since the worker or consumer began.
 
     - ``admitted``: jobs that have paid.
-    - ``tokens``: what they have paid, as settled so far.
+    - ``tokens``: the tokens that they have paid, as settled so far.
     - ``refused``: jobs that found no tokens and did not wait.
     - ``failed``: jobs that could not pay: their cost could not be computed, or the bucket raised.
     - ``skipped``: jobs that were revoked, or expired, while held.

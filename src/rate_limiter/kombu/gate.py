@@ -143,9 +143,9 @@ class Gate:
 
         Args:
             consumer: A ``kombu.Consumer`` with its queues and its callbacks or ``on_message``. Its
-                ``prefetch_count``, 20 if it has none, is raised by what is held. Where it is static
-                (quorum queues, RabbitMQ 4) its queues are cancelled and consumed anew instead, by
-                `poll`. Attach a new one, or the same after ``revive``, when the connection was lost.
+                ``prefetch_count``, 20 if it has none, is raised by the number of held messages. Where it is
+                static (quorum queues, RabbitMQ 4) `poll` consumes its queues anew instead. After the
+                connection was lost, attach a new one, or the same one after ``revive``.
 
         Returns:
             The consumer.
@@ -173,8 +173,8 @@ class Gate:
         Raises:
             TypeError: ``callback`` is not callable, or ``queue`` not a string.
 
-        Unlike `attach` this knows nothing of the consumer: the prefetch count stays what it is (set it
-        above what may be held, ``max_held``), and no queue is paused.
+        Unlike `attach` this does not know the consumer: it does not change the prefetch count (set it above
+        ``max_held``), and it pauses no queue.
 
         """
         if not callable(callback):

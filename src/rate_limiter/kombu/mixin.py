@@ -27,7 +27,7 @@ class GateMixin(ConsumerMixin):
             def get_consumers(self, Consumer, channel):
                 return [Consumer([Queue("emails")], callbacks=[self.on_task], prefetch_count=10)]
 
-    Callbacks and ``on_message`` are called as ever, once the tokens of the message are taken. Meanwhile
+    Callbacks and ``on_message`` are called as usual, once the tokens of the message are taken. Until then
     it is held, unacknowledged, and the loop goes on: it handles other messages, obeys ``should_stop``, and sends
     heartbeats (those of ``producer_connection`` too, which kombu does not send). When the consumer stops or
     loses its connection, the held messages go back to the broker.
