@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import math
+import random
 import signal
 import statistics
 import sys
@@ -288,6 +289,112 @@ def behind(bench: Bench) -> None:
         bench.report(f"behind {server.name} prefork, native", f"{ran}/50 in 30 s", jobs=ran)
 
 
+# -- starts, while the pool is busy ----------------------------------------------------------------
+
+#: Pools, and their slots.
+BUSY: Final = [(pool, slots) for pool in ("prefork", "threads") for slots in (2, 8)]
+
+
+def after_a_stall(server: Server, pool: str, slots: int) -> list[float]:
+    """Return when jobs of 2/s started that came while all slots were busy for 12 s."""
+    with Run(server, rate=2, capacity=1, pool=pool, slots=slots) as run:
+        run.send_each("busy", [12_000] * slots)
+        run.send("limited", 24)
+        run.start()
+        run.ready()
+        run.wait("limited", 24, 60, "the jobs did not all run")
+        return run.moments("limited")
+
+
+def beside_others(server: Server, pool: str, slots: int, seconds: int) -> tuple[list[float], float]:
+    """Keep a pool busy with unlimited jobs of 0 to 1 s beside jobs of 2/s.
+
+    Returns:
+        When the jobs of 2/s started, in the seconds after the first two; how much of the slots' time the
+        others took.
+
+    """
+    lengths = random.Random(1)
+    with Run(server, rate=2, capacity=1, pool=pool, slots=slots, max_held=1000) as run:
+        run.send("limited", 2 * seconds + 20)
+        run.send_each("busy", [lengths.randrange(1000) for _ in range(3 * slots * seconds)])
+        run.start()
+        begin = run.ready() + 2
+        time.sleep(max(0.0, begin + seconds - time.monotonic()))
+        busy = [ran.number / 1000 for ran in run.ran("busy") if begin < ran.moment < begin + seconds]
+        started = [moment for moment in run.moments("limited") if begin < moment < begin + seconds]
+        return started, sum(busy) / seconds / slots
+
+
+def autoscaled(server: Server, seconds: float) -> tuple[int, int]:
+    """Return the most pool processes of ``--autoscale=8,1`` with 500 held, and then with 16 others."""
+    arguments = ("--autoscale=8,1",)
+    with Run(server, rate=2, capacity=1, max_held=1000, arguments=arguments) as run:
+        run.send("limited", 500)
+        run.start()
+        run.ready()
+        main = psutil.Process(run.workers["w"].pid)
+
+        def most() -> int:
+            counts = []
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                counts.append(len(main.children()))
+                time.sleep(0.1)
+            return max(counts)
+
+        alone = most()
+        run.send_each("busy", [500] * 16)
+        return alone, most()
+
+
+def starts(bench: Bench) -> None:
+    """Measure when limited jobs start, by their own clocks, while unlimited ones occupy the pool."""
+    seconds = 10 if bench.short else 60
+    for server in bench.servers():
+        with ThreadPoolExecutor() as threads:
+            stalls = [threads.submit(after_a_stall, server, *setup) for setup in BUSY]
+        for (pool, slots), future in zip(BUSY, stalls, strict=True):
+            worst = excess(future.result(), 2)
+            bench.must(
+                f"starts {server.name} {pool} -c {slots}: 12 s busy, 24 at 2/s",
+                f"{worst:.2f} jobs beyond 2/s * t, {rate_of(future.result()):.3f}/s",
+                f"capacity 1 + 1 + {2 * LATE:g}",
+                worst <= 2 + 2 * LATE,
+                jobs=worst,
+            )
+        with ThreadPoolExecutor() as threads:
+            mixed = [threads.submit(beside_others, server, *setup, seconds) for setup in BUSY]
+        for (pool, slots), each in zip(BUSY, mixed, strict=True):
+            started, used = each.result()
+            worst, rate = excess(started, 2), len(started) / seconds
+            what = f"starts {server.name} {pool} -c {slots}: beside 0 to 1 s"
+            bench.must(
+                what,
+                f"{worst:.2f} jobs beyond 2/s * t",
+                f"capacity 1 + 1 + {2 * LATE:g}",
+                worst <= 2 + 2 * LATE,
+                jobs=worst,
+            )
+            least = 1.94 if slots == 2 else 1.98
+            bench.report(
+                what,
+                f"{rate:.3f}/s, others used {used:.0%} of the slots",
+                f"{least}/s",
+                rate >= least,
+                jobs_per_second=rate,
+            )
+        alone, beside = autoscaled(server, 5 if bench.short else 15)
+        bench.report(
+            f"starts {server.name}: --autoscale=8,1, 500 held",
+            f"{alone} processes, {beside} with 16 others",
+            "1, 8",
+            (alone, beside) == (1, 8),
+            alone=alone,
+            beside=beside,
+        )
+
+
 # -- the decorator, and keys -----------------------------------------------------------------------
 
 
@@ -554,7 +661,7 @@ def fake_consumer(app: Celery) -> Any:
     amqp = SimpleNamespace(driver_type="amqp")
     return FakeConsumer(
         app=app,
-        hub=SimpleNamespace(call_soon=nothing),
+        hub=SimpleNamespace(call_soon=nothing, _waker=None),
         timer=SimpleNamespace(call_at=nothing, call_after=nothing, cancel=nothing),
         pool=SimpleNamespace(is_green=False),
         controller=None,
@@ -692,7 +799,7 @@ def overhead(bench: Bench) -> None:
 
 PARTS: Final[dict[str, Callable[[Bench], None]]] = {
     part.__name__: part
-    for part in (rates, behind, decorator, tenants, workers, memory, kills, leases, overhead)
+    for part in (rates, behind, starts, decorator, tenants, workers, memory, kills, leases, overhead)
 }
 
 

@@ -75,6 +75,13 @@ def limited(number: int) -> None:
         time.sleep(OPTIONS["sleep"])
 
 
+@app.task(name="busy")
+def busy(number: int) -> None:
+    """Occupy a slot for so many milliseconds."""
+    note("busy", number, time.monotonic())
+    time.sleep(number / 1000)
+
+
 @app.task(name="free")
 def free(number: int) -> None:
     note("free", number, time.monotonic())

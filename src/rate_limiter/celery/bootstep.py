@@ -7,7 +7,7 @@ unacknowledged: whatever happens to the worker, the broker has it still.
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
@@ -29,6 +29,7 @@ from .pausing import Queues
 from .prefork import is_spawned, share_all
 from .returning import Returning
 from .settings import enabled
+from .slots import Slots, scale_without
 from .throttle import watch
 from .window import Window
 
@@ -48,6 +49,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     label = "Gate"
     requires = ("celery.worker.consumer.tasks:Tasks",)
+    has_slots = True
 
     def __init__(self, consumer: Any, gate: "Gate", **kwargs: Any) -> None:
         super().__init__(consumer, **kwargs)
@@ -66,6 +68,8 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self.consumer = consumer
         self.forward: Callable[[Any], None] = consumer.on_task_request
         self.engine: Engine[Any] = Engine(self, self._limits_for, max_held=gate.max_held)
+        self.slots = Slots(consumer, self.forward, self.engine.started)
+        self.autoscale = scale_without(consumer.controller, self._held)
         #: Jobs that are to go to the pool to end there. Not from within the engine, which is locked.
         self.refused: deque[Any] = deque()
         self.open = False
@@ -102,6 +106,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             was_open, self.open = self.open, False
             self.unended.clear()
             self.refused.clear()
+            self.slots.cancel(self.engine.unstarted())
             forgotten = self.engine.clear()
             for request in forgotten:  # else `inspect reserved` goes on showing it
                 state.reserved_requests.discard(request)
@@ -164,6 +169,8 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         plan = self.engine.plan(request.task, queue)
         if not plan.limits:
             self.forward(request)
+            if self.autoscale is not None:
+                self.autoscale()
             return
         if not self.open:
             return  # the consumer is stopping; the broker has the job
@@ -175,7 +182,9 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         decision, demands = self.engine.offer(request, plan, queue)
         if decision == "go":
             receipt.issue(request.task, request.request_dict, demands)
-            self.forward(request)
+            self.slots.forward(request, demands)
+            if self.autoscale is not None:
+                self.autoscale()
             return
         self._forward_refused()
         self.loop.look()
@@ -189,17 +198,22 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         for held in released:
             request = held.job
             receipt.issue(request.task, request.request_dict, held.demands)
-            self._forward(request)
+            self._forward(request, held.demands)
         self.engine.settle()
+        if released and self.autoscale is not None:
+            self.autoscale()
 
     def _forward_refused(self) -> None:
         """Hand over what a limit has refused: the tasks end by themselves, each in its own way."""
         while self.refused:
             self._forward(self.refused.popleft())
 
-    def _forward(self, request: Any) -> None:
+    def _forward(self, request: Any, paid: Sequence[Demand] = ()) -> None:
         try:
-            self.forward(request)
+            if paid:
+                self.slots.forward(request, paid, first=True)
+            else:
+                self.forward(request)
         except Exception:  # it stays unacknowledged; the others are to go on
             logger.exception("Could not hand %s[%s] to the pool", request.name, request.id)
 
@@ -209,6 +223,11 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         if limits:
             watch(task, self.gate.limits_for(task))
         return limits
+
+    def _held(self) -> int:
+        """Return how many of the reserved requests are not for the pool yet."""
+        with self.engine.lock:
+            return self.engine.held_by.total()
 
     def _next_due(self) -> float:
         due = self.engine.next_due
@@ -250,6 +269,10 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
     def gone(self, request: Any) -> bool:
         """Tell whether a held job was revoked or has expired; it is announced and acknowledged here."""
         return bool(self._end(request, request.revoked))
+
+    def unstarted(self, request: Any) -> bool:
+        """Tell whether a job that went to the pool is still to start."""
+        return self.slots.unstarted(request)
 
     def follow(self, held: int, most: int) -> None:
         """Raise or lower the prefetch count."""

@@ -35,7 +35,8 @@ class Observer:
         Args:
             job: The job.
             demand: What the limit that makes it wait wants.
-            delay: The seconds until its bucket serves again, as far as known now.
+            delay: The seconds until its bucket serves again, as far as known now. 0.0: it waits until jobs
+                that its bucket has let go have started.
 
         """
 
