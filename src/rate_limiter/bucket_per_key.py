@@ -114,6 +114,10 @@ class BucketPerKey:
             f"{len(self)} keys>"
         )
 
+    def buckets(self) -> list[TokenBucket]:
+        """Return the buckets that there are now."""
+        return [*self._buckets.values(), *([self._overflow] if self._overflow is not None else [])]
+
     def _make(self, key: Key) -> TokenBucket:
         _check(key)
         capacity, rate = self._limits_of(key)

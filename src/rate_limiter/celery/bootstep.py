@@ -26,7 +26,7 @@ from .declarations import parameters_of
 from .ending import refuse_at_gate
 from .loop import Loop
 from .pausing import Queues
-from .prefork import is_spawned, share_all
+from .prefork import is_spawned, share_all, share_the_rest
 from .returning import Returning
 from .settings import enabled
 from .slots import Slots, scale_without
@@ -88,6 +88,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         receipt.open_office(spawned=spawned)
         if isinstance(consumer.pool, TaskPool):
             share_all(limit for limit, tasks in tasks_of.items() if tasks and not spawned)
+            share_the_rest(consumer.controller, limits)
 
     # -- life cycle: started anew with every connection -------------------------------------------
 
