@@ -14,6 +14,7 @@ import contextlib
 import json
 import math
 import os
+import random
 import signal
 import statistics
 import subprocess
@@ -340,6 +341,112 @@ def behind(bench: Bench) -> None:
         server = bench.servers()[0]
         ran, seconds, _ = seconds_behind(server, 200, 30, native="2/s")
         bench.report(f"behind {server.name} prefork, native", f"{ran}/50 in 30 s", jobs=ran)
+
+
+# -- starts, while the pool is busy ----------------------------------------------------------------
+
+#: Pools, and their slots.
+BUSY: Final = [(pool, slots) for pool in ("prefork", "threads") for slots in (2, 8)]
+
+
+def after_a_stall(server: Server, pool: str, slots: int) -> list[float]:
+    """Return when jobs of 2/s started that came while all slots were busy for 12 s."""
+    with Run(server, rate=2, capacity=1, pool=pool, slots=slots) as run:
+        run.send_each("busy", [12_000] * slots)
+        run.send("limited", 24)
+        run.start()
+        run.ready()
+        run.wait("limited", 24, 60, "the jobs did not all run")
+        return run.moments("limited")
+
+
+def beside_others(server: Server, pool: str, slots: int, seconds: int) -> tuple[list[float], float]:
+    """Keep a pool busy with unlimited jobs of 0 to 1 s beside jobs of 2/s.
+
+    Returns:
+        When the jobs of 2/s started, in the seconds after the first two; how much of the slots' time the
+        others took.
+
+    """
+    lengths = random.Random(1)
+    with Run(server, rate=2, capacity=1, pool=pool, slots=slots, max_held=1000) as run:
+        run.send("limited", 2 * seconds + 20)
+        run.send_each("busy", [lengths.randrange(1000) for _ in range(3 * slots * seconds)])
+        run.start()
+        begin = run.ready() + 2
+        time.sleep(max(0.0, begin + seconds - time.monotonic()))
+        busy = [ran.number / 1000 for ran in run.ran("busy") if begin < ran.moment < begin + seconds]
+        started = [moment for moment in run.moments("limited") if begin < moment < begin + seconds]
+        return started, sum(busy) / seconds / slots
+
+
+def autoscaled(server: Server, seconds: float) -> tuple[int, int]:
+    """Return the most pool processes of ``--autoscale=8,1`` with 500 held, and then with 16 others."""
+    arguments = ("--autoscale=8,1",)
+    with Run(server, rate=2, capacity=1, max_held=1000, arguments=arguments) as run:
+        run.send("limited", 500)
+        run.start()
+        run.ready()
+        main = psutil.Process(run.workers["w"].pid)
+
+        def most() -> int:
+            counts = []
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                counts.append(len(main.children()))
+                time.sleep(0.1)
+            return max(counts)
+
+        alone = most()
+        run.send_each("busy", [500] * 16)
+        return alone, most()
+
+
+def starts(bench: Bench) -> None:
+    """Measure when limited jobs start, by their own clocks, while unlimited ones occupy the pool."""
+    seconds = 10 if bench.short else 60
+    for server in bench.servers():
+        with ThreadPoolExecutor() as threads:
+            stalls = [threads.submit(after_a_stall, server, *setup) for setup in BUSY]
+        for (pool, slots), future in zip(BUSY, stalls, strict=True):
+            worst = excess(future.result(), 2)
+            bench.must(
+                f"starts {server.name} {pool} -c {slots}: 12 s busy, 24 at 2/s",
+                f"{worst:.2f} jobs beyond 2/s * t, {rate_of(future.result()):.3f}/s",
+                f"capacity 1 + 1 + {2 * LATE:g}",
+                worst <= 2 + 2 * LATE,
+                jobs=worst,
+            )
+        with ThreadPoolExecutor() as threads:
+            mixed = [threads.submit(beside_others, server, *setup, seconds) for setup in BUSY]
+        for (pool, slots), each in zip(BUSY, mixed, strict=True):
+            started, used = each.result()
+            worst, rate = excess(started, 2), len(started) / seconds
+            what = f"starts {server.name} {pool} -c {slots}: beside 0 to 1 s"
+            bench.must(
+                what,
+                f"{worst:.2f} jobs beyond 2/s * t",
+                f"capacity 1 + 1 + {2 * LATE:g}",
+                worst <= 2 + 2 * LATE,
+                jobs=worst,
+            )
+            least = 1.94 if slots == 2 else 1.98
+            bench.report(
+                what,
+                f"{rate:.3f}/s, others used {used:.0%} of the slots",
+                f"{least}/s",
+                rate >= least,
+                jobs_per_second=rate,
+            )
+        alone, beside = autoscaled(server, 5 if bench.short else 15)
+        bench.report(
+            f"starts {server.name}: --autoscale=8,1, 500 held",
+            f"{alone} processes, {beside} with 16 others",
+            "1, 8",
+            (alone, beside) == (1, 8),
+            alone=alone,
+            beside=beside,
+        )
 
 
 # -- the decorator, and keys -----------------------------------------------------------------------
@@ -704,8 +811,22 @@ class FakeConsumer(SimpleNamespace):
     __hash__ = object.__hash__
 
 
+class FakeRequest(SimpleNamespace):
+    """A request that starts as soon as it is handed over."""
+
+    __hash__ = object.__hash__
+
+    def on_accepted(self, *_: Any) -> None:
+        """Stand for what Celery does then."""
+
+
 def nothing(*_: Any) -> None:
     """Stand for what is not measured."""
+
+
+def run_at_once(request: Any) -> None:
+    """Stand for the pool."""
+    request.on_accepted(0, 0.0)
 
 
 def fake_consumer(app: Celery) -> Any:
@@ -713,7 +834,7 @@ def fake_consumer(app: Celery) -> Any:
     amqp = SimpleNamespace(driver_type="amqp")
     return FakeConsumer(
         app=app,
-        hub=SimpleNamespace(call_soon=nothing),
+        hub=SimpleNamespace(call_soon=nothing, _waker=None),
         timer=SimpleNamespace(call_at=nothing, call_after=nothing, cancel=nothing),
         pool=SimpleNamespace(is_green=False),
         controller=None,
@@ -722,8 +843,8 @@ def fake_consumer(app: Celery) -> Any:
         initial_prefetch_count=8,
         connection=SimpleNamespace(transport=amqp),
         conninfo=SimpleNamespace(transport=amqp),
-        task_consumer=SimpleNamespace(channel=None, queues=[]),
-        on_task_request=nothing,
+        task_consumer=SimpleNamespace(channel=SimpleNamespace(basic_consume=nothing), queues=[]),
+        on_task_request=run_at_once,
         _maximum_prefetch_restored=True,
     )
 
@@ -761,7 +882,7 @@ def gate_alone(bench: Bench) -> None:
 
     def requests(task: Any) -> list[Any]:
         return [
-            SimpleNamespace(task=task, id=str(i), request_dict={}, eta=None, revoked=lambda: False)
+            FakeRequest(task=task, id=str(i), request_dict={}, eta=None, revoked=lambda: False)
             for i in range(calls)
         ]
 
@@ -781,7 +902,7 @@ def gate_alone(bench: Bench) -> None:
             clock.now += 1.5e-7  # never two at once: the capacity is 1
             step.loop._on_timer()
 
-    floor = best(rounds, calls, give(nothing, requests(free)))
+    floor = best(rounds, calls, give(run_at_once, requests(free)))
     for what, target, action in (
         ("an ungated job", 1, give(handle, requests(free))),
         ("a job that goes at once", 5, give(handle, requests(granted))),
@@ -798,27 +919,37 @@ def gate_alone(bench: Bench) -> None:
 
 
 def cpu_of(run: Run) -> float:
-    """Return the CPU seconds that a worker and its children have used."""
-    main = psutil.Process(run.workers["w"].pid)
-    times = [process.cpu_times() for process in (main, *main.children(recursive=True))]
-    return sum(each.user + each.system for each in times)
+    """Return the CPU seconds that a worker's main process has used."""
+    times = psutil.Process(run.workers["w"].pid).cpu_times()
+    return times.user + times.system
 
 
-def cost(server: Server, jobs: int, task: str, gate: bool) -> tuple[float, float]:
-    """Return the worker's CPU seconds per job, and the jobs per second."""
-    with Run(server, gate=gate, rate=1e6, capacity=1e6) as run:
+def cost(server: Server, jobs: int, task: str, **options: Any) -> tuple[float, float]:
+    """Return the CPU seconds of the main process per job, and the jobs per second."""
+    with Run(server, **options) as run:
         run.send("free", WARM_UP)
         run.send(task, jobs)
         # It starts beside the queue, so that its own start does not count.
         run.start(queue=f"{run.queue}-none")
         run.ready()
         before = cpu_of(run)
-        run.app.control.add_consumer(run.queue, destination=[run.node()])
+        add_consumer = run.app.control.add_consumer  # to which a worker may not listen yet
+        if not wait_until(lambda: add_consumer(run.queue, destination=[run.node()], reply=True), 20):
+            raise LabError("the worker did not answer `add_consumer`")
         total = jobs + (WARM_UP if task == "free" else 0)
-        run.wait(task, total, 120, "the jobs did not all run")
+        run.wait(task, total, 180, "the jobs did not all run")
         time.sleep(0.3)
         cpu = cpu_of(run) - before
         return cpu / jobs, rate_of(run.moments(task))
+
+
+#: What a job costs at most in the main process, as a ratio to a worker without a gate; which job; the
+#: options of its run.
+COSTS: Final[dict[str, tuple[float, str, dict[str, Any]]]] = {
+    "ungated": (1.03, "free", {"gate": True}),
+    "gated, never held": (1.08, "limited", {"rate": 1e6, "capacity": 1e6}),
+    "held and released, 400/s": (1.15, "limited", {"rate": 400}),
+}
 
 
 def overhead(bench: Bench) -> None:
@@ -827,22 +958,26 @@ def overhead(bench: Bench) -> None:
     if "redis" not in bench.brokers:
         return
     server = bench.server("redis")
-    jobs, rounds = (1_000, 1) if bench.short else (5_000, 3)
-    setups = {"no gate": ("free", False), "ungated": ("free", True), "gated": ("limited", True)}
-    costs = [
-        {name: cost(server, jobs, *setup) for name, setup in setups.items()} for _ in range(rounds)
-    ]
-    for name in setups:
-        micro = statistics.median(each[name][0] for each in costs) * 1e6
-        rate = statistics.median(each[name][1] for each in costs)
-        ratio = statistics.median(each[name][0] / each["no gate"][0] for each in costs)
+    jobs, pairs = (1_000, 1) if bench.short else (10_000, 5)
+    for name, (target, task, options) in COSTS.items():
+        costs = []
+        for number in range(pairs):
+            setups = [("free", {"gate": False}), (task, options)]
+            both = [
+                cost(server, jobs, setup[0], **setup[1]) for setup in setups[:: 1 if number % 2 else -1]
+            ]
+            costs.append(both[:: 1 if number % 2 else -1])
+        ratio = statistics.median(gated[0] / free[0] for free, gated in costs)
+        without, micro = (statistics.median(each[k][0] for each in costs) * 1e6 for k in (0, 1))
+        rate = statistics.median(each[1][1] for each in costs)
         bench.report(
             f"overhead in a worker, Redis: {name}",
-            f"{micro:.0f} us CPU a job (x {ratio:.3f}), {rate:.0f}/s",
-            "" if name == "no gate" else "x 1.03",
-            None if name == "no gate" else ratio <= 1.03,
+            f"{micro:.0f}, no gate {without:.0f} us CPU a job (x {ratio:.3f}), {rate:.0f}/s",
+            f"x {target}",
+            ratio <= target,
             microseconds=micro,
             ratio=ratio,
+            ratios=[gated[0] / free[0] for free, gated in costs],
             jobs_per_second=rate,
         )
 
@@ -852,7 +987,7 @@ def overhead(bench: Bench) -> None:
 PARTS: Final[dict[str, Callable[[Bench], None]]] = {
     part.__name__: part
     for part in (
-        *(rates, behind, decorator, tenants, asks, workers),
+        *(rates, behind, starts, decorator, tenants, asks, workers),
         *(tally, memory, kills, leases, outage, overhead),
     )
 }

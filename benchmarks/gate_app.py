@@ -106,9 +106,10 @@ def free(number: int) -> None:
 
 
 @app.task(name="busy")
-def busy(seconds: float) -> None:
-    note("busy", 0, time.monotonic())
-    time.sleep(seconds)
+def busy(milliseconds: int) -> None:
+    """Occupy a slot."""
+    note("busy", milliseconds, time.monotonic())
+    time.sleep(milliseconds / 1000)
 
 
 @app.task(name="later", bind=True)

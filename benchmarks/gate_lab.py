@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -245,6 +245,7 @@ class Run:
         pool: The worker's pool.
         slots: How many it has.
         level: The level of its log.
+        arguments: Further arguments of the worker.
         conf: Further settings.
 
     """
@@ -267,6 +268,7 @@ class Run:
         pool: str = "prefork",
         slots: int = 2,
         level: str = "WARNING",
+        arguments: tuple[str, ...] = (),
         conf: dict[str, Any] | None = None,
     ) -> None:
         self.server = server
@@ -275,6 +277,7 @@ class Run:
         self.pool = pool
         self.slots = slots
         self.level = level
+        self.arguments = arguments
         self.capacity = max(1.0, rate / 10) if capacity is None else capacity
         self.workers: dict[str, subprocess.Popen[bytes]] = {}
         self.conf = {
@@ -316,13 +319,17 @@ class Run:
         with self.app.connection_for_write() as connection:
             connection.default_channel.queue_delete(self.queue)
 
-    def send(self, task: str, count: int, first: float = 0) -> None:
+    def send(self, task: str, count: int, first: int = 0) -> None:
         """Send jobs, numbered in order."""
+        self.send_each(task, range(first, first + count))
+
+    def send_each(self, task: str, numbers: Iterable[int]) -> None:
+        """Send jobs with these numbers."""
         amqp = self.app.amqp
         with self.app.connection_for_write() as connection:
             amqp.queues[self.queue](connection.default_channel).declare()
             producer = amqp.Producer(connection)
-            for number in (first + step for step in range(count)):
+            for number in numbers:
                 message = amqp.as_task_v2(uuid(), task, (number,), {})
                 producer.publish(
                     message.body,
@@ -348,7 +355,7 @@ class Run:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         options = f"-c {self.slots} --without-mingle --without-gossip -P {self.pool} -l {self.level}"
         command = [sys.executable, "-m", "celery", "-A", "gate_app", "worker", *options.split()]
-        command += ["-n", self.node(name), "-Q", queue or self.queue]
+        command += ["-n", self.node(name), "-Q", queue or self.queue, *self.arguments]
         with Path(f"{self.path}.{name}.log").open("ab") as log:
             self.workers[name] = subprocess.Popen(
                 command,

@@ -141,7 +141,7 @@ def connections_closed(bench: Any, pool: str) -> None:
     rounds = 3 if bench.short else 10
     took = []
     with Run(bench.server("rabbitmq"), rate=1 / 60, capacity=1, pool=pool, level="INFO") as run:
-        run.send("busy", 1, 60 + 15 * rounds)
+        run.send("busy", 1, 1000 * (60 + 15 * rounds))
         run.send("limited", 7)
         run.start()
         run.ready()

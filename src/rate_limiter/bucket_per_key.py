@@ -134,6 +134,10 @@ class BucketPerKey:
             f"{len(self)} keys>"
         )
 
+    def buckets(self) -> list[TokenBucket]:
+        """Return the buckets that there are now, and the one that keys beyond ``max_keys`` share."""
+        return [*list(self._buckets.values()), self._overflow]
+
     def _find_or_make(self, key: Key) -> TokenBucket:
         _check(key)
         bucket = self._buckets.get(key)

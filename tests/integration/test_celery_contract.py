@@ -5,11 +5,12 @@ Where one of these fails with a new Celery, the gate needs a change.
 
 import functools
 import inspect
+import queue
 import threading
 import time
 from uuid import uuid4
 
-import celery
+import celery.concurrency
 import pytest
 from billiard.einfo import ExceptionInfo
 from celery import Celery, bootsteps
@@ -27,6 +28,7 @@ from kombu.common import QoS
 
 from rate_limiter import TokenBucket
 from rate_limiter.celery import Gate
+from rate_limiter.celery.slots import _ThreadsLine
 
 
 class Probe:
@@ -346,6 +348,68 @@ class WithoutHook(Consumer):
     """A consumer of some Celery to come."""
 
     on_task_request = property(lambda _: None, lambda *_: None)
+
+
+def test_a_request_can_be_told_of_its_start(probe):
+    """What request.on_accepted is replaced by is called when the job starts; then it is active."""
+    _, request = probe.held_job(probe.echo)
+    told = []
+
+    def accept(*args):
+        del request.on_accepted
+        request.on_accepted(*args)
+        told.append((request in state.reserved_requests, request in state.active_requests))
+
+    request.on_accepted = accept
+    assert request not in state.active_requests
+    probe.call(probe.forward, request)
+    wait_for(lambda: told)
+    assert told == [(True, True)]
+
+
+def test_where_jobs_wait_for_a_slot_of_a_prefork_pool():
+    """In the deque of the worker's semaphore, as (callback, (request,), {})."""
+    app = make_app("redis://")
+    worker = app.WorkController(pool="prefork", concurrency=2)
+    assert worker.consumer.on_task_request == worker._process_task_sem
+    assert worker.pool_putlocks
+    waiting, ran = worker.semaphore._waiting, []
+    worker._process_task = ran.append
+    for request in "abcd":
+        worker.consumer.on_task_request(request)
+    assert ran == ["a", "b"]
+    assert [entry[1] for entry in waiting] == [("c",), ("d",)]
+    waiting.rotate()
+    worker._quick_release()
+    assert ran == ["a", "b", "d"]
+    worker.semaphore.clear()
+    assert worker.semaphore._waiting is waiting
+    app.close()
+
+
+def test_where_jobs_wait_for_a_slot_of_a_threads_pool():
+    """In a SimpleQueue of the executor, which has no thread yet; a job's future can be cancelled."""
+    pool = celery.concurrency.get_implementation("threads")(1)
+    executor = pool.executor
+    assert type(executor._work_queue) is queue.SimpleQueue
+    assert not executor._threads
+    executor._work_queue = line = _ThreadsLine()
+    ran, go = [], threading.Event()
+    pool.start()
+    pool.on_apply(go.wait)
+    futures = {
+        name: line.forward(lambda name: pool.on_apply(ran.append, (name,)), name, name.isupper())
+        for name in "abAcBd"
+    }
+    assert futures["c"].cancel()
+    assert futures["B"].cancel()
+    assert line.qsize() == 6
+    go.set()
+    wait_for(lambda: len(ran) == 4)
+    assert ran == ["A", "a", "b", "d"]
+    assert line.empty()
+    pool.stop()
+    assert not any(thread.is_alive() for thread in executor._threads)
 
 
 def test_without_the_hook_the_worker_does_not_start():

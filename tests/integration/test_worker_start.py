@@ -98,6 +98,31 @@ def test_one_rate_for_the_worker_is_accepted(start, source, arguments):
     assert ("Shared with all pool processes" in worker.output) is shared
 
 
+SPARE = APP + "spare = [TokenBucket(1, 2) for _ in range(3)]\n"
+MANY = APP + "spare = [TokenBucket(1, 2) for _ in range(300)]\n"
+ALONE = "so each of the 4 pool processes has its own, with the whole rate"
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (SPARE, "3 buckets that no limit of a task names"),
+        (SPARE + GATE, "3 buckets that no limit of a task names"),
+        (MANY + GATE, "and 299 other buckets, " + ALONE),
+        (APP + GATE + "spare = BucketPerKey(5, 1)\nspare['x'].allow()\n", ALONE),
+        (TENANTS + GATE, ""),
+    ],
+    ids=["throttle", "gate", "too many", "per key", "per key at the gate"],
+)
+def test_a_bucket_that_no_limit_names_is_shared_too(start, source, told):
+    """A task may wait for it in its body: it is shared before the pool forks, or the worker warns."""
+    worker = start(source, "-l", "INFO", "-P", "prefork", "-c", "4")
+    worker.wait_until_ready()
+    assert told in worker.output
+    assert ("so each of the" in worker.output) is (ALONE in told)
+    assert ("that no limit of a task names" in worker.output) is bool(told and ALONE not in told)
+
+
 TWICE = """
 from celery import Celery
 from rate_limiter.celery import Gate, throttle

@@ -2,6 +2,7 @@
 # ruff: noqa: D102 - the timer is Celery's
 
 import math
+import select
 import threading
 from types import SimpleNamespace
 
@@ -141,10 +142,19 @@ def test_work_that_raises_is_not_the_last(lab):
     assert lab.timer.next == 8
 
 
-def test_looks_twice_a_second_where_threads_cannot_wake_the_loop(clock):
-    """Before kombu 5.7 no thread can interrupt its event loop: it looks every half second."""
-    lab = Lab(clock)
+def test_another_thread_wakes_an_older_kombu(clock):
+    """The event loop of kombu before 5.7 is woken through a pair of sockets."""
+    readers = {}
+    lab = Lab(clock, add_reader=readers.__setitem__, remove_reader=readers.pop)
     lab.due = 60
     lab.loop.look()
-    lab.timer.fire()
-    assert (lab.worked, lab.timer.next) == ([0.5], 1.0)
+    lab.due = 0.5
+    thread = threading.Thread(target=lab.loop.wake)
+    thread.start()
+    thread.join()
+    ((reader, on_readable),) = readers.items()
+    assert select.select([reader], [], [], 5)[0] == [reader]
+    on_readable(reader)
+    assert lab.timer.next == 0.5
+    lab.loop.stop()
+    assert not readers

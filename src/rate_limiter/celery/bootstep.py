@@ -7,7 +7,7 @@ unacknowledged: whatever happens to the worker, the broker has it still.
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
@@ -27,9 +27,10 @@ from . import receipt
 from .declarations import parameters_of
 from .ending import refuse_at_gate
 from .loop import Loop
-from .prefork import is_spawned, share_all
+from .prefork import is_spawned, share_all, share_the_rest
 from .returning import Returning
 from .settings import enabled
+from .slots import Slots, scale_without
 from .throttle import watch, watch_all
 from .window import Window
 
@@ -49,6 +50,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     label = "Gate"
     requires = ("celery.worker.consumer.tasks:Tasks",)
+    has_slots = True
 
     def __init__(self, consumer: Any, gate: "Gate", **kwargs: Any) -> None:
         super().__init__(consumer, **kwargs)
@@ -68,6 +70,9 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self.to_pool: Callable[[Any], None] = consumer.on_task_request
         self.forward = self.to_pool
         self.engine: Engine[Any] = Engine(self, self._limits_for, max_held=gate.max_held)
+        to_pool = lambda request: self.forward(request)  # noqa: E731, PLW0108 - `start` replaces it
+        self.slots = Slots(consumer, to_pool, self.engine.started)
+        self.autoscale = scale_without(consumer.controller, self._held)
         #: Jobs that are to go to the pool to end there. Not from within the engine, which is locked.
         self.refused: deque[Any] = deque()
         self.open = False
@@ -89,6 +94,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         receipt.open_office(spawned=spawned)
         if isinstance(consumer.pool, TaskPool):
             share_all(limit for limit, tasks in tasks_of.items() if tasks and not spawned)
+            share_the_rest(consumer.controller, limits)
         #: The limits that were found to be for nothing.
         self.unused: set[Limit] = set()
         self._announce()
@@ -117,6 +123,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             was_open, self.open = self.open, False
             self.unended.clear()
             self.refused.clear()
+            self.slots.cancel(self.engine.unstarted())
             forgotten = self.engine.clear()
             for request in forgotten:  # else `inspect reserved` goes on showing it
                 state.reserved_requests.discard(request)
@@ -209,6 +216,8 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         plan = self.engine.plan(request.task, queue)
         if not plan.limits:
             self.forward(request)
+            if self.autoscale is not None:
+                self.autoscale()
             return
         if not self.open:
             return  # the consumer is stopping; the broker has the job
@@ -220,7 +229,9 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         decision, demands = self.engine.offer(request, plan, queue)
         if decision == "go":
             receipt.issue(request.task, request.request_dict, demands)
-            self.forward(request)
+            self.slots.forward(request, demands)
+            if self.autoscale is not None:
+                self.autoscale()
             return
         self.window.keep(request)
         self._forward_refused()
@@ -235,17 +246,22 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         for held in released:
             request = held.job
             receipt.issue(request.task, request.request_dict, held.demands)
-            self._forward(request)
+            self._forward(request, held.demands)
         self.engine.settle()
+        if released and self.autoscale is not None:
+            self.autoscale()
 
     def _forward_refused(self) -> None:
         """Hand over what a limit has refused: the tasks end by themselves, each in its own way."""
         while self.refused:
             self._forward(self.refused.popleft())
 
-    def _forward(self, request: Any) -> None:
+    def _forward(self, request: Any, paid: Sequence[Demand] = ()) -> None:
         try:
-            self.forward(request)
+            if paid:
+                self.slots.forward(request, paid, first=True)
+            else:
+                self.forward(request)
         except Exception:  # it stays unacknowledged; the others are to go on
             logger.exception("Could not hand %s[%s] to the pool", request.name, request.id)
 
@@ -258,6 +274,11 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             self.unused.discard(limit)
             self._tell(limit, [task.name])
         return limits
+
+    def _held(self) -> int:
+        """Return how many of the reserved requests are not for the pool yet."""
+        with self.engine.lock:
+            return self.engine.held_by.total()
 
     def _next_due(self) -> float:
         due = self.engine.next_due
@@ -301,6 +322,10 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
     def gone(self, request: Any) -> bool:
         """Tell whether a held job was revoked or has expired; it is announced and acknowledged here."""
         return self._end(request, request.revoked)
+
+    def unstarted(self, request: Any) -> bool:
+        """Tell whether a job that went to the pool is still to start."""
+        return self.slots.unstarted(request)
 
     def follow(self, held: int, most: int) -> None:
         """See that other jobs arrive beside the held ones."""

@@ -6,7 +6,9 @@ the broker has no event loop (``memory://``, Windows), Celery's timer is a secon
 jobs beside the consumer's: there the gate works around the consumer's own wait for messages.
 """
 
+import contextlib
 import math
+import socket
 import threading
 from collections.abc import Callable
 from time import monotonic
@@ -25,8 +27,8 @@ _LEAST: Final = 0.001
 #: Celery's timer thread brings; it cannot interrupt the wait for messages.
 _ETA_POLL: Final = 0.1
 
-#: Seconds between two looks where another thread cannot interrupt the wait (kombu before 5.7, and no
-#: event loop) to tell that a bucket was refunded or configured.
+#: Seconds between two looks where another thread cannot interrupt the wait (no event loop) to tell that a
+#: job has started, or a bucket was refunded or configured.
 _THREAD_POLL: Final = 0.5
 
 
@@ -55,10 +57,12 @@ class Loop:
         self._timer: Any = None
         self._timer_at = math.inf
         #: Whether `work` may be called by a timer.
-        self.has_timer = consumer.hub is not None or getattr(consumer.pool, "is_green", False)
-        self._longest = _THREAD_POLL
-        if getattr(consumer.hub, "_waker", self) is not self:  # kombu 5.7: call_soon wakes the loop
-            self._longest = math.inf
+        self._is_green = getattr(consumer.pool, "is_green", False)
+        self.has_timer = consumer.hub is not None or self._is_green
+        self._longest = _THREAD_POLL if consumer.hub is None else math.inf
+        self._waker: _Waker | None = None
+        if consumer.hub is not None and not hasattr(consumer.hub, "_waker"):
+            self._waker = _Waker(consumer.hub, self.look)
         if consumer.hub is None:
             self._work_between_messages(flush)
 
@@ -81,14 +85,18 @@ class Loop:
 
     def wake(self) -> None:
         """See that `work` is called soon. For any thread."""
-        if threading.get_ident() == self._thread:
+        if self._is_green or threading.get_ident() == self._thread:
             self.look()
+        elif self._waker is not None:
+            self._waker.wake()
         elif self.has_timer:
             self._consumer.call_soon(self.look)
 
     def stop(self) -> None:
         """End it, with the connection."""
         self._cancel()
+        if self._waker is not None:
+            self._waker.close()
 
     def _cancel(self) -> None:
         if self._timer is not None:
@@ -136,3 +144,37 @@ class Loop:
                 consumer.perform_pending_operations()
 
         consumer.connection.drain_events = drain_events
+
+
+class _Waker:
+    """Wakes an event loop of kombu before 5.7, which `call_soon` from another thread does not.
+
+    Args:
+        hub: The event loop.
+        callback: Called in the loop's thread after `wake`.
+
+    """
+
+    def __init__(self, hub: Any, callback: Callable[[], None]) -> None:
+        self._hub = hub
+        self._callback = callback
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        hub.add_reader(self._reader, self._on_byte)
+
+    def wake(self) -> None:
+        """Have the callback called soon. For any thread."""
+        with contextlib.suppress(OSError):  # full: it is called anyway; or closed
+            self._writer.send(b"w")
+
+    def close(self) -> None:
+        """Let go of the loop."""
+        self._hub.remove_reader(self._reader)
+        self._reader.close()
+        self._writer.close()
+
+    def _on_byte(self, *_: Any) -> None:
+        with contextlib.suppress(OSError):
+            self._reader.recv(4096)
+        self._callback()

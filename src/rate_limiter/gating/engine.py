@@ -73,6 +73,10 @@ class Plan:
 class Host(Generic[Job]):
     """What a gate does for its engine. Those methods that do something here may be left out."""
 
+    #: Whether jobs that were let go may have to wait for a slot of a pool before they start. Then the host
+    #: tells of each start by `Engine.started`, and `unstarted` is asked.
+    has_slots = False
+
     def call_of(self, job: Job) -> Call:
         """Return the arguments that a job was sent with."""
         raise NotImplementedError
@@ -87,6 +91,10 @@ class Host(Generic[Job]):
 
     def gone(self, job: Job) -> bool:
         """Tell whether a held job was revoked, has expired, or is the broker's again; end it then."""
+        return False
+
+    def unstarted(self, job: Job) -> bool:
+        """Tell whether a job that was let go is still to start."""
         return False
 
     def follow(self, held: int, most: int) -> None:
@@ -131,6 +139,7 @@ class Engine(Generic[Job]):
             skip=self._skip,
             hold=self._on_hold,
             poked=host.wake,
+            is_unstarted=host.unstarted if host.has_slots else None,
         )
         self._plans: dict[Hashable, Plan] = {}
         #: The prefetch count that the consumer of a limit's jobs has without a gate.
@@ -167,6 +176,11 @@ class Engine(Generic[Job]):
         """Return the jobs that are held, and those that the host keeps."""
         with self.lock:
             return [*self._holding.jobs(), *self._kept]
+
+    def unstarted(self) -> list[Job]:
+        """Return the jobs that were let go and have not started, as far as known."""
+        with self.lock:
+            return self._holding.unstarted()
 
     @property
     def held_by(self) -> Counter[Limit]:
@@ -267,6 +281,19 @@ class Engine(Generic[Job]):
         for held in released:
             tell("admitted", held.job, held.demands, max(0.0, now - held.since), held.limit)
         return released
+
+    def started(self, job: Job, demands: Sequence[Demand]) -> None:
+        """Take note that a job that was let go starts now, or never will. For any thread.
+
+        Args:
+            job: The job.
+            demands: What it has paid.
+
+        """
+        with self.lock:
+            due = self._holding.started(job, demands, self._clock())
+        if due:
+            self._host.wake()
 
     def settle(self) -> None:
         """Follow what `release` has changed: make room for as many as are held, and resume queues."""
@@ -374,16 +401,17 @@ class Engine(Generic[Job]):
     def _on_hold(self, held: Held[Job], demand: Demand, delay: float) -> None:
         limit = demand.limit
         self._has_held = True
+        name = record_of(limit).name
         if limit not in self._waiting:
             self._check_at(held.since + _QUIET, limit)
-            logger.info(
-                "Limit %s: jobs begin to wait, the first for %.3g s", record_of(limit).name, delay
-            )
+            first = f"for {delay:.3g} s" if delay else "for a free slot of the pool"
+            logger.info("Limit %s: jobs begin to wait, the first %s", name, first)
         self._waiting[limit] = math.inf
         if logger.isEnabledFor(logging.DEBUG):
-            logger.debug(
-                "Held %s: limit %s has tokens for it in %.3g s", held.job, record_of(limit).name, delay
-            )
+            if delay:
+                logger.debug("Held %s: limit %s has tokens for it in %.3g s", held.job, name, delay)
+            else:
+                logger.debug("Held %s: jobs of limit %s wait for a free slot", held.job, name)
         tell("held", held.job, demand, delay)
 
     def _check_at(self, moment: float, limit: Limit) -> None:

@@ -7,6 +7,10 @@ stands in nobody's way at the other buckets, and no later job overtakes it there
 If bucket A can serve such a job and bucket B cannot yet, and waiting for B costs A no more tokens than
 the job takes from it, the job claims A. A then serves no other job until this one has gone.
 
+Where jobs that were let go may have to wait for a slot of a pool, a bucket lets only so many go as may
+start at once (`unstarted`). The next one waits in its queue, without asking the bucket, until one of them
+has started.
+
 Nothing here asks a bucket before the moment that the bucket has forecast. A bucket that was refunded,
 paused or configured in this process says so (`Holding.poke`); one that other processes change is
 compared with its counter of changes twice a second; only a bucket class that offers neither is asked
@@ -25,6 +29,7 @@ from ..all_of import take_all_or_delay
 from ..bucket import Bucket
 from ..shared_bucket import is_shared
 from .limit import Demand, Limit
+from .unstarted import Unstarted
 
 __all__ = ["Held", "Holding"]
 
@@ -32,6 +37,9 @@ Job = TypeVar("Job")
 
 #: Seconds after which a bucket is looked at again that cannot tell this process of every change.
 _LOOK_AGAIN: Final = 0.5
+
+#: The "delay" of a job that waits until one that was let go before it has started.
+_UNTIL_A_START: Final = 0.0
 
 #: How many times buckets are asked in one call of `release`. The loop of a worker or consumer has
 #: other work to do too.
@@ -44,7 +52,7 @@ _EVEN: Final = 1.000001
 class Held(Generic[Job]):
     """A job that waits."""
 
-    __slots__ = ("arrival", "claims", "demands", "job", "limit", "queue", "since")
+    __slots__ = ("arrival", "asked", "claims", "demands", "job", "limit", "queue", "since")
 
     queue: "_Queue[Job]"
 
@@ -58,12 +66,24 @@ class Held(Generic[Job]):
         self.claims: list[_Queue[Job]] = []
         #: The limit that makes it wait now.
         self.limit: Limit = demands[0].limit
+        #: Whether a bucket was asked for it. If not, it is refused in its turn, as ``when_limited`` says.
+        self.asked = True
 
 
 class _Queue(Generic[Job]):
     """The jobs that one bucket makes wait, by arrival."""
 
-    __slots__ = ("bucket", "changes", "claimant", "due", "jobs", "look", "sees_all", "shared")
+    __slots__ = (
+        "bucket",
+        "changes",
+        "claimant",
+        "due",
+        "jobs",
+        "look",
+        "sees_all",
+        "shared",
+        "stopped",
+    )
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
@@ -75,6 +95,9 @@ class _Queue(Generic[Job]):
         self.shared = is_shared(bucket)
         #: Whether the bucket tells this process of every change.
         self.sees_all = hasattr(bucket, "subscribe") and not self.shared
+        #: Whether its first job waits for the start of one that was let go. Then ``due`` is when to ask
+        #: whether that has ended; minus infinity: it has started.
+        self.stopped = False
         #: The bucket's counter of changes just before it gave the forecast.
         self.changes = math.nan
 
@@ -111,8 +134,11 @@ class Holding(Generic[Job]):
             say because the job now costs more than the capacity. That job is gone.
         skip: Called with a job when its turn has come, before it takes tokens. ``True``: it is gone
             (revoked, expired) and costs nothing.
-        hold: Called with a job that begins to wait, the demand that makes it wait, and the delay.
+        hold: Called with a job that begins to wait, the demand that makes it wait, and the delay; 0.0:
+            until a job that was let go before has started.
         poked: Called when a bucket that jobs wait for was changed, in the thread that changed it.
+        is_unstarted: Tells of a job that was let go whether it is still to start. ``None``: jobs start when
+            they are let go.
 
     """
 
@@ -124,12 +150,14 @@ class Holding(Generic[Job]):
         skip: Callable[["Held[Job]"], bool] = lambda _held: False,
         hold: Callable[["Held[Job]", Demand, float], None] = lambda *_: None,
         poked: Callable[[], None] = lambda: None,
+        is_unstarted: Callable[[Job], bool] | None = None,
     ) -> None:
         self._refuse = refuse
         self._fail = fail
         self._skip = skip
         self._on_hold = hold
         self._on_poke = poked
+        self._unstarted = None if is_unstarted is None else Unstarted(is_unstarted)
         self._count = itertools.count()
         self._queues: dict[Bucket, _Queue[Job]] = {}
         #: Queues by the moment of their next look. An entry is void if its queue has another moment.
@@ -183,10 +211,20 @@ class Holding(Generic[Job]):
         for demand in demands:
             queue = self._queues.get(demand.bucket)
             if queue is not None:  # behind those who came before
-                self._hold(job, demands, demand, now, max(math.ulp(now), queue.forecast() - now))
+                delay = max(math.ulp(now), queue.forecast() - now)
+                self._hold(job, demands, demand, now, _UNTIL_A_START if queue.stopped else delay)
                 return False
+        if self._unstarted is not None:
+            for demand in demands:
+                if self._unstarted.stops(demand):
+                    self._unstarted.forget_ended(demand.bucket)
+                    if self._unstarted.stops(demand):
+                        self._hold(job, demands, demand, now, _UNTIL_A_START)
+                        return False
         delay, refused, changes = self._take_all(demands)
         if not delay:
+            if self._unstarted is not None:
+                self._unstarted.add(job, demands, now)
             return True
         self._hold(job, demands, demands[refused], now, delay, changes)
         return False
@@ -210,7 +248,11 @@ class Holding(Generic[Job]):
                 break
             queue = heapq.heappop(self._due)[2]
             queue.look = math.nan  # no moment is set
-            if now < queue.due and queue.claimant is None and not queue.has_changed():
+            if queue.stopped:
+                if queue.due > -math.inf and self._unstarted is not None:
+                    self._unstarted.forget_ended(queue.bucket)
+                queue.stopped = False
+            elif now < queue.due and queue.claimant is None and not queue.has_changed():
                 self._schedule(queue, now, queue.due - now)
                 continue
             while queue.jobs and queue.serves(queue.jobs[0]):
@@ -228,21 +270,49 @@ class Holding(Generic[Job]):
                     self._leave(held, now)
                     self._fail(held, error)
                     continue
-                if not delay:
+                if delay is None:
                     self._leave(held, now)
                     released.append(held)
-                elif demand.bucket is queue.bucket:
+                    if self._unstarted is not None:
+                        self._unstarted.add(held.job, held.demands, now)
+                elif demand.bucket is not queue.bucket:
+                    self._move(held, demand, now, delay, changes)
+                elif self._refused(held, demand, delay):
+                    self._leave(held, now)
+                else:
                     queue.changes = changes
-                    self._schedule(queue, now, delay)
+                    self._wait(queue, now, delay)
                     self._give_up_claims(held, now, delay)
                     break
-                else:
-                    self._move(held, demand, now, delay, changes)
             self._drop_if_empty(queue)
         return released
 
+    def started(self, job: Job, demands: Sequence[Demand], now: float) -> bool:
+        """Note that a job that was let go starts now, or never will.
+
+        Returns:
+            Whether a job may go because of that: then `next_due` is now.
+
+        """
+        if self._unstarted is None:
+            return False
+        self._unstarted.started(job, demands, now)
+        due = False
+        for demand in demands:
+            queue = self._queues.get(demand.bucket)
+            if queue is not None and queue.stopped:
+                due = True
+                if queue.due > -math.inf:
+                    queue.due = -math.inf
+                    self._look(queue, 0.0)
+        return due
+
+    def unstarted(self) -> list[Job]:
+        """Return the jobs that were let go and have not started, as far as known."""
+        return [] if self._unstarted is None else self._unstarted.jobs()
+
     def clear(self) -> list[Held[Job]]:
-        """Forget every job, and return them."""
+        """Forget every job, and return those that are held."""
         forgotten = [held for queue in self._queues.values() for held in queue.jobs]
         for queue in list(self._queues.values()):
             self._drop(queue)
@@ -250,6 +320,8 @@ class Holding(Generic[Job]):
         self._poked.clear()
         self.held_by.clear()
         self.changed.clear()
+        if self._unstarted is not None:
+            self._unstarted.clear()
         return forgotten
 
     def _look_at_poked(self) -> None:
@@ -270,12 +342,14 @@ class Holding(Generic[Job]):
         changes: float = math.nan,
     ) -> None:
         """Hold a job that has just come, or refuse it."""
-        if demand.limit.when_limited == "wait" or not self._refuse(job, demand, delay):
+        asked = delay != _UNTIL_A_START
+        if not asked or demand.limit.when_limited == "wait" or not self._refuse(job, demand, delay):
             held = Held(next(self._count), job, demands, now)
+            held.asked = asked
             self._enqueue(held, demand, now, delay, changes)
             self._on_hold(held, demand, delay)
 
-    def _take(self, held: Held[Job], now: float) -> tuple[float, Demand, float]:
+    def _take(self, held: Held[Job], now: float) -> tuple[float | None, Demand, float]:
         """Take the tokens of a job whose turn has come; or return the delay, and who refused.
 
         And the counter of changes of the bucket that refused, from before it was asked.
@@ -283,9 +357,22 @@ class Holding(Generic[Job]):
         for demand in held.demands if len(held.demands) > 1 else ():
             queue = self._queues.get(demand.bucket)
             if queue is not None and queue is not held.queue and not queue.serves(held):
+                if queue.stopped:
+                    return _UNTIL_A_START, demand, math.nan
                 return max(math.ulp(now), queue.forecast() - now), demand, math.nan
+        if self._unstarted is not None:
+            for demand in held.demands:
+                if self._unstarted.stops(demand):
+                    return _UNTIL_A_START, demand, math.nan
         delay, refused, changes = self._take_all(held.demands)
-        return delay, held.demands[refused], changes
+        return delay or None, held.demands[refused], changes
+
+    def _refused(self, held: Held[Job], demand: Demand, delay: float) -> bool:
+        """Refuse a job for which no bucket was asked before, if its limit does not let it wait."""
+        if held.asked or delay == _UNTIL_A_START:
+            return False
+        held.asked = True
+        return demand.limit.when_limited != "wait" and self._refuse(held.job, demand, delay)
 
     def _take_all(self, demands: Sequence[Demand]) -> tuple[float, int, float]:
         if len(demands) == 1:
@@ -303,7 +390,11 @@ class Holding(Generic[Job]):
     def _move(self, held: Held[Job], demand: Demand, now: float, delay: float, changes: float) -> None:
         """Let a job whose turn has come wait at another bucket, which has refused it."""
         left = held.queue
-        if demand.limit.when_limited != "wait" and self._refuse(held.job, demand, delay):
+        if (
+            demand.limit.when_limited != "wait"
+            and delay != _UNTIL_A_START
+            and self._refuse(held.job, demand, delay)
+        ):
             self._leave(held, now)
             return
         self._unlink(held)
@@ -344,7 +435,7 @@ class Holding(Generic[Job]):
         first = claimant in (None, held) and queue.jobs[0] is held
         if first:  # the moment of the one that was first before may be too late
             queue.changes = changes
-            self._schedule(queue, now, delay)
+            self._wait(queue, now, delay)
         return first
 
     def _leave(self, held: Held[Job], now: float) -> None:
@@ -379,7 +470,17 @@ class Holding(Generic[Job]):
         if hasattr(queue.bucket, "unsubscribe"):
             queue.bucket.unsubscribe(self.poke)
 
+    def _wait(self, queue: _Queue[Job], now: float, delay: float) -> None:
+        """Let a queue's first job wait for so long, or until a job that was let go has started."""
+        if delay == _UNTIL_A_START:
+            queue.stopped = True
+            queue.due = now + _LOOK_AGAIN
+            self._look(queue, queue.due)
+        else:
+            self._schedule(queue, now, delay)
+
     def _schedule(self, queue: _Queue[Job], now: float, delay: float) -> None:
+        queue.stopped = False
         # later than now, also where the delay vanishes in rounding
         queue.due = max(now + delay, math.nextafter(now, math.inf)) if delay else now
         self._look(queue, queue.due if queue.sees_all else min(queue.due, now + _LOOK_AGAIN))

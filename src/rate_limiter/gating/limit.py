@@ -17,6 +17,7 @@ from ..all_of import members
 from ..bucket import Bucket
 from ..bucket_per_key import BucketPerKey
 from ..checks import positive
+from ..token_bucket import TokenBucket
 from .parameters import Parameters, field_of_body
 from .record import record_of
 
@@ -208,7 +209,7 @@ class Limit:
                 raise ValueError(f"{self._blamed(job)}: {error}") from error
         if not self._calls_for_bucket:
             return bucket  # type: ignore[no-any-return]
-        if not isinstance(bucket, Bucket):
+        if not isinstance(bucket, TokenBucket) and not isinstance(bucket, Bucket):  # the first is quick
             raise ValueError(self._complaint("bucket", job, bucket, "a bucket"))
         if self.buckets and not all(member in self.buckets for member in members(bucket)):
             raise ValueError(self._complaint("bucket", job, bucket, "one of buckets=…"))

@@ -38,7 +38,8 @@ class Observer:
         Args:
             job: The job.
             demand: The tokens that it waits for, with their bucket and limit.
-            delay: The seconds until they are there, as forecast now.
+            delay: The seconds until they are there, as forecast now. 0.0: it waits until jobs that
+                its bucket has let go have started.
 
         """
 
