@@ -425,7 +425,8 @@ class Holding(Generic[Job]):
             queue = self._queues[bucket] = _Queue(bucket)
             if hasattr(bucket, "subscribe"):
                 bucket.subscribe(self.poke)
-                if _changes_of(bucket) != changes:  # since it was asked, so nobody has told
+                if delay != _UNTIL_A_START and _changes_of(bucket) != changes:
+                    # It was changed after it was asked and before it could tell.
                     self._poked.append(bucket)
         queue.insert(held)
         claimant = queue.claimant
