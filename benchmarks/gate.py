@@ -841,6 +841,7 @@ def fake_consumer(app: Celery) -> Any:
         qos=FakeQoS(),
         steps=[FakeTasks()],
         initial_prefetch_count=8,
+        max_prefetch_count=8,
         connection=SimpleNamespace(transport=amqp),
         conninfo=SimpleNamespace(transport=amqp),
         task_consumer=SimpleNamespace(channel=SimpleNamespace(basic_consume=nothing), queues=[]),

@@ -3,6 +3,8 @@
 Times count from what the limit allows: each second that the broker was away is a second more.
 """
 
+import contextlib
+import random
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,6 +28,7 @@ def outage(bench: Any) -> None:
             for how in restart, stop_for_a_while, kill_clients:
                 for pool in ("prefork",) if bench.short else ("prefork", "threads", "gevent"):
                     redis_away(bench, server, pool, how)
+        random_faults(bench)
         sent_back(bench)
     if "rabbitmq" in bench.brokers:
         for pool in "prefork", "threads":
@@ -33,7 +36,8 @@ def outage(bench: Any) -> None:
         for task in "limited", "later":
             memory_alarm(bench, task)
     for name in bench.brokers:
-        backend_down(bench, bench.server(name))
+        for refusal in "drop", "raise":
+            backend_down(bench, bench.server(name), refusal)
 
 
 # -- Redis ----------------------------------------------------------------------------------------
@@ -107,6 +111,58 @@ def redis_away(bench: Any, server: Server, pool: str, how: Callable[[Server], fl
         late=late,
         put_back=log.count("jobs back into their queues"),
     )
+
+
+def random_faults(bench: Any) -> None:
+    """Let faults of all kinds hit the same Redis under workers with and without a gate."""
+    rounds, jobs = (8, 200) if bench.short else (40, 1_000)
+    setups = [(gate, pool) for gate in (True, False) for pool in ("prefork", "threads")]
+    chance = random.Random(7)
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(Redis(bench.directory, durable=True))
+        runs = []
+        for gate, pool in setups:
+            options: dict[str, Any] = {"gate": gate, "pool": pool, "sleep": 0 if gate else 1}
+            run = stack.enter_context(Run(server, rate=2, capacity=1, max_held=1000, **options))
+            run.send("limited", jobs)
+            run.start()
+            runs.append(run)
+        for run in runs:
+            run.ready()
+        ended = [0] * len(runs)
+        for _ in range(rounds):
+            time.sleep(chance.uniform(0.2, 3))
+            fault = chance.choice((restart, kill_clients, kill_clients, stop_shortly, flicker))
+            fault(server)
+            time.sleep(chance.uniform(0.2, 3))
+            for number, run in enumerate(runs):
+                if run.ended():
+                    ended[number] += 1
+                    run.kill()
+                    run.start()
+        time.sleep(5)
+        ran = [Counter(each.number for each in run.ran("limited")) for run in runs]
+    for (gate, pool), times, counts in zip(setups, ended, ran, strict=True):
+        bench.report(
+            f"outage Redis {rounds} random faults, {pool}, {'gate' if gate else 'no gate'}",
+            f"{times} workers ended; {len(counts)} jobs, {counts.total() - len(counts)} runs too many",
+            "0 ended" if gate else "",
+            not times if gate else None,
+        )
+
+
+def stop_shortly(server: Server) -> None:
+    """Let Redis answer nobody for a second, and close all connections then."""
+    with server.stopped():
+        time.sleep(1)
+    server.close_connections()
+
+
+def flicker(server: Server) -> None:
+    """Close all connections again while workers connect anew."""
+    for _ in range(6):
+        server.close_connections()
+        time.sleep(0.02)
 
 
 def sent_back(bench: Any) -> None:
@@ -203,11 +259,11 @@ def memory_alarm(bench: Any, task: str) -> None:
 # -- the result backend ---------------------------------------------------------------------------
 
 
-def backend_down(bench: Any, server: Server) -> None:
-    """Drop jobs while the result backend is down; unlimited jobs are behind them."""
+def backend_down(bench: Any, server: Server, how: str) -> None:
+    """Refuse jobs while the result backend is down; unlimited jobs are behind them."""
     with Redis(bench.directory) as backend:
         conf = {"result_backend": backend.url, "task_ignore_result": False}
-        options = {"when_limited": "drop", "level": "INFO"}
+        options: dict[str, Any] = {"when_limited": how, "level": "INFO"}
         with Run(server, rate=0.001, capacity=1, conf=conf, **options) as run:
             run.send("limited", 1)
             run.start()
@@ -222,11 +278,12 @@ def backend_down(bench: Any, server: Server) -> None:
             took = time.monotonic() - began
             time.sleep(max(0.0, 30 - took))
             backend.start()
-            dropped = wait_until(lambda: run.output().count("Dropped limited") == 20, 30)
+            ends = "Dropped limited" if how == "drop" else "raised"
+            ended = wait_until(lambda: run.output().count(ends) >= 20, 30)
     bench.must(
-        f"outage {server.name} result backend down, 20 dropped",
-        f"{'20' if came else 'not all'} free within {took:.1f} s; {'' if dropped else 'not '}all dropped",
+        f"outage {server.name} result backend down, 20 with {how!r}",
+        f"{'20' if came else 'not all'} free within {took:.1f} s; {'' if ended else 'not '}all ended",
         "1 s",
-        came and took <= 1 and dropped,
+        came and took <= 1 and ended,
         seconds=took,
     )

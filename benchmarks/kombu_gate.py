@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gate_lab import BROKERS, LabError, Server, wait_until
+from gate_lab import BROKERS, LabError, RabbitMQ, Server, wait_until
 from kombu import Connection, Queue
 from kombu.mixins import ConsumerMixin, ConsumerProducerMixin
 
@@ -287,6 +287,82 @@ def restart(bench: Bench) -> None:
             bench.report(what, measured)
 
 
+def outage(bench: Bench) -> None:
+    """Take Redis away while 40 messages are held; have RabbitMQ die with 20 sent back."""
+    server = bench.server("redis")
+    messages, rate = (20, 4) if bench.short else (40, 2)
+    for how in restart_redis, kill_clients, stop_for_a_while:
+        times = 1 if how is stop_for_a_while else 3
+        queue = new_queue()
+        send(server, queue, *range(messages))
+        consumer = Gated(server.url, gate_for(queue, TokenBucket(1, rate), max_held=1000), queue)
+        away = 0.0
+        with running(consumer):
+            consumer.ready.wait(10)
+            began = time.monotonic()
+            for _ in range(times):
+                time.sleep(messages / rate / 10)
+                seen = len(consumer.ran)
+                wait_until(lambda c=consumer, n=seen: len(c.ran) > n, 5, 0.01)
+                time.sleep(0.2 / rate)  # between two messages, so that no acknowledgement is under way
+                connects = consumer.connects
+                away += how(server)
+                wait_until(lambda c=consumer, n=connects: c.connects > n, 4)
+            if len(consumer.ran) >= messages:
+                raise LabError("all messages had run before the last outage")
+            allowed = (messages - 1) / rate + away
+            left = began + allowed + 20 - time.monotonic()
+            wait_until(lambda c=consumer: len(set(c.ran)) == messages, left)
+            late = time.monotonic() - began - allowed
+            time.sleep(1)  # for a second run of one
+        target = f"{messages} runs, as many distinct, +5 s"
+        ok = sorted(consumer.ran) == list(range(messages)) and late <= 5
+        measured = f"{consumer.summary()}, {late:+.1f} s"
+        bench.report(f"Redis: {how.__name__}, {times} times", measured, target, ok)
+    memory_alarm(bench)
+
+
+def restart_redis(server: Server) -> float:
+    """Restart Redis. Return for how many seconds it was away."""
+    server.kill()
+    time.sleep(1.5)
+    server.start()
+    return 1.5
+
+
+def kill_clients(server: Server) -> float:
+    """Close all connections to Redis."""
+    server.close_connections()
+    return 0
+
+
+def stop_for_a_while(server: Server) -> float:
+    """Let Redis answer nobody for 10 s."""
+    with server.stopped():
+        time.sleep(10)
+    return 10
+
+
+def memory_alarm(bench: Bench) -> None:
+    """Send 20 messages back while RabbitMQ is short of memory, and kill it."""
+    server = bench.server("rabbitmq")
+    assert isinstance(server, RabbitMQ)
+    queue = new_queue()
+    send(server, queue, *range(21))
+    server.control("set_vm_memory_high_watermark", "0.0000001")
+    gate = gate_for(queue, TokenBucket(1, 20), max_held=1000, when_limited="retry")
+    consumer = Gated(server.url, gate, queue)
+    with running(consumer):
+        time.sleep(5)
+        before = len(consumer.ran)
+        server.kill()
+        server.start()
+        wait_until(lambda: len(set(consumer.ran)) == 21, 30)
+    measured = f"{21 - len(set(consumer.ran))} lost; {before} ran before, {len(consumer.ran)} in all"
+    ok = len(set(consumer.ran)) == 21
+    bench.report("RabbitMQ: memory alarm, 20 sent back, killed", measured, "0 lost", ok)
+
+
 def rates(bench: Bench) -> None:
     """Measure the rate, from well after the burst to the last message."""
     for server, rate in itertools.product(bench.servers(), (20, 200)):
@@ -354,7 +430,7 @@ def layout(bench: Bench) -> None:
 
 
 PARTS: dict[str, Callable[[Bench], None]] = {
-    each.__name__: each for each in (layout, passing, heartbeats, restart, rates, cost)
+    each.__name__: each for each in (layout, passing, heartbeats, restart, outage, rates, cost)
 }
 
 

@@ -22,6 +22,7 @@ from celery.exceptions import ImproperlyConfigured
 from celery.worker import state
 from celery.worker.consumer import Consumer
 from celery.worker.consumer.tasks import Tasks
+from celery.worker.request import Request
 from harness import wait_for
 from kombu.asynchronous import Hub, set_event_loop
 from kombu.common import QoS
@@ -186,6 +187,35 @@ def test_a_job_with_an_eta_is_known_while_it_waits(probe):
     wait_for(lambda: [request for request in state.scheduled_requests if request.id == result.id])
     wait_for(result.ready)
     assert not state.scheduled_requests
+
+
+def test_a_job_with_an_eta_is_in_the_timer(probe):
+    """Its request is the first argument of an entry of the timer's queue, until its ETA."""
+
+    def scheduled():
+        arguments = [item.entry.args for item in list(probe.consumer.timer.queue)]
+        return [each[0].id for each in arguments if each and isinstance(each[0], Request)]
+
+    result = probe.echo.apply_async(countdown=0.5)
+    wait_for(lambda: scheduled() == [result.id])
+    wait_for(result.ready)
+    assert scheduled() == []
+
+
+def test_the_prefetch_count_after_a_connection_loss(probe):
+    """The handler of messages asks the consumer how to restore it; a request tells when it is answered."""
+    consumer, asked, answered = probe.consumer, [], []
+    assert (consumer.max_prefetch_count, consumer.prefetch_multiplier) == (8, 4)
+    assert callable(consumer._restore_prefetch_count_after_connection_restart)
+    consumer._restore_prefetch_count_after_connection_restart = asked.append
+    _, request = probe.held_job(probe.echo)
+    assert request.on_ack.on_error == request.on_reject.on_error == asked.append
+    for answer in request.on_ack, request.on_reject:
+        answer.then(lambda *_: answered.append(True))
+    probe.call(request.acknowledge)
+    wait_for(lambda: answered)
+    assert answered == [True]
+    assert asked == []
 
 
 def test_what_a_request_holds(probe):

@@ -210,10 +210,7 @@ def test_a_lost_connection_loses_no_job(lab, pool, request):
     """Jobs that are held as the connection breaks are forgotten; the broker delivers them again."""
     for number in range(80):
         lab.send("limited", number)
-    # Celery restores a reduced prefetch count from the pool's threads, beside the consumer's own reads
-    # from the same socket: without a gate too such a worker hangs for good, now and then.
-    restores = pool != "threads"
-    with lab.worker(pool, worker_enable_prefetch_count_reduction=restores) as worker:
+    with lab.worker(pool) as worker:
         # None is under way then: kombu's Redis transport pops a job before it books it.
         wait_for(lambda: worker.output.count(" received") == 80)
         if (url := lab.settings["broker_url"]).startswith("redis"):

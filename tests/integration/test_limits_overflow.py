@@ -108,7 +108,7 @@ def test_the_window_under_worker_eta_task_limit(lab):
 
 
 def test_the_window_after_a_reduced_prefetch_count(lab, request):
-    """A reconnect while a job runs cuts the count; once that is restored, the gate leaves it alone."""
+    """A reconnect while a job runs cuts the count; it is restored, and then what it was before."""
     with start(lab, limits=(limit(rate=20),), pool="prefork") as worker:
         lab.send("busy", 8)
         lab.wait_for_runs("concurrency", 1)

@@ -197,6 +197,22 @@ def test_jobs_that_the_host_keeps_take_room():
     assert not lab.engine.has_room(lab.limit)
 
 
+def test_jobs_that_only_wait_for_their_end_take_room_beyond_the_bound():
+    """They count towards the window until they are acknowledged, and towards the bound of no limit."""
+    lab = Lab(max_held=2)
+    ends = [f"end {number}" for number in range(20)]
+    for job in ends:
+        lab.engine.keep(job)
+    lab.offer("a", "b")
+    assert lab.gate.room == (21, 22)
+    assert lab.engine.jobs() == ["b", *ends]
+    assert lab.engine.has_room(lab.limit)
+    assert all(lab.engine.let_go(job) for job in ends)
+    assert not lab.engine.let_go(ends[0])
+    lab.engine.settle()
+    assert lab.gate.room == (1, 2)
+
+
 @pytest.mark.parametrize("rate", [100, 10, 0.5, 1 / 60])
 def test_a_bucket_is_asked_twice_a_job(rate):
     """With a backlog a job costs two questions, whatever the rate: one is granted, one forecasts."""
