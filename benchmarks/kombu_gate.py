@@ -346,7 +346,7 @@ def stop_for_a_while(server: Server) -> float:
 def memory_alarm(bench: Bench) -> None:
     """Send 20 messages back while RabbitMQ is short of memory, and kill it."""
     server = bench.server("rabbitmq")
-    assert isinstance(server, RabbitMQ)
+    assert isinstance(server, RabbitMQ)  # noqa: S101 - for mypy
     queue = new_queue()
     send(server, queue, *range(21))
     server.control("set_vm_memory_high_watermark", "0.0000001")
