@@ -1,5 +1,6 @@
 """What the tests of buckets share."""
 
+import logging
 import os
 import sys
 
@@ -93,3 +94,9 @@ def restless_threads():
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(interval)
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_logged(caplog):
+    """Show warnings to `caplog`, also after a Celery worker in this process has set the root's level."""
+    caplog.set_level(logging.WARNING, "rate_limiter")

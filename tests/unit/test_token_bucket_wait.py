@@ -281,9 +281,11 @@ def test_neighbours_leave_the_middle_of_the_line(bucket, clock):
     clock.advance(5)
     with pytest.raises(RateLimitExceeded):
         leavers[0].result()
+    eventually(lambda: clock.sleepers == 3)
     clock.advance(1)
     with pytest.raises(RateLimitExceeded):
         leavers[1].result()
+    eventually(lambda: clock.sleepers == 2)
     clock.advance(5)
     first.result()
     eventually(lambda: clock.sleepers == 1)
