@@ -612,7 +612,7 @@ def fake_consumer(app: Celery) -> Any:
         initial_prefetch_count=8,
         connection=SimpleNamespace(transport=amqp),
         conninfo=SimpleNamespace(transport=amqp),
-        task_consumer=SimpleNamespace(channel=None, queues=[]),
+        task_consumer=SimpleNamespace(channel=SimpleNamespace(basic_consume=nothing), queues=[]),
         on_task_request=nothing,
         _maximum_prefetch_restored=True,
     )
