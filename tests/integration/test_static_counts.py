@@ -149,7 +149,7 @@ def test_a_single_active_consumer_is_left_alone(rabbitmq_lab):
     with start(lab, queues=(queue,), limits=(limit(rate=20),)) as one:
         with start(lab, queues=(queue,), limits=(limit(rate=20),)) as two:
             lab.wait_for_runs("other", 3)
-            assert lab.runs("job") == list(range(30))
+            assert lab.wait_for_runs("job", 30) == list(range(30))
             assert set(lab.runs("job by")) == {one.node}
         assert one.output.count("is not consumed anew") == 1
         assert "single active consumer" in one.output

@@ -164,9 +164,11 @@ class Window:
         self._update_timer = None
         try:
             self.update()
+        except self._consumer.connection_errors:
+            raise
         except Exception as error:  # noqa: BLE001 - it is raised again
-            # A timer's error is logged, and no more. If it has cost us the channel, nothing would be
-            # consumed any longer.
+            # Celery's event loop would log it, and no more. If it has cost us the channel, nothing would
+            # be consumed any longer.
             self._consumer.hub.call_soon(_raise, error)
 
     def _restore(self, *_: Any) -> None:
