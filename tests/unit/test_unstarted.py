@@ -204,6 +204,23 @@ def test_buckets_of_jobs_that_ended_unseen_do_not_pile_up():
     assert len(unstarted.jobs()) < 64
 
 
+def test_a_start_may_be_told_of_while_it_is_asked_for():
+    """To ask whether jobs are unstarted may bring the news that they have started."""
+    bucket = TokenBucket(9, 1)
+    demands = [Demand(bucket, 1.0, Limit(bucket))]
+
+    def is_unstarted(_job):
+        for number in range(9):
+            unstarted.started(number, demands, 1.0)
+        return False
+
+    unstarted = Unstarted(is_unstarted)
+    for number in range(9):
+        unstarted.add(number, demands, 0.0)
+    unstarted.forget_ended(bucket)
+    assert unstarted.jobs() == []
+
+
 GAPS = st.one_of(st.just(0.0), st.floats(0.01, 0.4), st.floats(0.4, 30.0))
 STEPS = st.lists(
     st.one_of(

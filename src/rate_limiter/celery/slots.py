@@ -13,9 +13,11 @@ at the front there. Green pools have no such place: the consumer waits until a s
 """
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
+from time import monotonic
 from typing import Any, Final
 
 from celery.concurrency.prefork import TaskPool as PreforkPool
@@ -26,6 +28,9 @@ from ..gating.limit import Demand
 __all__ = ["Slots", "scale_without"]
 
 logger = logging.getLogger("rate_limiter")
+
+#: The least seconds between two looks after a pool whose jobs do not start.
+_MAINTAIN: Final = 0.5
 
 #: Told of each limited request when it starts, and of what it has paid.
 Started = Callable[[Any, Sequence[Demand]], None]
@@ -46,6 +51,10 @@ class Slots:
         self._forward = forward
         self._started = started
         self._line = _line_of(consumer)
+        # Without event loop a prefork pool looks after itself, in a thread of its own.
+        looked_after = consumer.hub is not None and isinstance(consumer.pool, PreforkPool)
+        self._pool = consumer.pool if looked_after else None
+        self._maintained_at = -math.inf
 
     def forward(self, request: Any, demands: Sequence[Demand], *, first: bool = False) -> None:
         """Hand a job to the pool.
@@ -68,10 +77,16 @@ class Slots:
             self._started(request, demands)
             raise
 
-    @staticmethod
-    def unstarted(request: Any) -> bool:
-        """Tell whether a request that was handed to the pool is still to start."""
-        return request in state.reserved_requests and request not in state.active_requests
+    def unstarted(self, request: Any) -> bool:
+        """Tell whether a request that was handed to the pool a while ago is still to start."""
+        if request not in state.reserved_requests or request in state.active_requests:
+            return False
+        if self._pool is not None and (now := monotonic()) >= self._maintained_at + _MAINTAIN:
+            # Celery may overlook that a child has ended (worker_max_tasks_per_child). Then the job that it
+            # was to run waits until the pool is looked after: every five seconds.
+            self._maintained_at = now
+            self._pool.maintain_pool()
+        return True
 
     @staticmethod
     def cancel(requests: Iterable[Any]) -> None:
@@ -232,7 +247,8 @@ def scale_without(controller: Any, held: Callable[[], int]) -> Callable[[], None
     def maybe_scale(self: Any, req: Any = None) -> None:
         if req is None:
             kind.maybe_scale(self)
-        else:  # Whether the gate holds it is not known yet. The gate calls again when it is.
+        elif hasattr(self, "on_task_received"):  # from Celery 5.6 on
+            # Whether the gate holds it is not known yet. The gate calls again when it is.
             self.on_task_received(req)
 
     qty = property(lambda self: max(0, kind.qty.__get__(self) - held()))

@@ -91,8 +91,10 @@ class Unstarted(Generic[Job]):
         """Forget the jobs of a bucket that have ended, or have started without being told of."""
         of = self._of.get(bucket)
         if of is not None:
-            for job in [job for job in of.jobs if not self._is_unstarted(job)]:
-                self._remove(job, bucket, of)
+            for job in list(of.jobs):
+                # The answer may come with a start that is told of meanwhile.
+                if not self._is_unstarted(job) and job in of.jobs:
+                    self._remove(job, bucket, of)
 
     def clear(self) -> None:
         """Forget all jobs."""
