@@ -55,8 +55,8 @@ def test_turns_follow_each_other(monkeypatch):
     monkeypatch.setattr("rate_limiter.gating.record.monotonic", lambda: 100.0)
     limit = Limit(TokenBucket(1, 2), when_limited="retry")
     record = record_of(limit)
-    assert [record.turn(limit.bucket, 1, 0.5) for _ in range(3)] == [0.5, 1.0, 1.5]
-    assert record.turn(limit.bucket, 4, 0.5) == 3.5  # as many tokens take as much longer
+    assert [record.next_return(limit.bucket, 1, 0.5) for _ in range(3)] == [0.5, 1.0, 1.5]
+    assert record.next_return(limit.bucket, 4, 0.5) == 3.5  # as many tokens take as much longer
 
 
 def test_callable_that_returns_no_bucket_is_named():

@@ -91,7 +91,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         consumer.on_task_request = self.on_task_request
         watch_all(gate, tasks_of)
         spawned = is_spawned(consumer.controller)
-        receipt.open_office(spawned=spawned)
+        receipt.make_secret(spawned=spawned)
         if isinstance(consumer.pool, TaskPool):
             share_all(limit for limit, tasks in tasks_of.items() if tasks and not spawned)
             share_the_rest(consumer.controller, limits)

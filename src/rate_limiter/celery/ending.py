@@ -44,7 +44,7 @@ def refuse_at_gate(
         request._announce_revoked(reason, False, None, False)
         logger.info("Dropped %s[%s]: %s", request.name, request.id, reason)
     else:
-        send_back(request, record_of(limit).turn(bucket, tokens, delay))
+        send_back(request, record_of(limit).next_return(bucket, tokens, delay))
 
 
 def refuse_in_task(demand: Demand, delay: float, name: str, job: Task | None) -> NoReturn:
@@ -73,7 +73,7 @@ def refuse_in_task(demand: Demand, delay: float, name: str, job: Task | None) ->
     else:
         if job is None or job.request.is_eager:
             raise RateLimitExceeded(reason, delay)
-        publish_again(job, job.request, record_of(limit).turn(bucket, tokens, delay))
+        publish_again(job, job.request, record_of(limit).next_return(bucket, tokens, delay))
     raise Ignore
 
 

@@ -25,7 +25,7 @@ __all__ = [
     "headers_of",
     "is_spawned",
     "issue",
-    "open_office",
+    "make_secret",
     "refuse",
     "strip",
 ]
@@ -54,7 +54,7 @@ class Receipt(NamedTuple):
     error: Exception | None = None
 
 
-def open_office(*, spawned: bool = False) -> None:
+def make_secret(*, spawned: bool = False) -> None:
     """Create this worker's secret. Called before the pool starts, whose processes inherit it."""
     global _secret  # noqa: PLW0603 - one per process, by design
     if _secret is None:

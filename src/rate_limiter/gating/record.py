@@ -31,7 +31,7 @@ class Record:
         #: For each bucket: when the latest of the jobs that were sent back comes again (monotonic).
         self._latest: WeakKeyDictionary[Bucket, float] = WeakKeyDictionary()
 
-    def turn(self, bucket: Bucket, tokens: float, delay: float) -> float:
+    def next_return(self, bucket: Bucket, tokens: float, delay: float) -> float:
         """Give a job that is sent back to the broker the time at which it comes again.
 
         Args:

@@ -284,7 +284,7 @@ class Session(Host[_Job]):
                 return False  # it was sent back before and comes at its turn: a few tokens are missing
             self._engine.keep(job, limit)
             self._enter(job)
-            self._returning.add(job, record_of(limit).turn(bucket, tokens, delay))
+            self._returning.add(job, record_of(limit).next_return(bucket, tokens, delay))
         elif limit.when_limited == "drop":
             logger.info(
                 "Dropped a message of queue %s: rate limit exceeded: %s",
