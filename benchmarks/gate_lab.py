@@ -117,6 +117,10 @@ class Server:
         """Close all connections to it, as a network would."""
         raise NotImplementedError
 
+    def control(self, *arguments: str) -> None:
+        """Run a command of ``rabbitmqctl``."""
+        raise NotImplementedError
+
     def _answers(self) -> bool:
         try:
             with kombu.Connection(self.url, connect_timeout=2) as connection:

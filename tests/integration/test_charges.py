@@ -142,7 +142,8 @@ def test_a_change_reaches_waiting_jobs(way):
         lab.send("changed", number)
     lab.wait_for_runs("changed", 1)
     lab.send("faster", 50.0).get(DEADLINE)
-    assert lab.wait_for_runs("changed", count) == list(range(count))
+    runs = lab.wait_for_runs("changed", count)
+    assert (runs if gate else sorted(runs)) == list(range(count))  # two slots may race for the first
 
 
 def test_what_cannot_be_reached_is_told(way):

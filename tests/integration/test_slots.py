@@ -1,5 +1,6 @@
 """Limited jobs and the slots of the pool: when they start, what starts first, and that none is lost."""
 
+import logging
 import math
 import os
 import signal
@@ -128,6 +129,7 @@ def test_held_jobs_do_not_make_the_pool_grow(redis_lab):
 
 def test_a_celery_without_its_private_names_is_told_of(caplog):
     """Where a pool keeps its jobs otherwise than known, the worker warns at start, once, and runs."""
+    caplog.set_level(logging.WARNING, "rate_limiter")
 
     class Consumer:
         class pool:  # noqa: N801

@@ -104,8 +104,10 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
     def start(self, consumer: Any) -> None:
         """Begin with nothing held: the broker delivers again what an earlier connection held."""
         self.leftovers.put_back(consumer.task_consumer.channel, _running())
-        # Not initial_prefetch_count, which is lower for a while after a connection loss.
-        self.engine.window = lambda _limit: int(consumer.max_prefetch_count)
+        # The first is lower for a while after a connection loss, the second on the solo pool.
+        self.engine.window = lambda _limit: max(
+            consumer.initial_prefetch_count, consumer.max_prefetch_count
+        )
         self.window = Window(consumer, self.engine.jobs, self.engine.takes_more_of)
         self.queues = self.window.queues
         self.by_queue = self.by_queue or self.window.is_static
