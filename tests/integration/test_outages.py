@@ -10,6 +10,7 @@ import pytest
 import redis
 from conftest import REDIS, _server
 from harness import DEADLINE, Lab, wait_for
+from kombu.asynchronous import Hub
 from kombu_lab import Broker, Worker, running
 from limits import SHORT_LEASE, break_connections, limit, start, stats, unacknowledged
 
@@ -75,7 +76,10 @@ def test_a_worker_outlives_redis(restartable, tmp_path, pool):
         wait_for(lambda: not unacknowledged(lab))
         assert worker.running
     assert "jobs back into their queues that Redis had not got back" in worker.output
-    assert lab.runs("job") == list(range(10))
+    assert list(dict.fromkeys(lab.runs("job"))) == list(range(10))
+    # Before kombu 5.7 the pool's threads cannot wake the event loop, which is to acknowledge the job.
+    late = pool == "threads" and not hasattr(Hub, "_create_waker")
+    assert len(lab.runs("job")) <= 10 + late
     lab.assert_bound("job", capacity=1, rate=4)
     lab.close()
 
@@ -171,7 +175,7 @@ def test_held_jobs_block_no_others_after_a_reconnect(rabbitmq_lab, pool, request
     """RabbitMQ: Celery lowers the prefetch count as a job runs; held jobs take up nothing of it."""
     lab = rabbitmq_lab
     with start(lab, pool=pool, limits=(limit("job", 1, 1 / 3600),)) as worker:
-        lab.send("busy", 60)
+        lab.send("busy", 15)  # Celery 5.5 may give its child another job after the reconnect
         lab.wait_for_runs("concurrency", 1)
         for number in range(7):
             lab.send("job", number)
