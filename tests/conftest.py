@@ -1,5 +1,33 @@
 """What holds for all tests."""
 
+import shutil
+import subprocess
+
+import pytest
+
+epmd = pytest.StashKey[subprocess.Popen]()
+
+
+def pytest_configure(config):
+    """Start what RabbitMQ's nodes find each other by: one for both halves of the tests.
+
+    The first node would start it otherwise, and take it along as it ends, while the other half still runs.
+    If there is one on this machine already, this one ends by itself.
+    """
+    command = shutil.which("epmd")
+    if command and not hasattr(config, "workerinput"):  # not in a process of pytest-xdist
+        config.stash[epmd] = subprocess.Popen(
+            [command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+
+def pytest_unconfigure(config):
+    """Stop it."""
+    process = config.stash.get(epmd, None)
+    if process is not None:
+        process.terminate()
+        process.wait()
+
 
 def pytest_ignore_collect(collection_path, config):
     """Leave the smoke tests alone unless they are asked for: their tasks would be every app's."""
