@@ -223,10 +223,9 @@ def connections_closed(bench: Any, pool: str) -> None:
 
 def memory_alarm(bench: Any, task: str) -> None:
     """Send 20 jobs back while RabbitMQ is short of memory, and kill it."""
-    conf = {"task_acks_late": True}
     with (
         RabbitMQ(bench.directory) as server,
-        Run(server, rate=20, capacity=1, when_limited="retry", pause=1, conf=conf, level="INFO") as run,
+        Run(server, rate=20, capacity=1, when_limited="retry", pause=1, level="INFO") as run,
     ):
         run.send(task, 21)
         server.control("set_vm_memory_high_watermark", "0.0000001")

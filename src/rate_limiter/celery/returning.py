@@ -185,8 +185,9 @@ def has_queue(task: Task, request: Any) -> bool:
 def publish_again(task: Task, request: Any, seconds: float) -> None:
     """Publish the message of a job that runs now once more, to run in so many seconds.
 
-    It returns when the broker has stored the message. RabbitMQ does not while it is short of memory: the
-    job occupies its slot until then.
+    It returns when the broker has stored the message. RabbitMQ does not while it is short of memory, and
+    a broker that is away does not either: the job occupies its slot until then. It tries for as long as
+    that takes, unless ``task_publish_retry`` is off.
 
     Args:
         task: The task.
@@ -225,7 +226,8 @@ def publish_again(task: Task, request: Any, seconds: float) -> None:
             routing_key=queue or info.get("routing_key"),
             mandatory=True,
             retry=app.conf.task_publish_retry,
-            retry_policy=dict(app.conf.task_publish_retry_policy),
+            # Without acks_late the job is acknowledged: there is no other copy of it.
+            retry_policy={**app.conf.task_publish_retry_policy, "max_retries": None},
             content_type=content_type,
             content_encoding=content_encoding,
             compression=fields.get("compression"),
