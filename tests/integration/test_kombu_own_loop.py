@@ -1,7 +1,11 @@
 """A gate in a loop of one's own: attach, wrap, poll, timeout and forget."""
 
 import contextlib
+import logging
+import signal
+import sys
 import time
+from uuid import uuid4
 
 import pytest
 from kombu import Connection, Queue
@@ -133,6 +137,129 @@ def test_messages_of_a_closed_channel_do_not_run(broker):
     while gate.held and time.monotonic() < end:
         gate.poll()
     assert (gate.held, ran, bucket.tokens > 0.9) == ({}, [0], True)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_revived_consumer_pays_once(broker, raw):
+    """A consumer that is attached again, on a new connection, takes the tokens of a message once."""
+    queue, gate, bucket, ran = broker.queue(), Gate(), TokenBucket(10, 0.001), []
+    gate.limit(queue.name, bucket=bucket)
+    how = {"callbacks": [lambda body, message: ran.append(body) or message.ack()]}
+    if raw:
+        how = {"on_message": lambda message: ran.append(message.payload) or message.ack()}
+    consumer = None
+    for count in 1, 2:
+        broker.send(queue, count)
+        with broker.connection() as connection:
+            if consumer is None:
+                consumer = connection.Consumer([queue], **how)
+            else:
+                consumer.revive(connection.default_channel)
+            with gate.attach(consumer):
+                drain(connection, gate, lambda count=count: len(ran) == count)
+            gate.forget()
+        assert round(10 - bucket.tokens, 1) == count
+
+
+@pytest.mark.parametrize("limited", [False, True], ids=["first limit", "another limit"])
+def test_a_queue_that_is_added_later_is_limited(broker, caplog, limited):
+    """Its limit is told of as one for nothing, and as enforced when the queue comes; it holds then."""
+    caplog.set_level(logging.INFO, "rate_limiter")
+    first, late = broker.queue("first"), broker.queue("late")
+    broker.declare(late)
+    broker.send(first, "first")
+    gate, ran, at = Gate(), [], []
+    gate.limit(late.name, bucket=TokenBucket(1, 20), name="late")
+    if limited:
+        gate.limit(first.name, bucket=TokenBucket(1, 20), name="first")
+
+    def on_task(body, message):
+        ran.append(body)
+        at.append(time.monotonic())
+        message.ack()
+
+    with broker.connection() as connection:
+        consumer = gate.attach(connection.Consumer([first], callbacks=[on_task], prefetch_count=2))
+        with consumer:
+            drain(connection, gate, lambda: ran == ["first"])
+            consumer.add_queue(late)
+            consumer.consume()
+            broker.send(late, *range(8))
+            drain(connection, gate, lambda: len(ran) == 9)
+    assert ran[1:] == list(range(8))
+    assert at[-1] - at[1] > 7 / 20 - 0.05
+    lines = [(record.levelname, record.getMessage()) for record in caplog.records]
+    lines = [line for line in lines if line[1].startswith("Limit late") and "jobs begin" not in line[1]]
+    (warned, warning), (told, line) = lines
+    assert (warned, told) == ("WARNING", "INFO")
+    assert warning.endswith(
+        f"matches no queue that is consumed, so it limits nothing; there are: {first.name}"
+    )
+    assert line.endswith(f"for queue {late.name}, enforced at the gate")
+
+
+def test_a_queue_that_is_added_later_is_checked():
+    """One that cannot be held is refused as it begins to be consumed."""
+    gate = Gate()
+    gate.limit("late", bucket=TokenBucket(1, 20))
+    with Connection("memory://") as connection:
+        consumer = gate.attach(connection.Consumer([Queue("first")], callbacks=[print]))
+        with consumer:
+            consumer.add_queue(Queue("late", no_ack=True))
+            with pytest.raises(ValueError, match="queue late is consumed with no_ack"):
+                consumer.consume()
+
+
+def exit_by_itself():
+    sys.exit("no prices")
+
+
+@pytest.fixture
+def stop_on_sigterm():
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("stop_on_sigterm")
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit), (None, None)],
+)
+def test_a_signal_gets_through_a_callable(number, error):
+    """Ctrl-C or SIGTERM while a callable runs ends the loop, and the message stays the broker's.
+
+    SystemExit of the callable's own ends its message alone.
+    """
+    queue, refused, ran, done = Queue(uuid4().hex), [], [], []
+    gate = Gate(on_refused=lambda _message, error: refused.append(str(error)))
+    once = [exit_by_itself if number is None else lambda: signal.raise_signal(number)]
+
+    def price(_body, _message):
+        if once:
+            once.pop()()
+        return 1
+
+    gate.limit(queue.name, bucket=TokenBucket(10, 100), tokens=price, name="limit")
+
+    def on_task(body, message):
+        ran.append(body)
+        message.ack()
+
+    with Connection("memory://", transport_options={"polling_interval": 0.02}) as connection:
+        for body in "ab":
+            connection.Producer().publish(body, routing_key=queue.name, declare=[queue])
+        consumer = connection.Consumer([queue], callbacks=[on_task])
+        with gate.attach(consumer), contextlib.suppress(KeyboardInterrupt, SystemExit):
+            drain(connection, gate, lambda: "b" in ran)
+            done.append(True)
+    assert bool(done) is (error is None)
+    if number is None:
+        assert refused == [f"queue {queue.name}, limit limit: tokens=… raised SystemExit('no prices')"]
+        assert ran == ["b"]
+    else:
+        assert not refused
+        assert not ran
 
 
 def test_poll_inside_a_callback_does_nothing():

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import sys
 import time
 from collections import Counter, defaultdict
 
@@ -18,6 +19,11 @@ def gate_for(queue, bucket, **options):
     gate = Gate()
     gate.limit(queue.name, bucket=bucket, name="limit", **options)
     return gate
+
+
+def interrupt(error=KeyboardInterrupt):
+    """Raise an error; here it is the consumer's thread, which no signal interrupts."""
+    raise error
 
 
 @pytest.fixture
@@ -92,13 +98,14 @@ def test_hook_may_settle_the_message(broker):
     assert broker.waiting(queue) == 0
 
 
-def test_hook_that_fails(rabbitmq_broker, dead_letters, caplog):
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit, KeyboardInterrupt])
+def test_hook_that_fails(rabbitmq_broker, dead_letters, caplog, error):
     """A hook that raises is logged; its message is rejected all the same, and the consumer goes on."""
     queue, dead = dead_letters
     rabbitmq_broker.send(queue, *range(3))
     gate = gate_for(queue, TokenBucket(1, 0.01), when_limited="raise")
     worker = Worker(rabbitmq_broker, gate, queue)
-    worker.on_refused = lambda *_: 1 / 0
+    worker.on_refused = lambda *_: interrupt(error)
     with running(worker):
         wait_for(lambda: rabbitmq_broker.waiting(dead) == 2)
     assert caplog.text.count("on_refused failed") == 2
@@ -285,7 +292,9 @@ def test_retry_of_a_broadcast(broker):
         (lambda *_: "many", "tokens is 'many'"),
         (lambda *_: None, "tokens is None"),
         (lambda *_: 11, "tokens is 11, expected at most the capacity 10"),
-        (lambda body, _: body["size"], "tokens=… raised"),
+        (lambda body, _: body["size"], "tokens=… raised TypeError"),
+        (lambda *_: sys.exit("no prices"), "tokens=… raised SystemExit('no prices')"),
+        (lambda *_: interrupt(), "tokens=… raised KeyboardInterrupt()"),
     ],
 )
 def test_message_that_cannot_be_priced_fails_alone(rabbitmq_broker, dead_letters, price, says, caplog):

@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakSet
 
 from ..broker.origin import MARK, MOVED, can_be_sent_to, mark_messages, restore_origin
 from ..broker.restore import Leftovers
@@ -108,6 +109,7 @@ class Session(Host[_Job]):
         self._unwarned = False
         #: The consumers that were attached, and the names of their queues.
         self._consumers: list[Any] = []
+        self._wrapped: WeakSet[Any] = WeakSet()
         self._queues: set[str] = set()
         #: Whether limited messages are taken in. They are not while the consumers are cancelled.
         self.open = True
@@ -126,6 +128,9 @@ class Session(Host[_Job]):
         live = [each for each in self._consumers if each.channel.connection is not None]
         self._consumers = [*live, consumer]
         self._unsettled = self._unwarned = True
+        if consumer in self._wrapped:  # it was revived
+            return
+        self._wrapped.add(consumer)
         if consumer.on_message:
             consumer.on_message = self.wrap(consumer.on_message)
         else:
