@@ -21,7 +21,7 @@ class Gate(Host):
 
         self.raises = ()
 
-    def call_of(self, job):
+    def call_of(self, job, asks_headers):
         return Call("task job", (job,), {}, None, None)
 
     def refuse(self, job, demand, delay):

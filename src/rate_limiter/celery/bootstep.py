@@ -294,9 +294,9 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     # -- what the engine asks for -----------------------------------------------------------------
 
-    def call_of(self, request: Any) -> Call:
+    def call_of(self, request: Any, asks_headers: bool) -> Call:
         """Return the arguments that a job was sent with."""
-        headers = receipt.headers_of(request.request_dict)
+        headers = receipt.headers_of(request.request_dict) if asks_headers else None
         name = f"task {request.type}"
         return Call(name, request.args, request.kwargs, headers, parameters_of(request.task))
 

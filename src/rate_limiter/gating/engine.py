@@ -60,10 +60,12 @@ class Call(NamedTuple):
 class Plan:
     """What a gate does with the jobs of one task from one queue."""
 
-    __slots__ = ("demands", "limits")
+    __slots__ = ("asks_headers", "demands", "limits")
 
     def __init__(self, limits: tuple[Limit, ...]) -> None:
         self.limits = limits
+        #: Whether the price of its jobs may depend on their headers.
+        self.asks_headers = any(limit.asks_headers for limit in limits)
         #: What each job is to take, where that is the same for all.
         self.demands: tuple[Demand, ...] = ()
         if all(limit.fixed for limit in limits):
@@ -77,8 +79,8 @@ class Host(Generic[Job]):
     #: tells of each start by `Engine.started`, and `unstarted` is asked.
     has_slots = False
 
-    def call_of(self, job: Job) -> Call:
-        """Return the arguments that a job was sent with."""
+    def call_of(self, job: Job, asks_headers: bool) -> Call:
+        """Return the arguments that a job was sent with. Headers that nobody asks for may be left out."""
         raise NotImplementedError
 
     def refuse(self, job: Job, demand: Demand, delay: float) -> bool:
@@ -241,7 +243,7 @@ class Engine(Generic[Job]):
         limit = plan.limits[0]
         try:
             if not demands:
-                call = self._host.call_of(job)
+                call = self._host.call_of(job, plan.asks_headers)
                 for limit in plan.limits:
                     demands = [*demands, *self._price(call, limit)]
                 refuse_to_pay_twice([demand.bucket for demand in demands], call.job)

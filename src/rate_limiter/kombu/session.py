@@ -274,7 +274,7 @@ class Session(Host[_Job]):
 
     # -- what the engine asks for -----------------------------------------------------------------
 
-    def call_of(self, job: _Job) -> Call:
+    def call_of(self, job: _Job, asks_headers: bool) -> Call:
         """Return a message as callables of the user's are given it."""
         body = job.args[0] if len(job.args) > 1 else job.message.payload
         return Call(f"queue {job.queue}", (body, job.message), {}, job.message.headers, None)
