@@ -33,21 +33,18 @@ lives. The row of a process that was killed is cleared. So is a row that was not
 back with the same number.
 """
 
-import contextlib
 import math
 import mmap
 import os
 import sys
-import tempfile
 import threading
 import time
 import types
-import weakref
 from collections.abc import Callable
-from os import SEEK_CUR, lseek
 from typing import Any, ClassVar, Final, cast
 
 from .checks import positive
+from .private_file import is_open, open_private_file
 from .token_bucket import _EARLY_SECONDS, _EXACT, _GIL, _NOTHING_REFUSED, TokenBucket, _Waiter
 
 try:
@@ -239,16 +236,12 @@ class SharedTokenBucket(TokenBucket):
     def _check_file(self) -> None:
         """See that the descriptor still belongs to the file of this bucket."""
         common = self._common
-        try:
-            if lseek(common.file, 0, SEEK_CUR) == common.mark:
-                return
-        except OSError:  # no file has the number, or one without a position, such as a pipe
-            pass
-        raise RuntimeError(
-            f"{self!r} cannot be locked any more: process {os.getpid()} has closed its file descriptor "
-            f"{common.file}, as a daemon does that closes all descriptors. Make the bucket after that, "
-            "or have this descriptor stay open"
-        )
+        if not is_open(common.file, common.mark):
+            raise RuntimeError(
+                f"{self!r} cannot be locked any more: process {os.getpid()} has closed its file descriptor "
+                f"{common.file}, as a daemon does that closes all descriptors. Make the bucket after that, "
+                "or have this descriptor stay open"
+            )
 
     def _load(self) -> None:
         cells = self._common.cells
@@ -364,31 +357,18 @@ class _Common:
 
     __slots__ = ("cells", "file", "holder", "mark", "number", "row")
 
-    def __init__(self) -> None:
+    def __init__(self, bucket: TokenBucket) -> None:
         if lockf is None or not hasattr(os, "fork"):
             raise NotImplementedError(
                 f"a SharedTokenBucket needs fork and fcntl.lockf, which {sys.platform} lacks: use a "
                 "TokenBucket, which limits each process by itself"
             )
         self.cells = memoryview(mmap.mmap(-1, 8 * _SIZE)).cast("d")
-        if hasattr(os, "memfd_create"):
-            self.file = os.memfd_create("rate_limiter")
-        else:
-            with tempfile.TemporaryFile() as unlinked:
-                self.file = os.dup(unlinked.fileno())
-        #: The position of the file, by which it is known. (Every file system knows so large a one.)
-        self.mark = lseek(self.file, 1 + int.from_bytes(os.urandom(5), "big"), os.SEEK_SET)
+        self.file, self.mark = open_private_file(bucket, "rate_limiter")
         #: The waiter whose row it is, the number of that row, and the cell at which it begins.
         self.holder: _Waiter | None = None
         self.number = 0.0
         self.row = _TABLE
-
-
-def _close(file: int, mark: int) -> None:
-    """Close the file of a bucket that is gone, unless the process has closed it already."""
-    with contextlib.suppress(OSError):
-        if lseek(file, 0, SEEK_CUR) == mark:
-            os.close(file)
 
 
 def is_shared(bucket: object) -> bool:
@@ -433,9 +413,7 @@ def _shared_kind(kind: type[TokenBucket]) -> type[SharedTokenBucket]:
 
 
 def _move_to_shared_memory(bucket: TokenBucket, kind: type[SharedTokenBucket] | None = None) -> None:
-    common = _Common()
-    weakref.finalize(bucket, _close, common.file, common.mark).atexit = False
-    bucket._common = common
+    bucket._common = _Common(bucket)
     if kind is not None:
         bucket.__class__ = kind
     cast("SharedTokenBucket", bucket)._store()

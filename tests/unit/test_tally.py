@@ -1,7 +1,10 @@
 """What is counted under each limit, in one process and in several."""
 
+import gc
 import os
 import signal
+import tempfile
+import weakref
 
 import pytest
 
@@ -111,3 +114,20 @@ def test_nothing_is_lost_with_a_killed_process(limit):
     assert numbers(limit) == {"admitted": 500, "tokens": 500}
     table = tally_of(limit)._table
     assert sum(table._memory[:256]) <= 3  # rows are used again
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_descriptor_that_belongs_to_another_file_now_is_let_alone():
+    """Where a daemon has closed all descriptors, and opened files of its own, these stay open and unlocked."""
+    limit = Limit(TokenBucket(10, 10))
+    share_tallies([limit])
+    table = weakref.ref(tally_of(limit)._table)
+    number = table()._file
+    with tempfile.TemporaryFile() as theirs:
+        os.dup2(theirs.fileno(), number)
+        assert not table()._lock(7)
+        del limit
+        gc.collect()
+        assert table() is None
+        assert os.path.sameopenfile(theirs.fileno(), number)
+    os.close(number)

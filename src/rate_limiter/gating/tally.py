@@ -5,13 +5,13 @@ Only the engine of a gate and the payment of the decorator call the observers.
 
 import logging
 import os
-import tempfile
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from mmap import mmap
 from typing import Any, Final
 
+from ..private_file import is_open, open_private_file
 from .limit import Demand, Limit
 
 try:
@@ -162,12 +162,7 @@ class _Table:
         self._width = len(_NAMES) * len(tallies)
         # First a mark for each row that is in use, then the rows. Pages that are never written take no memory.
         self._memory = memoryview(mmap(-1, 8 * _ROWS * (1 + self._width))).cast("d")
-        if hasattr(os, "memfd_create"):
-            self._file = os.memfd_create("rate_limiter_tally")
-        else:
-            with tempfile.TemporaryFile() as unlinked:
-                self._file = os.dup(unlinked.fileno())
-        weakref.finalize(self, os.close, self._file).atexit = False
+        self._file, self._mark = open_private_file(self, "rate_limiter_tally")
         self._own: Any = None
         own = self.own_row()
         for number, tally in enumerate(tallies):
@@ -198,6 +193,8 @@ class _Table:
         return self._memory[begin : begin + self._width]
 
     def _lock(self, row: int) -> bool:
+        if not is_open(self._file, self._mark):
+            return False
         try:
             lockf(self._file, LOCK_EX | LOCK_NB, 1, row)
         except OSError:
