@@ -68,10 +68,8 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             )
         self.consumer = consumer
         self.to_pool: Callable[[Any], None] = consumer.on_task_request
-        self.forward = self.to_pool
         self.engine: Engine[Any] = Engine(self, self._limits_for, max_held=gate.max_held)
-        to_pool = lambda request: self.forward(request)  # noqa: E731, PLW0108 - `start` replaces it
-        self.slots = Slots(consumer, to_pool, self.engine.started)
+        self.slots = Slots(consumer, self.forward, self.engine.started)
         self.autoscale = scale_without(consumer.controller, self._held)
         #: Jobs that are to go to the pool to end there. Not from within the engine, which is locked.
         self.refused: deque[Any] = deque()
@@ -111,7 +109,6 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self.window = Window(consumer, self.engine.jobs, self.engine.takes_more_of)
         self.queues = self.window.queues
         self.by_queue = self.by_queue or self.window.is_static
-        self.forward = self.window.handing_on(self.to_pool)
         if self.by_queue:  # for the queues that `celery control add_consumer` brings
             mark_messages(consumer.task_consumer.channel, on_consume=self._on_consume)
         self.loop = Loop(consumer, self._next_due, self._work, self.window.update)
@@ -253,6 +250,11 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self.engine.settle()
         if released and self.autoscale is not None:
             self.autoscale()
+
+    def forward(self, request: Any) -> None:
+        """Hand a job to the pool."""
+        self.window.hand_on(request)
+        self.to_pool(request)
 
     def _forward_refused(self) -> None:
         """Hand over what a limit has refused: the tasks end by themselves, each in its own way."""

@@ -85,17 +85,10 @@ class Window:
         for answer in request.on_ack, request.on_reject:
             answer.then(restore)
 
-    def handing_on(self, forward: Callable[[Any], None]) -> Callable[[Any], None]:
-        """Return what hands a job to the pool: ``forward``, and takes note of it where that counts."""
-        static = self._static
-        if static is None:
-            return forward
-
-        def handed_on(request: Any) -> None:
-            static.hand_on(request.message)
-            forward(request)
-
-        return handed_on
+    def hand_on(self, request: Any) -> None:
+        """Take note of a job that goes to the pool."""
+        if self._static is not None:
+            self._static.hand_on(request.message)
 
     def keep(self, request: Any) -> None:
         """Take note of a job that does not go to the pool now."""
