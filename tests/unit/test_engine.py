@@ -6,8 +6,8 @@ import logging
 import pytest
 
 from rate_limiter import TokenBucket
-from rate_limiter.gating.engine import Call, Engine, Host
-from rate_limiter.gating.limit import Limit
+from rate_limiter.gating.engine import Engine, Host
+from rate_limiter.gating.limit import Call, Limit
 from rate_limiter.gating.tally import Observer, observers, tally_of
 from rate_limiter.testing import ManualClock
 

@@ -9,6 +9,7 @@ from celery.exceptions import ImproperlyConfigured
 from rate_limiter import AllOf, TokenBucket
 from rate_limiter.celery import Gate, throttle
 from rate_limiter.celery.declarations import parameters_of
+from rate_limiter.gating.limit import Call
 from rate_limiter.gating.record import record_of
 
 bucket = TokenBucket(10, 1)
@@ -122,9 +123,9 @@ def test_settings_have_keys_and_tiers(app):
     gate = Gate(app)
     (limit,) = gate.tasks_of()
     found = [
-        limit.demands("task jobs.upload", args, kwargs, None, parameters_of(app.tasks["jobs.upload"]))[
-            0
-        ]
+        limit.demands(
+            Call("task jobs.upload", args, kwargs, None, parameters_of(app.tasks["jobs.upload"]))
+        )[0]
         for args, kwargs in (
             (("acme", 3), {}),
             ((), {"size": 4, "name": "beta"}),

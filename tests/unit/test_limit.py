@@ -6,7 +6,7 @@ import pytest
 
 from rate_limiter import AllOf, BucketPerKey, TokenBucket
 from rate_limiter.gating.declared import new_limit
-from rate_limiter.gating.limit import Limit
+from rate_limiter.gating.limit import Call, Limit
 from rate_limiter.gating.parameters import Parameters
 from rate_limiter.gating.record import record_of
 
@@ -19,8 +19,8 @@ def test_demand_is_what_the_callables_say():
     limit = Limit(
         lambda name, size: large if size > 1 else small, tokens=lambda name, size: size, name="uploads"
     )
-    assert limit.demands("task upload", ("a.mp4",), {"size": 1}) == ((small, 1, limit),)
-    assert limit.demands("task upload", ("a.mp4", 50), {}) == ((large, 50, limit),)
+    assert limit.demands(Call("task upload", ("a.mp4",), {"size": 1})) == ((small, 1, limit),)
+    assert limit.demands(Call("task upload", ("a.mp4", 50), {})) == ((large, 50, limit),)
 
 
 @pytest.mark.parametrize("value", [0, -3, math.nan, math.inf, "2", None, 11])
@@ -28,7 +28,7 @@ def test_impossible_cost_names_task_limit_and_value(value):
     """A cost that can never be paid is an error that names the task, the limit and the value."""
     limit = Limit(bucket, tokens=lambda: value, name="uploads")
     with pytest.raises(ValueError, match=r"task jobs\.upload, limit uploads: tokens is") as raised:
-        limit.demands("task jobs.upload", (), {})
+        limit.demands(Call("task jobs.upload", (), {}))
     assert repr(value) in str(raised.value)
 
 
@@ -38,7 +38,7 @@ def test_error_of_a_callable_is_named_and_kept():
     with pytest.raises(
         ValueError, match="task upload, limit upload: tokens=… raised KeyError"
     ) as raised:
-        limit.demands("task upload", ({},), {})
+        limit.demands(Call("task upload", ({},), {}))
     assert isinstance(raised.value.__cause__, KeyError)
 
 
@@ -46,8 +46,8 @@ def test_callable_that_asks_for_headers_gets_them():
     """A keyword-only parameter `headers` gives a callable what the producer sent beside the arguments."""
     limit = Limit(bucket, tokens=lambda size, *, headers: size * headers.get("factor", 1))
     assert limit.asks_headers
-    assert limit.demands("task upload", (2,), {}, {"factor": 3})[0][1] == 6
-    assert limit.demands("task upload", (2,), {})[0][1] == 2
+    assert limit.demands(Call("task upload", (2,), {}, {"factor": 3}))[0][1] == 6
+    assert limit.demands(Call("task upload", (2,), {}))[0][1] == 2
 
 
 def test_turns_follow_each_other(monkeypatch):
@@ -63,16 +63,16 @@ def test_callable_that_returns_no_bucket_is_named():
     """A bucket callable that returns something else fails the job with that value."""
     limit = Limit(lambda: "gold")
     with pytest.raises(ValueError, match="bucket is 'gold', expected a bucket"):
-        limit.demands("task upload", (), {})
+        limit.demands(Call("task upload", (), {}))
 
 
 def test_key_picks_the_bucket():
     """key=… is asked with the job's arguments; its bucket counts, capacity and all."""
     tenants = BucketPerKey(2, 1, limits={"large": (50, 5)}.get)
     limit = Limit(tenants, key=lambda tenant, _size: tenant, tokens=lambda _tenant, size: size)
-    assert limit.demands("task upload", ("large", 40), {}) == ((tenants["large"], 40, limit),)
+    assert limit.demands(Call("task upload", ("large", 40), {})) == ((tenants["large"], 40, limit),)
     with pytest.raises(ValueError, match="tokens is 40, expected at most the capacity 2"):
-        limit.demands("task upload", ("small", 40), {})
+        limit.demands(Call("task upload", ("small", 40), {}))
 
 
 @pytest.mark.parametrize("key", [1.5, None, ["a"], "x" * 201])
@@ -80,14 +80,14 @@ def test_bad_key_names_task_and_limit(key):
     """A key that is none is the job's own fault, and its error says where."""
     limit = Limit(BucketPerKey(1, 1), key=lambda: key, name="tenants")
     with pytest.raises(ValueError, match="task upload, limit tenants: key must "):
-        limit.demands("task upload", (), {})
+        limit.demands(Call("task upload", (), {}))
 
 
 def test_all_of_counts_as_its_buckets():
     """A job takes from each bucket of an AllOf by itself, so that it waits in their queues."""
     one, other, third = TokenBucket(5, 1), TokenBucket(5, 1), TokenBucket(5, 1)
     limit = Limit(AllOf(one, AllOf(other, third)), tokens=2)
-    assert limit.demands("task upload", (), {}) == tuple(
+    assert limit.demands(Call("task upload", (), {})) == tuple(
         (each, 2, limit) for each in (one, other, third)
     )
 
@@ -96,9 +96,9 @@ def test_buckets_says_what_a_callable_may_return():
     """What buckets=[…] does not name is refused, for it was not shared."""
     one, other = TokenBucket(5, 1), TokenBucket(5, 1)
     limit = Limit(lambda which: which, buckets=[one])
-    assert limit.demands("task upload", (one,), {}) == ((one, 1, limit),)
+    assert limit.demands(Call("task upload", (one,), {})) == ((one, 1, limit),)
     with pytest.raises(ValueError, match="expected one of buckets=…"):
-        limit.demands("task upload", (AllOf(one, other),), {})
+        limit.demands(Call("task upload", (AllOf(one, other),), {}))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_headers_are_for_a_keyword_only_parameter(cost):
     """A parameter `headers` that is not keyword-only is an argument of the job like any other."""
     limit = Limit(bucket, tokens=cost)
     assert not limit.asks_headers
-    assert limit.demands("task upload", (2, "of the job"), {}, {"x": 1})[0].tokens == 2
+    assert limit.demands(Call("task upload", (2, "of the job"), {}, {"x": 1}))[0].tokens == 2
 
 
 @pytest.mark.parametrize("change", [{"name": "x"}, {"tokens": 2}, {"slow": True}])
@@ -169,10 +169,10 @@ def anything(first, /, *, second=2, **others): ...
 def test_an_argument_is_found_by_its_name(function, name, args, kwargs, value):
     """However it was sent, by position or by keyword; else it is the default."""
     limit = Limit(BucketPerKey(9, 1), key=name, tokens=name)
-    assert limit.demands("task t", args, kwargs, None, Parameters(function)) == (
+    assert limit.demands(Call("task t", args, kwargs, None, Parameters(function))) == (
         (limit.bucket[value], value, limit),
     )
-    assert limit.buckets_of("task t", args, kwargs, None, Parameters(function)) == (
+    assert limit.buckets_of(Call("task t", args, kwargs, None, Parameters(function))) == (
         limit.bucket[value],
     )
 
@@ -192,7 +192,7 @@ def test_a_job_without_the_argument_fails_alone(function, name, args, kwargs):
     with pytest.raises(
         ValueError, match=f"task t, limit uploads: tokens='{name}': the job has no such argument"
     ):
-        limit.demands("task t", args, kwargs, None, Parameters(function))
+        limit.demands(Call("task t", args, kwargs, None, Parameters(function)))
 
 
 def test_self_is_no_argument():
@@ -203,7 +203,7 @@ def test_self_is_no_argument():
     limit = new_limit(TokenBucket(9, 1), tokens="size")
     parameters = Parameters(bound).without_first
     assert parameters.names == ["tenant", "size"]
-    assert limit.demands("task t", ("acme", 5), {}, None, parameters)[0].tokens == 5
+    assert limit.demands(Call("task t", ("acme", 5), {}, None, parameters))[0].tokens == 5
     assert Parameters(lambda *args: None).without_first.names == []
 
 
@@ -211,8 +211,8 @@ def test_a_name_is_a_field_of_a_message():
     """At the gate for kombu the body of a message is a mapping, and has the fields by name."""
     limit = Limit(BucketPerKey(9, 1), key="tenant", tokens="size", name="uploads")
     body = {"tenant": "acme", "size": 3}
-    assert limit.demands("queue q", (body, None), {}) == ((limit.bucket["acme"], 3, limit),)
+    assert limit.demands(Call("queue q", (body, None), {})) == ((limit.bucket["acme"], 3, limit),)
     with pytest.raises(ValueError, match="queue q, limit uploads: tokens='size': the body has no such"):
-        limit.demands("queue q", ({"tenant": "acme"}, None), {})
+        limit.demands(Call("queue q", ({"tenant": "acme"}, None), {}))
     with pytest.raises(ValueError, match="queue q, limit uploads: key='tenant': the body is not a map"):
-        limit.demands("queue q", (["acme"], None), {})
+        limit.demands(Call("queue q", (["acme"], None), {}))

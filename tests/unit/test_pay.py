@@ -6,7 +6,7 @@ import pytest
 
 from rate_limiter import AllOf, RateLimitExceeded, TokenBucket
 from rate_limiter.celery.throttle import _pay
-from rate_limiter.gating.limit import Limit
+from rate_limiter.gating.limit import Call, Limit
 from rate_limiter.testing import ManualClock
 
 
@@ -22,7 +22,7 @@ def buckets(clock):
 
 def pay(*limits, request=None):
     """Pay as one call of a function; return what was demanded, what was refused, and who made it wait."""
-    each = [limit.demands("job", (), {}) for limit in limits]
+    each = [limit.demands(Call("job", (), {})) for limit in limits]
     return [demand for one in each for demand in one], *_pay(each, "job", request)
 
 

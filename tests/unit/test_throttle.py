@@ -9,6 +9,7 @@ from celery import Celery, Task, shared_task
 
 from rate_limiter import BucketPerKey, RateLimitExceeded, TokenBucket
 from rate_limiter.celery import current_charge, throttle
+from rate_limiter.gating.limit import Call
 from rate_limiter.gating.record import record_of
 from rate_limiter.gating.tally import tally_of
 
@@ -102,7 +103,7 @@ def test_a_callable_bucket_is_no_missing_parenthesis():
     def send_email(to): ...
 
     outer, _ = send_email.__rate_limits__
-    assert outer.demands("task t", ("x",), {})[0].bucket is bucket
+    assert outer.demands(Call("task t", ("x",), {}))[0].bucket is bucket
 
 
 def test_a_callable_bucket_is_told_by_its_code(tmp_path):

@@ -19,8 +19,8 @@ from celery.worker import state
 
 from ..broker.origin import mark_messages
 from ..broker.restore import Leftovers
-from ..gating.engine import Call, Engine, Host, warn_of_unused
-from ..gating.limit import Demand, Limit
+from ..gating.engine import Engine, Host, warn_of_unused
+from ..gating.limit import Call, Demand, Limit
 from ..gating.record import record_of
 from ..gating.tally import tally_of
 from . import receipt

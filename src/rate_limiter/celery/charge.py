@@ -13,7 +13,7 @@ from celery._state import get_current_task
 
 from ..bucket import Bucket
 from ..checks import zero_or_more
-from ..gating.limit import Demand, Limit
+from ..gating.limit import Call, Demand, Limit
 from ..gating.record import record_of
 from ..gating.tally import tell
 from ..shared_bucket import is_shared
@@ -218,9 +218,10 @@ def charge_of(
         if limit.has_bucket or limit.buckets or not _gate_is_elsewhere():
             # The job has paid, so it runs, even if its bucket cannot be found any more.
             with contextlib.suppress(Exception):
-                buckets = limit.buckets_of(
+                call = Call(
                     f"task {task.name}", args, kwargs, task.request.headers, parameters_of(task)
                 )
+                buckets = limit.buckets_of(call)
         charge._paid[limit] = _Payment(
             tokens, buckets, bool(buckets) and all(map(_is_shared_with_gate, buckets))
         )

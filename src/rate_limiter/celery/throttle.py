@@ -23,7 +23,7 @@ from ..all_of import charge_refilled, give_back, take_all_or_longest_delay, wait
 from ..bucket import Bucket
 from ..exceptions import RateLimitExceeded, RetryAfter
 from ..gating.declared import Names, check_parameters, new_limit
-from ..gating.limit import AnyBucket, AnyCost, AnyKey, Demand, Limit, refuse_to_pay_twice
+from ..gating.limit import AnyBucket, AnyCost, AnyKey, Call, Demand, Limit, refuse_to_pay_twice
 from ..gating.parameters import Parameters
 from ..gating.record import record_of
 from ..gating.tally import tell
@@ -405,10 +405,11 @@ def _is_inline(task: Task) -> bool:
 def _price(limits: Iterable[Limit], name: str, sent: _Sent, request: Any) -> list[Sequence[Demand]]:
     """Return the demands of each limit for one call."""
     headers = request.headers if request is not None else None
+    call = Call(f"task {name}", sent.args, sent.kwargs, headers, sent.parameters)
     demands: list[Sequence[Demand]] = []
     for limit in limits:
         try:
-            demands.append(limit.demands(f"task {name}", *sent[:2], headers, sent.parameters))
+            demands.append(limit.demands(call))
             refuse_to_pay_twice([demand.bucket for one in demands for demand in one], f"`{name}`")
         except Exception as error:
             tell("failed", name, limit, error)

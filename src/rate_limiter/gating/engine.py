@@ -12,17 +12,16 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from time import monotonic, perf_counter
-from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
+from typing import Final, Generic, Literal, TypeVar
 
 from .holding import Held, Holding
-from .limit import Demand, Limit, refuse_to_pay_twice
-from .parameters import Parameters
+from .limit import Call, Demand, Limit, refuse_to_pay_twice
 from .record import listed, record_of
 from .tally import tell
 
-__all__ = ["Call", "Decision", "Engine", "Host", "Plan", "warn_of_unused"]
+__all__ = ["Decision", "Engine", "Host", "Plan", "warn_of_unused"]
 
 logger = logging.getLogger("rate_limiter")
 
@@ -43,18 +42,6 @@ _QUIET: Final = 10.0
 
 #: At most so many jobs that cannot be acknowledged have no part in the window.
 _MOST_KEPT: Final = 1000
-
-
-class Call(NamedTuple):
-    """What a job's price depends on."""
-
-    #: What to call the job in errors: "task upload", "queue emails".
-    job: str
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
-    headers: Mapping[str, Any] | None
-    #: Those of the task's function; ``None``: a name is a field of the message's body.
-    parameters: Parameters | None
 
 
 class Plan:
@@ -353,7 +340,7 @@ class Engine(Generic[Job]):
     def _price(self, call: Call, limit: Limit) -> Sequence[Demand]:
         """Return what a job is to take under a limit. A slow callable is logged, once a limit."""
         began = perf_counter()
-        demands = limit.demands(*call)
+        demands = limit.demands(call)
         took = perf_counter() - began
         if took > _SLOW and not (record := record_of(limit)).slow:
             record.slow = True

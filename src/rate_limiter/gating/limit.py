@@ -21,7 +21,16 @@ from ..token_bucket import TokenBucket
 from .parameters import Parameters, field_of_body
 from .record import record_of
 
-__all__ = ["AnyBucket", "AnyCost", "AnyKey", "Demand", "Limit", "is_of_a_signal", "refuse_to_pay_twice"]
+__all__ = [
+    "AnyBucket",
+    "AnyCost",
+    "AnyKey",
+    "Call",
+    "Demand",
+    "Limit",
+    "is_of_a_signal",
+    "refuse_to_pay_twice",
+]
 
 #: What a limit takes tokens from. A callable is given the job's arguments.
 AnyBucket = Bucket | BucketPerKey | Callable[..., Bucket | BucketPerKey]
@@ -38,6 +47,21 @@ _HOLD_SECONDS: Final = 600.0
 
 #: How many jobs a gate holds for a limit at most, unless the user says otherwise. One takes some 7 kB.
 _HOLD_MOST: Final = 1000
+
+
+class Call(NamedTuple):
+    """A job that is to be priced: its name and its arguments."""
+
+    #: What to call the job in errors: ``"task upload"``, ``"queue emails"``.
+    job: str
+    #: The positional and keyword arguments that the producer sent.
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    #: The headers that the producer sent, for callables that ask for them.
+    headers: Mapping[str, Any] | None = None
+    #: The parameters of the task's function. ``None``: the job is a message of kombu, and the names in
+    #: ``tokens`` and ``key`` are fields of its body, the first argument.
+    parameters: Parameters | None = None
 
 
 class Demand(NamedTuple):
@@ -116,23 +140,11 @@ class Limit:
         arguments = ("key", self.key), ("tokens", self.tokens)
         return [(argument, name) for argument, name in arguments if isinstance(name, str)]
 
-    def demands(
-        self,
-        job: str,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        headers: Mapping[str, Any] | None = None,
-        parameters: Parameters | None = None,
-    ) -> tuple[Demand, ...]:
+    def demands(self, call: Call) -> tuple[Demand, ...]:
         """Return the demands of a job: one for its bucket, or one for each bucket of an `AllOf`.
 
         Args:
-            job: What to call it in errors: ``"task upload"``, ``"queue emails"``.
-            args: The positional arguments that the producer sent.
-            kwargs: The keyword arguments that the producer sent.
-            headers: The headers that the producer sent, for callables that ask for them.
-            parameters: The parameters of the task's function. ``None``: the job is a message of kombu,
-                and the names in ``tokens`` and ``key`` are fields of its body, the first argument.
+            call: The job's name and arguments.
 
         Raises:
             ValueError: The bucket, the key or the cost cannot be computed, or the cost is above the
@@ -142,29 +154,24 @@ class Limit:
         """
         if self.fixed:
             return self.fixed
-        bucket = self._bucket(job, args, kwargs, headers, parameters)
+        bucket = self._bucket(call)
         cost, tokens = self._cost, self.tokens
         if cost is None:
-            tokens = self._of_job("tokens", self.tokens, job, args, kwargs, headers, parameters)
+            tokens = self._of_job("tokens", self.tokens, call)
             try:
                 cost = positive("tokens", tokens)
             except (TypeError, ValueError):
-                raise ValueError(self._complaint("tokens", job, tokens, "a number above 0")) from None
+                raise ValueError(
+                    self._complaint("tokens", call.job, tokens, "a number above 0")
+                ) from None
         if cost > bucket.capacity:
             most = f"at most the capacity {bucket.capacity:g}"
-            raise ValueError(self._complaint("tokens", job, tokens, most))
+            raise ValueError(self._complaint("tokens", call.job, tokens, most))
         return tuple(Demand(member, cost, self) for member in members(bucket))
 
-    def buckets_of(
-        self,
-        job: str,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        headers: Mapping[str, Any] | None = None,
-        parameters: Parameters | None = None,
-    ) -> tuple[Bucket, ...]:
+    def buckets_of(self, call: Call) -> tuple[Bucket, ...]:
         """Return the buckets that a job takes from, without its cost. See `demands`."""
-        return tuple(members(self._bucket(job, args, kwargs, headers, parameters)))
+        return tuple(members(self._bucket(call)))
 
     def bound(self, window: int, default: int | None = None) -> int:
         """Return the most jobs that a gate holds for this limit. The broker keeps the others.
@@ -187,45 +194,30 @@ class Limit:
             bound = max(bound, window)
         return bound
 
-    def _bucket(
-        self,
-        job: str,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        headers: Mapping[str, Any] | None,
-        parameters: Parameters | None,
-    ) -> Bucket:
+    def _bucket(self, call: Call) -> Bucket:
         bucket: Any = self.bucket
         if self._calls_for_bucket:
-            bucket = self._of_job("bucket", bucket, job, args, kwargs, headers, parameters)
+            bucket = self._of_job("bucket", bucket, call)
         if isinstance(bucket, BucketPerKey) and self.key is not None:
-            key = self._of_job("key", self.key, job, args, kwargs, headers, parameters)
+            key = self._of_job("key", self.key, call)
             try:
                 return bucket[key]
             except (Exception, SystemExit, KeyboardInterrupt) as error:
                 if is_of_a_signal(error):
                     raise
                 # The key is wrong, or the callable ``limits`` of the BucketPerKey has failed.
-                raise ValueError(f"{self._blamed(job)}: {error}") from error
+                raise ValueError(f"{self._blamed(call.job)}: {error}") from error
         if not self._calls_for_bucket:
             return bucket  # type: ignore[no-any-return]
         if not isinstance(bucket, TokenBucket) and not isinstance(bucket, Bucket):  # the first is quick
-            raise ValueError(self._complaint("bucket", job, bucket, "a bucket"))
+            raise ValueError(self._complaint("bucket", call.job, bucket, "a bucket"))
         if self.buckets and not all(member in self.buckets for member in members(bucket)):
-            raise ValueError(self._complaint("bucket", job, bucket, "one of buckets=…"))
+            raise ValueError(self._complaint("bucket", call.job, bucket, "one of buckets=…"))
         return bucket
 
-    def _of_job(
-        self,
-        argument: str,
-        source: Any,
-        job: str,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        headers: Mapping[str, Any] | None,
-        parameters: Parameters | None,
-    ) -> Any:
+    def _of_job(self, argument: str, source: Any, call: Call) -> Any:
         """Return the value of ``bucket``, ``key`` or ``tokens`` for one job, from a name or a callable."""
+        job, args, kwargs, headers, parameters = call
         if isinstance(source, str):
             try:
                 if parameters is None:

@@ -22,8 +22,8 @@ from weakref import WeakSet
 from ..broker.origin import MARK, MOVED, can_be_sent_to, mark_messages, restore_origin
 from ..broker.restore import Leftovers
 from ..exceptions import RateLimitExceeded
-from ..gating.engine import Call, Engine, Host, warn_of_unused
-from ..gating.limit import Demand, Limit, is_of_a_signal
+from ..gating.engine import Engine, Host, warn_of_unused
+from ..gating.limit import Call, Demand, Limit, is_of_a_signal
 from ..gating.record import record_of
 from .pausing import Pausing, check
 from .returning import Returning
