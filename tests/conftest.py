@@ -4,8 +4,17 @@ import shutil
 import subprocess
 
 import pytest
+from celery.signals import setup_logging
 
 epmd = pytest.StashKey[subprocess.Popen]()
+
+
+@setup_logging.connect
+def keep_logging(**_options):
+    """Leave the loggers of the test process to pytest.
+
+    A worker in this process would set the root logger to "error", for the tests that come after it too.
+    """
 
 
 def pytest_configure(config):
