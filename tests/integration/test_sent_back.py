@@ -1,6 +1,7 @@
 """A job that is sent back is the message that came: from the gate, from the decorator, by RetryAfter."""
 
 import gc
+import itertools
 import json
 import time
 from collections import Counter, defaultdict
@@ -95,6 +96,17 @@ class Place:
             **settings,
         )
 
+    def wait_for_everybody(self, workers):
+        """Wait until so many workers get a Broadcast: on Redis one subscribes a moment after it is ready."""
+        numbers = itertools.count()
+
+        def all_get_it():
+            self.send("free", next(numbers), queue=self.everybody)
+            time.sleep(0.1)
+            return workers in Counter(self.lab.runs("free")).values()
+
+        wait_for(all_get_it)
+
     def arrivals(self):
         """Return how each job has arrived, in order, by its id."""
         arrivals = defaultdict(list)
@@ -182,6 +194,7 @@ def test_a_broadcast_job_runs_once_in_each_worker(place, way):
     task, gate = WAYS[way]
     each = 2 if task == "again later" else 1
     with place.start(gate=gate), place.start(gate=gate):
+        place.wait_for_everybody(2)
         for number in range(3):
             place.send(task, number, queue=place.everybody)
         place.lab.wait_for_runs(task, 6 * each)
