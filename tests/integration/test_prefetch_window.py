@@ -61,9 +61,11 @@ def test_jobs_go_back_in_order(redis_lab, pool):
             lab.wait_for_runs("concurrency", 2)
         for number in range(20):
             lab.send("other" if number % 2 else "job", number)
+        others = [] if pool == "prefork" else list(range(1, 20, 2))
         wait_for(lambda: stats(lab, worker)["rate_limiter"]["held"].get("job") == 10)
+        wait_for(lambda: waiting(lab) == 0)  # the last one is no held one
+        lab.wait_for_runs("other", len(others))
         worker.stop()
-    others = [] if pool == "prefork" else list(range(1, 20, 2))
     assert sorted(lab.runs("other")) == others
     assert numbers_in(lab) == [number for number in range(20) if number not in others]
     assert unacknowledged(lab) == 0
