@@ -76,6 +76,10 @@ class Prefetch:
         self._raised += change
         return change != 0
 
+    def lower_now(self) -> None:
+        """Let the next `follow` lower the count, however short a time ago it was lowered."""
+        self._lower_at = 0.0
+
     def update(self) -> None:
         """Send the count to the broker, if the broker has another one."""
         # While RabbitMQ's answer is awaited, more jobs may arrive and raise the count again.

@@ -6,6 +6,7 @@ unacknowledged: whatever happens to the worker, the broker has it still.
 """
 
 import logging
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,7 +30,8 @@ from .ending import refuse_at_gate
 from .loop import Loop
 from .prefork import is_spawned, share_all, share_the_rest
 from .returning import Returning
-from .settings import enabled
+from .settings import enabled, longest_hold
+from .sharing import SECONDS, Sharing
 from .slots import Slots, scale_without
 from .throttle import watch, watch_all
 from .window import Window
@@ -66,6 +68,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
                 "this Celery has no consumer.on_task_request: the gate cannot attach, and the "
                 "worker will not run without its limits"
             )
+        self.longest_hold = longest_hold(gate.app)
         self.consumer = consumer
         self.to_pool: Callable[[Any], None] = consumer.on_task_request
         self.engine: Engine[Any] = Engine(self, self._limits_for, max_held=gate.max_held)
@@ -106,6 +109,9 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self.engine.window = lambda _limit: max(
             consumer.initial_prefetch_count, consumer.max_prefetch_count
         )
+        # RabbitMQ ends a channel whose message is unacknowledged for too long. Redis has leases.
+        amqp = consumer.connection.transport.driver_type == "amqp"
+        self.engine.longest_hold = self.longest_hold if amqp else math.inf
         self.window = Window(consumer, self.engine.jobs, self.engine.takes_more_of)
         self.queues = self.window.queues
         self.by_queue = self.by_queue or self.window.is_static
@@ -115,6 +121,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self.returning = Returning(
             consumer, self.engine.lock, self.loop.has_timer, self._sent, self._end_later
         )
+        self.sharing = Sharing(consumer, self._share)
         self.open = True
 
     def stop(self, consumer: Any) -> None:
@@ -129,6 +136,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
                 state.reserved_requests.discard(request)
                 state.requests.pop(request.id, None)
         if was_open:
+            self.sharing.stop()
             self.loop.stop()
             self.returning.stop()
             self.window.stop(forgotten)
@@ -280,6 +288,21 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             self._tell(limit, [task.name])
         return limits
 
+    def _share(self, part: float, other: str) -> None:
+        """Keep a part of what is held: another worker has started, and is to have the rest."""
+        if not self.open:
+            return
+        before = self._held()
+        jobs = self.engine.share(part, SECONDS, send_back=self.window.is_static)
+        self.window.lower_now()
+        self.engine.settle()
+        self.window.give_back(jobs)
+        self.loop.look()
+        if before:
+            logger.info(
+                "Worker %s has started: %d%% of %d held jobs stay here", other, 100 * part, before
+            )
+
     def _held(self) -> int:
         """Return how many of the reserved requests are not for the pool yet."""
         with self.engine.lock:
@@ -311,7 +334,8 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         if how == "retry" and not self.returning.takes(request):
             return False
         if how in ("retry", "drop"):
-            end = partial(refuse_at_gate, request, demand, delay, self.returning.send)
+            longest = self.engine.longest_hold  # it is unacknowledged while it waits for its ETA
+            end = partial(refuse_at_gate, request, demand, delay, self.returning.send, longest)
             # A result backend that is down need not be asked for each job.
             self._end(request, end, later=how == "drop" and bool(self.unended))
         else:
@@ -327,6 +351,12 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
     def gone(self, request: Any) -> bool:
         """Tell whether a held job was revoked or has expired; it is announced and acknowledged here."""
         return self._end(request, request.revoked)
+
+    def send_back(self, request: Any) -> bool:
+        """Send a held job to the end of its queue."""
+        if not self.returning.takes(request, unchanged=True):
+            return False
+        return self._end(request, partial(self.returning.send, request))
 
     def unstarted(self, request: Any) -> bool:
         """Tell whether a job that went to the pool is still to start."""

@@ -27,7 +27,11 @@ logger = logging.getLogger("rate_limiter")
 
 
 def refuse_at_gate(
-    request: Any, demand: Demand, delay: float, send_back: Callable[[Any, float], None]
+    request: Any,
+    demand: Demand,
+    delay: float,
+    send_back: Callable[[Any, float], None],
+    longest: float,
 ) -> None:
     """End a job as revoked (``"drop"``), or send it back to the broker (``"retry"``).
 
@@ -36,6 +40,7 @@ def refuse_at_gate(
         demand: The bucket that has too few tokens, the tokens that the job costs, and the limit.
         delay: The seconds until the bucket has them.
         send_back: It is called with the request and the seconds until the job comes again.
+        longest: The most seconds until then.
 
     """
     bucket, tokens, limit = demand
@@ -44,7 +49,7 @@ def refuse_at_gate(
         request._announce_revoked(reason, False, None, False)
         logger.info("Dropped %s[%s]: %s", request.name, request.id, reason)
     else:
-        send_back(request, record_of(limit).next_return(bucket, tokens, delay))
+        send_back(request, record_of(limit).next_return(bucket, tokens, delay, longest))
 
 
 def refuse_in_task(demand: Demand, delay: float, name: str, job: Task | None) -> NoReturn:

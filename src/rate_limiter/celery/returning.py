@@ -1,7 +1,8 @@
 """Sending jobs back: the same message goes to the end of its queue, with a new ETA.
 
 It is no retry: the number of retries and everything else about the message stay as they were. The job
-waits for its ETA as any job with a countdown does, in the worker that gets it.
+waits for its ETA as any job with a countdown does, in the worker that gets it. A job that was held for too
+long goes without an ETA, and is held again.
 
 At the gate the message is there, and is moved (`Returning`). In the pool it is gone; `publish_again` makes
 it anew from the task's request. The request does not tell everything: see there.
@@ -80,29 +81,34 @@ class Returning:
         self._stopping = False
         mark_messages(consumer.task_consumer.channel)
 
-    def takes(self, request: Any) -> bool:
+    def takes(self, request: Any, *, unchanged: bool = False) -> bool:
         """Whether a job can be sent back now. If not, it is to be held.
 
-        It cannot where it has no queue to go to (``Broadcast`` on Redis), where the old message protocol
-        keeps the ETA in the body, and while RabbitMQ confirms nothing.
+        It cannot where it has no queue to go to (``Broadcast`` on Redis), while RabbitMQ confirms nothing,
+        and, unless it is sent back unchanged, where the old message protocol keeps the ETA in the body.
         """
         message = request.message
         queue = message.delivery_info.get(MARK)
         return (
             queue is not None
             and can_be_sent_to(message.channel, queue)
-            and "task" in (message.headers or {})
+            and (unchanged or "task" in (message.headers or {}))
             and not self._relay.full
         )
 
-    def send(self, request: Any, seconds: float) -> None:
-        """Send a job back, to run in so many seconds. It is acknowledged when its copy is stored.
+    def send(self, request: Any, seconds: float | None = None) -> None:
+        """Send a job back. It is acknowledged when its copy is stored.
+
+        Args:
+            request: The request.
+            seconds: When it is to run: in so many seconds. ``None``: at once, with all headers as they are.
 
         Raises:
             Exception: It could not be sent; it is still unacknowledged.
 
         """
-        self._send(request, datetime.now(UTC) + timedelta(seconds=seconds))
+        eta = None if seconds is None else datetime.now(UTC) + timedelta(seconds=seconds)
+        self._send(request, eta)
 
     def stop(self) -> None:
         """Wait a moment for the last confirmations, and close."""
@@ -114,10 +120,10 @@ class Returning:
                 self._consumer.timer.cancel(self._timer)
                 self._timer = None
 
-    def _send(self, request: Any, eta: datetime) -> None:
+    def _send(self, request: Any, eta: datetime | None) -> None:
         message = request.message
         with self._lock:
-            headers = {"eta": eta.isoformat()}
+            headers = None if eta is None else {"eta": eta.isoformat()}
             self._relay.send((request, eta), message, message.delivery_info[MARK], headers)
             self._look_again()
 
@@ -142,14 +148,15 @@ class Returning:
                 self._relay.tend()
                 self._look_again()
 
-    def _moved(self, job: tuple[Any, datetime]) -> None:
+    def _moved(self, job: tuple[Any, datetime | None]) -> None:
         request, eta = job
-        logger.info(
-            "Sent back %s[%s] for %.3g s",
-            request.name,
-            request.id,
-            (eta - datetime.now(UTC)).total_seconds(),
-        )
+        if eta is not None:
+            logger.info(
+                "Sent back %s[%s] for %.3g s",
+                request.name,
+                request.id,
+                (eta - datetime.now(UTC)).total_seconds(),
+            )
         state.task_ready(request)
         if not self._stopping:
             request.acknowledge()
@@ -158,7 +165,7 @@ class Returning:
             # The event loop has ended, and would not do it any more.
             request.message.ack_log_error(logger, self._consumer.connection_errors)
 
-    def _failed(self, job: tuple[Any, datetime]) -> None:
+    def _failed(self, job: tuple[Any, datetime | None]) -> None:
         request, eta = job
         if self._stopping:
             state.task_ready(request)  # the broker delivers it again

@@ -28,13 +28,16 @@ from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 from celery.utils.imports import symbol_by_name
 
+from ..checks import positive
 from ..gating.declared import Declarations, check_options, new_limit
+from ..gating.leaving import LONGEST_HOLD
 from ..gating.limit import Limit
 
-__all__ = ["declare_settings", "enabled", "limit_from"]
+__all__ = ["declare_settings", "enabled", "limit_from", "longest_hold"]
 
 _LIMITS: Final = "rate_limiter_limits"
-_SETTINGS: Final = frozenset({"rate_limiter_enabled", _LIMITS})
+_LONGEST_HOLD: Final = "rate_limiter_longest_hold"
+_SETTINGS: Final = frozenset({"rate_limiter_enabled", _LIMITS, _LONGEST_HOLD})
 
 #: The options that may name a callable, as ``"module:callable"``.
 _CALLABLES: Final = ("tokens", "key", "limits")
@@ -44,6 +47,19 @@ _OPTIONS: Final = ("rate", "burst", *_CALLABLES, "when_limited", "name", "max_he
 def enabled(app: Celery) -> bool:
     """Return whether limits are in force: ``app.conf.rate_limiter_enabled``, true by default."""
     return bool(app.conf.get("rate_limiter_enabled", True))
+
+
+def longest_hold(app: Celery) -> float:
+    """Return for how many seconds a job from RabbitMQ is held: ``app.conf.rate_limiter_longest_hold``.
+
+    Raises:
+        ImproperlyConfigured: It is no number of seconds above 0.
+
+    """
+    try:
+        return positive(_LONGEST_HOLD, app.conf.get(_LONGEST_HOLD, LONGEST_HOLD))
+    except (ValueError, TypeError) as error:
+        raise ImproperlyConfigured(str(error)) from error
 
 
 def declare_settings(app: Celery, declarations: Declarations) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from celery.worker import state
 from celery.worker.consumer.tasks import Tasks
 from celery.worker.request import Request
 
@@ -105,6 +106,23 @@ class Window:
         """
         if self.is_static or self._prefetch.follow(held, most):
             self._update_later()
+
+    def give_back(self, held: Sequence[Any]) -> None:
+        """Let the broker have requests back, for another worker. Each goes to where it was in its queue.
+
+        Args:
+            held: The requests, the latest first. They are held no more, and `follow` was told so.
+
+        """
+        self.update()  # before that: what there is room for would come again at once
+        for request in held:
+            request.message.requeue()
+            request.acknowledged = True
+            state.task_ready(request)
+
+    def lower_now(self) -> None:
+        """Let the next `follow` lower the count, however short a time ago it was lowered."""
+        self._prefetch.lower_now()
 
     def update(self) -> None:
         """Tell the broker: the prefetch count, if it has changed; which queues are consumed again."""

@@ -17,6 +17,7 @@ from time import monotonic, perf_counter
 from typing import Final, Generic, Literal, TypeVar
 
 from .holding import Held, Holding
+from .leaving import Leaving
 from .limit import Call, Demand, Limit, refuse_to_pay_twice
 from .record import listed, record_of
 from .tally import tell
@@ -82,6 +83,10 @@ class Host(Generic[Job]):
         """Tell whether a held job was revoked, has expired, or is the broker's again; end it then."""
         return False
 
+    def send_back(self, job: Job) -> bool:
+        """Send a held job to the end of its queue, unchanged. ``False``: that cannot be done now."""
+        return False
+
     def unstarted(self, job: Job) -> bool:
         """Tell whether a job that was let go is still to start."""
         return False
@@ -130,6 +135,7 @@ class Engine(Generic[Job]):
             poked=host.wake,
             is_unstarted=host.unstarted if host.has_slots else None,
         )
+        self._leaving: Leaving[Job] = Leaving(self._holding, self._send_back, self._on_leave)
         self._plans: dict[Hashable, Plan] = {}
         #: The prefetch count that the consumer of a limit's jobs has without a gate.
         self.window: Callable[[Limit], int] = lambda _limit: 1
@@ -164,7 +170,7 @@ class Engine(Generic[Job]):
     def jobs(self) -> list[Job]:
         """Return the jobs that are held, and those that the host keeps."""
         with self.lock:
-            return [*self._holding.jobs(), *self._kept]
+            return [*(held.job for held in self._holding.all()), *self._kept]
 
     def unstarted(self) -> list[Job]:
         """Return the jobs that were let go and have not started, as far as known."""
@@ -177,12 +183,23 @@ class Engine(Generic[Job]):
         return self._holding.held_by + self._kept_by if self._kept_by else self._holding.held_by
 
     @property
+    def longest_hold(self) -> float:
+        """For how many seconds a job is held before `Host.send_back` is asked for it. By default for ever."""
+        return self._leaving.longest_hold
+
+    @longest_hold.setter
+    def longest_hold(self, seconds: float) -> None:
+        self._leaving.longest_hold = seconds
+
+    @property
     def next_due(self) -> float:
         """The moment, by the clock, at which `release` is to be called next. It may be infinite."""
         with self.lock:
             due = self._holding.next_due
-            check = self._checks[0][0] if self._checks else math.inf
-        return check if due is None else min(due, check)
+            look = self._leaving.next_due
+            if self._checks:
+                look = min(look, self._checks[0][0])
+        return look if due is None else min(due, look)
 
     def plan(self, *kind: Hashable) -> Plan:
         """Return what is done with the jobs of a kind. Worked out at the first of them."""
@@ -195,7 +212,8 @@ class Engine(Generic[Job]):
 
     def bound(self, limit: Limit) -> int:
         """Return how many jobs are held for a limit before the broker is to keep the rest."""
-        return limit.bound(self.window(limit), self._max_held)
+        bound = limit.bound(self.window(limit), self._max_held)
+        return int(min(bound, self._leaving.most(limit)))
 
     def has_room(self, limit: Limit) -> bool:
         """Tell whether one more job may be held for a limit."""
@@ -266,6 +284,7 @@ class Engine(Generic[Job]):
             if self.next_due > now:
                 return []
             released = self._holding.release(now, most)
+            self._leaving.work(now)
             self._note_quiet(now)
         for held in released:
             tell("admitted", held.job, held.demands, max(0.0, now - held.since), held.limit)
@@ -289,6 +308,24 @@ class Engine(Generic[Job]):
         self._follow()
         if self.paused:
             self._resume()
+
+    def share(self, part: float, seconds: float, *, send_back: bool) -> list[Job]:
+        """Keep a part of what each limit holds, and hold no more than that for some seconds.
+
+        Args:
+            part: The part that is kept, from 0 to 1.
+            seconds: How long no more is held.
+            send_back: Whether `Host.send_back` is asked for the other jobs, by `release`.
+
+        Returns:
+            If it is not: the other jobs, the latest first. The caller gives them back to the broker.
+
+        """
+        with self.lock:
+            leaving = self._leaving.share(part, self._clock(), seconds, send_back=send_back)
+        for held in leaving:
+            tell("returned", held.job, held.limit)
+        return [held.job for held in leaving]
 
     def keep(self, job: Job, limit: Limit | None = None) -> None:
         """Count a job that is not held, but takes up the window: it is not acknowledged yet.
@@ -324,6 +361,7 @@ class Engine(Generic[Job]):
         """Forget every job that is held or kept; return those held. They are the broker's again."""
         with self.lock:
             jobs = [held.job for held in self._holding.clear()]
+            self._leaving.clear()
             self._kept.clear()
             self._kept_by.clear()
             self._loose = 0
@@ -385,6 +423,18 @@ class Engine(Generic[Job]):
         tell("skipped", held.job, held.limit)
         return True
 
+    def _send_back(self, job: Job) -> bool:
+        try:
+            return self._host.send_back(job)
+        except Exception:
+            logger.exception("Could not send %s back; it is held", job)
+            return False
+
+    def _on_leave(self, held: Held[Job]) -> None:
+        name = record_of(held.limit).name
+        logger.debug("Sent back %s, which limit %s has held", held.job, name)
+        tell("returned", held.job, held.limit)
+
     # -- what follows from a change ---------------------------------------------------------------
 
     def _on_hold(self, held: Held[Job], demand: Demand, delay: float) -> None:
@@ -401,6 +451,7 @@ class Engine(Generic[Job]):
                 logger.debug("Held %s: limit %s has tokens for it in %.3g s", held.job, name, delay)
             else:
                 logger.debug("Held %s: jobs of limit %s wait for a free slot", held.job, name)
+        self._leaving.begin(held)
         tell("held", held.job, demand, delay)
 
     def _check_at(self, moment: float, limit: Limit) -> None:

@@ -173,9 +173,37 @@ class Holding(Generic[Job]):
     def __len__(self) -> int:
         return self.held_by.total()
 
-    def jobs(self) -> list[Job]:
-        """Return the jobs that are held."""
-        return [held.job for queue in self._queues.values() for held in queue.jobs]
+    def all(self) -> list[Held[Job]]:
+        """Return the jobs that are held, bucket by bucket."""
+        return [held for queue in self._queues.values() for held in queue.jobs]
+
+    def first(self) -> list[Held[Job]]:
+        """Return the job of each bucket that has waited the longest."""
+        return [queue.jobs[0] for queue in self._queues.values() if queue.jobs]
+
+    def late(self, since: float, longest: float, now: float) -> list[Held[Job]]:
+        """Return the jobs, in order, that have waited for long, and whose turn does not come soon.
+
+        Args:
+            since: Those that came by this moment have waited for long.
+            longest: For a job that came at ``since``, the moment until which its turn may come: as
+                forecast now, if no other job comes before it.
+            now: The caller's clock.
+
+        """
+        late = []
+        for queue in self._queues.values():
+            turn = max(now, queue.forecast())
+            rate = queue.bucket.tokens_per_second
+            for held in queue.jobs:
+                if held.since > since:
+                    break
+                if held is not queue.jobs[0]:
+                    turn += sum(d.tokens for d in held.demands if d.bucket is queue.bucket) / rate
+                end = held.since + longest - since
+                if turn > end or now >= end:
+                    late.append(held)
+        return sorted(late, key=lambda held: held.arrival)
 
     @property
     def next_due(self) -> float | None:
@@ -311,9 +339,20 @@ class Holding(Generic[Job]):
         """Return the jobs that were let go and have not started, as far as known."""
         return [] if self._unstarted is None else self._unstarted.jobs()
 
+    def take_out(self, held: Held[Job], now: float) -> None:
+        """Let a job go before its turn. It takes no tokens."""
+        queue = held.queue
+        first = queue.jobs[0] is held
+        queue.jobs.remove(held)
+        self._count_one(held.limit, -1)
+        if first and queue.jobs:
+            self._schedule(queue, now, 0.0)
+        self._open_claims(held, now)
+        self._drop_if_empty(queue)
+
     def clear(self) -> list[Held[Job]]:
         """Forget every job, and return those that are held."""
-        forgotten = [held for queue in self._queues.values() for held in queue.jobs]
+        forgotten = self.all()
         for queue in list(self._queues.values()):
             self._drop(queue)
         self._due.clear()
@@ -440,8 +479,11 @@ class Holding(Generic[Job]):
         return first
 
     def _leave(self, held: Held[Job], now: float) -> None:
-        """Take a job out, and open what it has claimed."""
+        """Take out the job whose turn it is, and open what it has claimed."""
         self._unlink(held)
+        self._open_claims(held, now)
+
+    def _open_claims(self, held: Held[Job], now: float) -> None:
         for queue in held.claims:
             queue.claimant = None
             if queue.jobs:

@@ -1,5 +1,6 @@
 """The run-time record of a limit in this process. `limit` has the declaration."""
 
+import math
 from collections.abc import Iterable
 from time import monotonic
 from typing import TYPE_CHECKING, Final
@@ -31,13 +32,16 @@ class Record:
         #: For each bucket: when the latest of the jobs that were sent back comes again (monotonic).
         self._latest: WeakKeyDictionary[Bucket, float] = WeakKeyDictionary()
 
-    def next_return(self, bucket: Bucket, tokens: float, delay: float) -> float:
+    def next_return(
+        self, bucket: Bucket, tokens: float, delay: float, longest: float = math.inf
+    ) -> float:
         """Give a job that is sent back to the broker the time at which it comes again.
 
         Args:
             bucket: The bucket that refused the job.
             tokens: The tokens that the job takes from the bucket.
             delay: The seconds until the bucket has them.
+            longest: The most seconds to return. Such a job comes before its time, and is refused again.
 
         Returns:
             The seconds until that time. Jobs that are sent back come again one after another, at the
@@ -46,6 +50,8 @@ class Record:
         """
         now = monotonic()
         moment = max(now + delay, self._latest.get(bucket, 0.0) + tokens / bucket.tokens_per_second)
+        if moment > now + longest:
+            return longest
         self._latest[bucket] = moment
         return moment - now
 

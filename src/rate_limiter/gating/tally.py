@@ -72,6 +72,12 @@ class Observer:
     def failed(self, job: Any, limit: Limit, error: Exception) -> None:
         """Take note of a job that cannot pay: its cost cannot be computed, or the bucket raises."""
 
+    def returned(self, job: Any, limit: Limit) -> None:
+        """Take note of a held job that goes back to its queue before its turn.
+
+        It was held for too long, or another worker has started and is to have its share.
+        """
+
     def forgotten(self, jobs: Sequence[Any]) -> None:
         """Take note of held jobs that go back to the broker: the worker stops or has reconnected."""
 
@@ -98,8 +104,11 @@ def tell(outcome: str, *details: Any) -> None:
             logger.exception("The observer %r failed", observer)
 
 
-_NAMES: Final = ("admitted", "tokens", "refused", "failed", "skipped", "waited", "longest")
-_ADMITTED, _TOKENS, _REFUSED, _FAILED, _SKIPPED, _WAITED, _LONGEST = range(len(_NAMES))
+_NAMES: Final = (
+    *("admitted", "tokens", "refused", "failed", "skipped"),
+    *("returned", "waited", "longest"),
+)
+_ADMITTED, _TOKENS, _REFUSED, _FAILED, _SKIPPED, _RETURNED, _WAITED, _LONGEST = range(len(_NAMES))
 
 #: The number of rows in shared memory, one for each process. Further processes use the last row together.
 _ROWS: Final = 256
@@ -116,6 +125,7 @@ class Tally:
     - ``refused``: jobs that found no tokens and did not wait.
     - ``failed``: jobs that could not pay: their cost could not be computed, or the bucket raised.
     - ``skipped``: jobs that were revoked, or expired, while held.
+    - ``returned``: held jobs that went back to their queue before their turn.
     - ``waited``, ``longest``: the seconds that admitted jobs have waited: their sum, and the longest wait.
     """
 
@@ -258,6 +268,9 @@ class _Counting(Observer):
 
     def failed(self, job: Any, limit: Limit, error: Exception) -> None:
         tally_of(limit)._count(_FAILED)
+
+    def returned(self, job: Any, limit: Limit) -> None:
+        tally_of(limit)._count(_RETURNED)
 
     def given_back(self, limit: Limit, tokens: float) -> None:
         tally_of(limit)._count(_TOKENS, -tokens)

@@ -9,8 +9,9 @@ from kombu.message import Message
 from kombu.messaging import Consumer
 
 from ..bucket import Bucket
-from ..checks import whole
+from ..checks import positive, whole
 from ..gating.declared import Declarations, new_limit
+from ..gating.leaving import LONGEST_HOLD
 from ..gating.limit import AnyBucket, AnyCost, AnyKey, Limit, refuse_to_pay_twice
 from ..gating.record import record_of
 from .session import Session
@@ -41,13 +42,17 @@ class Gate:
             in ten minutes, but at least its ``prefetch_count`` and at most 1,000; with a key, or a callable
             for ``bucket``, 1,000. The broker keeps the others, and all messages that stand behind them in
             the queue.
+        longest_hold: On RabbitMQ a message that is held for so many seconds goes to the end of its queue: a
+            channel with a message that is unacknowledged for ``consumer_timeout`` (30 minutes by default)
+            is closed by RabbitMQ. A message whose turn comes soon may be held for half of that time more.
         on_refused: It is called with the message and the error for each message that does not run: under
             ``when_limited="raise"``, or because its cost cannot be computed or is above the capacity. See
             `GateMixin.on_refused`.
 
     Raises:
-        TypeError: ``max_held`` is not a whole number, or ``on_refused`` not callable.
-        ValueError: ``max_held`` is below 1.
+        TypeError: ``max_held`` is not a whole number, ``longest_hold`` no number, or ``on_refused`` not
+            callable.
+        ValueError: ``max_held`` is below 1, or ``longest_hold`` not above 0.
 
     A bucket in memory is one rate for all the consumers of a process that share it, in threads too; two
     processes run at twice the rate. `attach`, `wrap`, `poll` and `timeout` are for one loop in one
@@ -59,6 +64,7 @@ class Gate:
         self,
         *,
         max_held: int | None = None,
+        longest_hold: float = LONGEST_HOLD,
         on_refused: Callable[[Message, Exception], Any] | None = None,
     ) -> None:
         if max_held is not None:
@@ -66,6 +72,7 @@ class Gate:
         if on_refused is not None and not callable(on_refused):
             raise TypeError(f"on_refused must be called with (message, error), not {on_refused!r}")
         self.max_held = max_held
+        self.longest_hold = positive("longest_hold", longest_hold)
         self.on_refused = on_refused
         self._declared = Declarations("queues")
         self._started = False

@@ -262,6 +262,8 @@ class Session(Host[_Job]):
             with self._occupied():
                 self._leftovers.put_back(channel)
             window = self._windows[channel] = Window(channel, self.static)
+            if window.is_amqp:
+                self._engine.longest_hold = self._gate.longest_hold
         return window
 
     def _window_of(self, limit: Limit) -> int:
@@ -289,7 +291,8 @@ class Session(Host[_Job]):
                 return False  # it was sent back before and comes at its turn: a few tokens are missing
             self._engine.keep(job, limit)
             self._enter(job)
-            self._returning.add(job, record_of(limit).next_return(bucket, tokens, delay))
+            longest = self._engine.longest_hold
+            self._returning.add(job, record_of(limit).next_return(bucket, tokens, delay, longest))
         elif limit.when_limited == "drop":
             logger.info(
                 "Dropped a message of queue %s: rate limit exceeded: %s",
@@ -307,6 +310,14 @@ class Session(Host[_Job]):
         """End a message with an error."""
         logger.error("Rejected a message of queue %s: %s", job.queue, error)
         self._end(job, error)
+
+    def send_back(self, job: _Job) -> bool:
+        """Send a held message to the end of its queue."""
+        if not (job.can_return and job.window.is_amqp):
+            return False
+        self._engine.keep(job)
+        self._returning.add(job, 0.0)
+        return True
 
     def gone(self, job: _Job) -> bool:
         """Tell whether a message's channel is closed: the broker has given it out again."""

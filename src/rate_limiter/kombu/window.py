@@ -42,8 +42,9 @@ class Window:
         self.channel = channel
         #: How many messages of this channel are held.
         self.held = 0
-        self._amqp = client.transport.driver_type == "amqp"
-        self._static = self._amqp and (static or client.qos_semantics_matches_spec)
+        #: Whether the broker is one that closes a channel whose message is unacknowledged for too long.
+        self.is_amqp = client.transport.driver_type == "amqp"
+        self._static = self.is_amqp and (static or client.qos_semantics_matches_spec)
         #: The prefetch count of each queue, without a gate.
         self._counts: dict[str, int] = {}
         self._prefetch: Prefetch | None = None
@@ -63,7 +64,7 @@ class Window:
 
         """
         count: int = consumer.prefetch_count or 0
-        if not self._amqp:
+        if not self.is_amqp:
             count = count or self.channel.qos.prefetch_count  # it may have been set on the channel
         if not count and not self._counts:
             logger.info(
@@ -76,7 +77,7 @@ class Window:
         for queue in consumer.queues:
             self._counts[queue.name] = count
             if (queue.queue_arguments or {}).get("x-queue-type") in STATIC_QUEUE_TYPES:
-                self._static = self._amqp
+                self._static = self.is_amqp
         if self._static:
             self._prefetch = None
             if self._consumers is None:
@@ -85,7 +86,7 @@ class Window:
             self.channel.basic_qos(0, count, False)
             return count
         total = count
-        if self._amqp:
+        if self.is_amqp:
             self.channel.basic_qos(0, 0, False)
             total = sum(self._counts.values())  # the other transports have one for the whole channel
         # `follow` raises this count again by what is held.
@@ -146,4 +147,4 @@ class Window:
         give_back(self.channel, messages)
 
     def _set_count(self, prefetch_count: int) -> None:
-        self.channel.basic_qos(0, prefetch_count, self._amqp)
+        self.channel.basic_qos(0, prefetch_count, self.is_amqp)
