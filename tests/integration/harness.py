@@ -44,30 +44,46 @@ class Entry(NamedTuple):
 
 
 class Worker:
-    """A process that runs ``celery worker``, in a process group of its own."""
+    """A process that runs ``celery worker``, in a process group of its own.
 
-    def __init__(self, module: str, arguments: Sequence[str], folder: Path, **environment: str) -> None:
+    Args:
+        module: Its app.
+        arguments: Further arguments of the command.
+        folder: Where it runs.
+        gossip: Whether workers learn of each other. It takes a second at the start.
+        environment: What its environment has beside this process's.
+
+    """
+
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        folder: Path,
+        *,
+        gossip: bool = False,
+        **environment: str,
+    ) -> None:
         self.node = f"worker{next(_names)}@lab"
         self.log = folder / f"{self.node}.log"
         path = os.pathsep.join([str(ROOT / "src"), str(ROOT), str(folder)])
+        command = [
+            sys.executable,
+            "-m",
+            "celery",
+            "-A",
+            module,
+            "worker",
+            "-l",
+            "INFO",
+            "-n",
+            self.node,
+        ]
+        if not gossip:
+            command += ["--without-mingle", "--without-gossip", "--without-heartbeat"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [
-                    *(
-                        sys.executable,
-                        "-m",
-                        "celery",
-                        "-A",
-                        module,
-                        "worker",
-                        "-l",
-                        "INFO",
-                        "-n",
-                        self.node,
-                    ),
-                    *("--without-mingle", "--without-gossip", "--without-heartbeat"),
-                    *arguments,
-                ],
+                [*command, *arguments],
                 cwd=folder,
                 env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **environment},
                 stdout=log,

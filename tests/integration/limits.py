@@ -18,6 +18,7 @@ def start(
     pool: str = "threads",
     concurrency: int = 2,
     gate: bool = True,
+    gossip: bool = False,
     limits: tuple[dict[str, Any], ...] = (),
     queues: tuple[QueueSpec, ...] = (),
     environment: dict[str, str] | None = None,
@@ -40,6 +41,7 @@ def start(
         f"tests.integration.{module}",
         ("-P", pool, "-c", str(concurrency), *arguments),
         lab.folder,
+        gossip=gossip,
         LAB=json.dumps(config),
         **(environment or {}),
     )

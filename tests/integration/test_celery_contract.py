@@ -8,6 +8,7 @@ import inspect
 import queue
 import threading
 import time
+from types import SimpleNamespace
 from uuid import uuid4
 
 import celery.concurrency
@@ -466,4 +467,28 @@ def test_what_a_worker_tells_of_its_pool(autoscale, most):
     app.steps["worker"].add(Step)
     app.WorkController(pool="prefork", concurrency=2, autoscale=autoscale)
     assert told[0][1:] == (most, "TaskPool") or (most is None and told[0] == (2, 0, "TaskPool"))
+    app.close()
+
+
+def test_gossip_tells_of_a_worker_that_starts(redis_url):
+    """What gossip.update_state is replaced by gets the event; then the worker is one of those alive."""
+    app = make_app(redis_url())
+    gossip = app.WorkController(pool="solo").consumer.gossip
+    update, told = gossip.update_state, []
+    gossip.update_state = lambda event: told.append((event["type"], event["hostname"], update(event)))
+    now = time.time()
+    event = {"type": "worker-online", "hostname": "other", "timestamp": now, "local_received": now}
+    message = SimpleNamespace(
+        delivery_info={"routing_key": "worker.online"}, headers={"hostname": "other"}, payload=event
+    )
+    gossip.on_message(lambda payload: (None, payload), message)
+    assert told[0][:2] == ("worker-online", "other")
+    assert [worker.hostname for worker in gossip.state.alive_workers()] == ["other"]
+    app.close()
+
+
+def test_gossip_that_is_off_has_no_state():
+    """On brokers that have none, and with --without-gossip."""
+    app = make_app("memory://")
+    assert not hasattr(app.WorkController(pool="solo").consumer.gossip, "update_state")
     app.close()

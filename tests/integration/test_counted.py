@@ -80,6 +80,7 @@ class Jobs:
                 "refused": refused.get(name, 0),
                 "failed": ends["ValueError"],
                 "skipped": 0 if name in refused else ends["REVOKED"],
+                "returned": 0,
             }
         return truth
 
