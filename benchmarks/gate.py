@@ -578,27 +578,74 @@ def asks(bench: Bench) -> None:
 
 
 def workers(bench: Bench) -> None:
-    """Measure whether two workers share a backlog, each at its own rate."""
-    jobs, counted = (120, 80) if bench.short else (400, 300)
-    for server in bench.servers():
-        with Run(server, rate=5) as run:
-            run.send("limited", jobs)
-            run.start("one")
-            run.start("two")
-            run.ready(2)
-            run.wait("limited", counted, 2 * counted / 10)
-            ran = run.ran("limited")[:counted]
-        firsts = {each.worker: each.moment for each in reversed(ran)}
-        both = max(firsts.values())
-        rate = rate_of([each.moment for each in ran if each.moment > both])
-        shares = Counter(each.worker for each in ran)
-        bench.report(
-            f"workers {server.name}: two at 5/s, {counted} jobs",
-            f"{rate:.3f}/s, {shares['one']} and {shares['two']} jobs",
-            "9.5 .. 10.1/s",
-            len(ran) == counted and len(firsts) == 2 and 9.5 <= rate <= 10.1,
-            jobs_per_second=rate,
+    """Measure whether two workers share a backlog, each at its own rate: also one that starts later."""
+    jobs = 250 if bench.short else 400
+    for queue, (broker, conf) in QUEUES.items():
+        if broker not in bench.brokers:
+            continue
+        for later in 0, 10:
+            with Run(bench.server(broker), rate=5, conf=conf, gossip=True) as run:
+                run.send("limited", jobs)
+                run.start("one")
+                if later:
+                    run.ready()
+                    time.sleep(later)
+                run.start("two")
+                run.ready(2)
+                run.wait("limited", jobs, jobs / 5)
+                ran = run.ran("limited")
+            # From when both run, or 5 s later, until the half with fewer jobs may end.
+            begin = max(
+                next(each.moment for each in ran if each.worker == name) for name in ("one", "two")
+            )
+            begin += 5 if later else 0
+            end = begin + (jobs / 10 - later) * 0.8
+            moments = [each.moment for each in ran if begin <= each.moment <= end]
+            rate = rate_of(moments)
+            shares = Counter(each.worker for each in ran)
+            bench.report(
+                f"workers {queue}: two at 5/s, the second {later} s later",
+                f"{rate:.3f}/s, {shares['one']} and {shares['two']} jobs, all in {ran[-1].moment - ran[0].moment:.1f} s",
+                "9.5 .. 10.5/s",
+                len({each.number for each in ran}) == len(ran) == jobs and 9.5 <= rate <= 10.5,
+                jobs_per_second=rate,
+            )
+
+
+# -- longest hold ---------------------------------------------------------------------------------
+
+
+def longest(bench: Bench) -> None:
+    """Hold jobs for longer than RabbitMQ lets a message be unacknowledged."""
+    if "rabbitmq" not in bench.brokers:
+        return
+    jobs, every = 12, 30
+    for queue in "RabbitMQ classic", "RabbitMQ quorum":
+        broker, conf = QUEUES[queue]
+        server = bench.server(broker)
+        server.control("eval", "application:set_env(rabbit, consumer_timeout, 60000).")
+        server.control("eval", "application:set_env(rabbit, channel_tick_interval, 5000).")
+        server.control(
+            "set_policy", "limit", "^bench-", '{"delivery-limit": 3}', "--apply-to", "queues"
         )
+        for hold in (20,) if bench.short else (20, 600):
+            settings = conf | {"rate_limiter_longest_hold": hold}
+            with Run(server, rate=1 / every, capacity=1, conf=settings, level="INFO") as run:
+                run.send("limited", jobs)
+                run.start()
+                run.ready()
+                with contextlib.suppress(LabError):
+                    run.wait("limited", jobs, jobs * every + 60)
+                ended = run.ended()
+                counts = Counter(each.number for each in run.ran("limited"))
+                run.workers.clear() if ended else None
+            doubled = sum(count > 1 for count in counts.values())
+            bench.report(
+                f"longest hold {queue}: timeout 60 s, hold {hold} s",
+                f"{len(counts)} of {jobs}, {doubled} twice, {len(ended)} workers ended",
+                f"{jobs}, 0, 0" if hold == 20 else "(ends)",
+                (len(counts) == jobs and not doubled and not ended) if hold == 20 else None,
+            )
 
 
 # -- tally ----------------------------------------------------------------------------------------
@@ -989,7 +1036,7 @@ def overhead(bench: Bench) -> None:
 PARTS: Final[dict[str, Callable[[Bench], None]]] = {
     part.__name__: part
     for part in (
-        *(rates, behind, starts, decorator, tenants, asks, workers),
+        *(rates, behind, starts, decorator, tenants, asks, workers, longest),
         *(tally, memory, kills, leases, outage, overhead),
     )
 }

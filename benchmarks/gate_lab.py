@@ -209,7 +209,12 @@ class RabbitMQ(Server):
         self.control("close_all_connections", "a measurement")
 
     def control(self, *arguments: str) -> None:
-        """Run a command of ``rabbitmqctl``."""
+        """Run a command of ``rabbitmqctl``.
+
+        Raises:
+            LabError: It failed.
+
+        """
         command = self.command[0].replace("rabbitmq-server", "rabbitmqctl")
         done = subprocess.run(
             [command, "-n", self.environment["RABBITMQ_NODENAME"], *arguments],
@@ -248,6 +253,7 @@ class Run:
         pause: Seconds that the task ``later`` asks for.
         pool: The worker's pool.
         slots: How many it has.
+        gossip: Whether workers learn of each other.
         level: The level of its log.
         arguments: Further arguments of the worker.
         conf: Further settings.
@@ -271,6 +277,7 @@ class Run:
         pause: float = 10.0,
         pool: str = "prefork",
         slots: int = 2,
+        gossip: bool = False,
         level: str = "WARNING",
         arguments: tuple[str, ...] = (),
         conf: dict[str, Any] | None = None,
@@ -280,6 +287,7 @@ class Run:
         self.path = server.directory / self.queue
         self.pool = pool
         self.slots = slots
+        self.gossip = gossip
         self.level = level
         self.arguments = arguments
         self.capacity = max(1.0, rate / 10) if capacity is None else capacity
@@ -357,7 +365,8 @@ class Run:
         environment["GATE_BENCH"] = json.dumps(self.options | {"worker": name})
         paths = [str(_HERE), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        options = f"-c {self.slots} --without-mingle --without-gossip -P {self.pool} -l {self.level}"
+        options = f"-c {self.slots} -P {self.pool} -l {self.level}"
+        options += "" if self.gossip else " --without-mingle --without-gossip"
         command = [sys.executable, "-m", "celery", "-A", "gate_app", "worker", *options.split()]
         command += ["-n", self.node(name), "-Q", queue or self.queue, *self.arguments]
         with Path(f"{self.path}.{name}.log").open("ab") as log:
