@@ -138,12 +138,39 @@ class BucketPerKey:
         """Return the buckets that there are now, and the one that keys beyond ``max_keys`` share."""
         return [*list(self._buckets.values()), self._overflow]
 
+    def configure(
+        self, *, capacity: float | None = None, tokens_per_second: float | None = None
+    ) -> None:
+        """Change the numbers of all keys, those that have a bucket now too.
+
+        A key with other numbers keeps them: they come from ``limits``, or its bucket was configured.
+
+        Args:
+            capacity: The most tokens that each bucket can hold from now on. ``None``: unchanged.
+            tokens_per_second: The rate of each bucket from now on. ``None``: unchanged.
+
+        Raises:
+            ValueError: An argument is not above 0, or is not finite. Nothing is changed.
+            TypeError: An argument is not a number. Nothing is changed.
+
+        """
+        size = self.capacity if capacity is None else positive("capacity", capacity)
+        rate = self.tokens_per_second
+        if tokens_per_second is not None:
+            rate = positive("tokens_per_second", tokens_per_second)
+        with self._lock:
+            before = self.capacity, self.tokens_per_second
+            self.capacity, self.tokens_per_second = size, rate
+            buckets = [each for each in self.buckets() if _numbers(each) == before]
+        for bucket in buckets:
+            bucket.configure(capacity=size, tokens_per_second=rate)
+
     def _find_or_make(self, key: Key) -> TokenBucket:
         _check(key)
         bucket = self._buckets.get(key)
         if bucket is not None:
             return bucket
-        limits = self._limits_of(key)
+        own = self._own_numbers(key)
         with self._lock:
             # Another thread was faster; or this is a signal handler, and the bucket is to stay now.
             bucket = self._buckets.get(key) or self._leaving.get(key)
@@ -152,14 +179,14 @@ class BucketPerKey:
             self._forget_full(_CHECKS if len(self) < self.max_keys else _CHECKS_AT_MAX_KEYS)
             if len(self) >= self.max_keys:
                 return self._shared_by_the_rest()
-            bucket = TokenBucket(*limits, clock=self._clock)
+            bucket = TokenBucket(*(own or _numbers(self)), clock=self._clock)
             self._order.append(key)
             return self._buckets.setdefault(key, bucket)
 
-    def _limits_of(self, key: Key) -> tuple[float, float]:
+    def _own_numbers(self, key: Key) -> tuple[float, float] | None:
         own = None if self.limits is None else self.limits(key)
         if own is None:
-            return self.capacity, self.tokens_per_second
+            return None
         try:
             capacity, rate = own
         except (TypeError, ValueError):
@@ -192,7 +219,7 @@ class BucketPerKey:
         if bucket.tokens < bucket.capacity:
             return False
         try:
-            limits = self._limits_of(key)
+            numbers = self._own_numbers(key) or _numbers(self)
         except Exception:  # noqa: BLE001 - of the user's function: the bucket may have been configured
             return False
         self._leaving[key] = bucket
@@ -201,7 +228,7 @@ class BucketPerKey:
         if (
             _references(bucket) > _UNUSED
             or bucket.tokens < bucket.capacity
-            or (bucket.capacity, bucket.tokens_per_second) != limits
+            or _numbers(bucket) != numbers
         ):
             self._buckets[key] = bucket
         self._leaving.clear()
@@ -212,6 +239,10 @@ class BucketPerKey:
             self._overflowed = True
             logger.warning("%r is at max_keys: new keys share one bucket until others are full", self)
         return self._overflow
+
+
+def _numbers(bucket: TokenBucket | BucketPerKey) -> tuple[float, float]:
+    return bucket.capacity, bucket.tokens_per_second
 
 
 def _check(key: Any) -> None:

@@ -387,6 +387,20 @@ class TokenBucket:
         self._locked(self._pause, zero_or_more("seconds", seconds))
         self._tell()
 
+    def resume(self) -> None:
+        """End a pause now: the bucket fills from empty. Without a pause nothing changes.
+
+        A debt that would have lasted beyond the pause stays as it would have been at its end.
+        """
+        self._locked(self._resume)
+        self._tell()
+
+    @property
+    def pause_left(self) -> float:
+        """The seconds until the end of a pause. 0.0: there is none."""
+        left: float = self._locked(self._pause_left)
+        return left
+
     def configure(
         self, *, capacity: float | None = None, tokens_per_second: float | None = None
     ) -> None:
@@ -416,7 +430,7 @@ class TokenBucket:
     def changes(self) -> float:
         """How often tokens came back before their time, or a pause or a new setting moved the forecast.
 
-        Counts each `refund`, `pause` and `configure`, and each waiter that left the queue without its
+        Counts each `refund`, `pause`, `resume` and `configure`, and each waiter that left the queue without its
         tokens; in a `SharedTokenBucket` those of all processes. Reading it takes no lock and asks no
         clock, so that a gate can see cheaply whether another process, whose calls do not reach the
         listeners of this one, has changed the bucket.
@@ -602,6 +616,20 @@ class TokenBucket:
             self._used = used
             self._paused_until = self._full_at
             self._changes += 1.0
+
+    def _resume(self) -> None:
+        now = self._clock()
+        with self._lock:
+            if now < self._full_at == self._paused_until:
+                self._full_at = now
+                self._paused_until = -math.inf
+            self._changes += 1.0
+
+    def _pause_left(self) -> float:
+        now = self._clock()
+        with self._lock:
+            left = self._full_at - now if self._full_at == self._paused_until else 0.0
+        return max(0.0, left)
 
     def _configure(self, size: float | None, rate: float | None) -> None:
         now = self._clock()

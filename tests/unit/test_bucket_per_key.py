@@ -209,6 +209,30 @@ def test_a_bucket_that_was_configured_is_never_forgotten(clock):
     assert sorted(key for key in tenants if isinstance(key, str)) == ["acme"]
 
 
+def test_configure_changes_all_keys_without_numbers_of_their_own(clock):
+    """Old keys and new ones; not those of limits, nor one whose bucket was configured."""
+    tenants = BucketPerKey(2, 1, clock=clock, limits={"premium": (9, 9)}.get)
+    kept = [tenants[key] for key in ("old", "premium", "configured")]
+    tenants["configured"].configure(capacity=5)
+    tenants["old"].charge(2)
+    tenants.configure(tokens_per_second=4)
+    clock.advance(0.25)
+    numbers = {
+        key: (bucket.capacity, bucket.tokens_per_second)
+        for key, bucket in {
+            key: tenants[key] for key in ("new", "old", "premium", "configured")
+        }.items()
+    }
+    assert numbers == {"new": (2, 4), "old": (2, 4), "premium": (9, 9), "configured": (5, 1)}
+    assert kept[0].tokens == 1
+    assert (tenants.capacity, tenants.tokens_per_second) == (2, 4)
+    assert tenants.buckets()[-1].tokens_per_second == 4
+    for wrong in {"capacity": 0}, {"tokens_per_second": float("nan")}:
+        with pytest.raises(ValueError, match="must be"):
+            tenants.configure(**wrong)
+    assert tenants["new"].capacity == 2
+
+
 def test_beyond_max_keys_new_keys_share_a_bucket(clock, caplog):
     """At max_keys new keys share one bucket at the default rate, until there is room; told once."""
     tenants = BucketPerKey(2, 1, max_keys=3, limits={"vip": (9, 9)}.get, clock=clock)

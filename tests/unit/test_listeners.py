@@ -38,6 +38,7 @@ ACTS = {
     "refund": (lambda bucket: bucket.refund(1), True),
     "pause": (lambda bucket: bucket.pause(1), True),
     "pause of 0": (lambda bucket: bucket.pause(0), True),
+    "resume": (lambda bucket: bucket.resume(), True),
     "capacity": (lambda bucket: bucket.configure(capacity=20), True),
     "rate": (lambda bucket: bucket.configure(tokens_per_second=2), True),
     "allow": (lambda bucket: bucket.allow(), False),

@@ -171,6 +171,36 @@ STEPS_OF = {
             (9, 0, "take_or_delay", 2, 1.5),
         ],
     ),
+    "resume ends a pause": (
+        (4, 2),
+        [
+            (0, 4, "pause", 10, None),
+            (3, 0, "resume", {}, None),
+            (3, 0, "allow", 1, False),
+            (3.5, 1, "take_or_delay", 1, 0.0),
+            (100, 4, "allow", 4, True),
+        ],
+    ),
+    "resume without a pause changes nothing": (
+        (4, 2),
+        [
+            (0, 4, "allow", 3, True),
+            (0, 1, "resume", {}, None),
+            (0, 1, "pause", 1, None),
+            (2, 2, "resume", {}, None),
+            (2, 2, "allow", 2, True),
+        ],
+    ),
+    "resume keeps a debt that lasts beyond the pause": (
+        (4, 2),
+        [
+            (0, 4, "charge", 34, None),
+            (0, -30, "pause", 10, None),
+            (4, -10, "resume", {}, None),
+            (4, -10, "charge", 2, None),
+            (10, 0, "take_or_delay", 1, 0.5),
+        ],
+    ),
     "configure without arguments changes nothing": (
         (4, 2),
         [(0, 4, "allow", 3, True), (0.5, 2, "configure", {}, None), (0.5, 2, "allow", 2, True)],
@@ -189,6 +219,22 @@ def test_steps(new_single, bucket_of, steps):
         call = getattr(bucket, method)
         given = call(**argument) if isinstance(argument, dict) else call(argument)
         assert given == (pytest.approx(answer) if isinstance(answer, float) else answer), step
+
+
+def test_pause_left(new_single):
+    """The seconds until the end of a pause; 0.0 before and after, and in debt."""
+    clock = ManualClock()
+    bucket = new_single(4, 2, clock=clock)
+    bucket.charge(40)
+    assert bucket.pause_left == 0.0
+    bucket.pause(5)
+    clock.advance(1)
+    assert bucket.pause_left == 4.0
+    bucket.resume()
+    assert bucket.pause_left == 0.0
+    bucket.pause(5)
+    clock.advance(6)
+    assert bucket.pause_left == 0.0
 
 
 def test_configured(new_single):
