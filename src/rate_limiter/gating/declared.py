@@ -19,13 +19,22 @@ from .limit import Limit
 from .parameters import Parameters
 from .record import record_of
 
-__all__ = ["Declarations", "Declared", "Names", "check_parameters", "new_limit"]
+__all__ = [
+    "UNITS",
+    "Declarations",
+    "Declared",
+    "Names",
+    "check_options",
+    "check_parameters",
+    "new_limit",
+    "parse_rate",
+]
 
 POLICIES: Final = ("wait", "retry", "drop", "raise")
 OVERFLOWS: Final = ("hold", "pause")
 
 #: The units of a rate, in seconds.
-_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 #: The default burst, in seconds: as many tokens as the rate gives in that time. A worker that wakes up late
 #: needs them to keep the rate.
@@ -144,7 +153,7 @@ def check_parameters(limit: Limit, function: Callable[..., Any] | Parameters, wh
 
 
 def _at_rate(rate: Any, burst: Any, tokens: Any, key: Any, limits: Any) -> TokenBucket | BucketPerKey:
-    per_second = _per_second(rate)
+    per_second = parse_rate(rate)
     capacity = _burst(burst, per_second, tokens)
     if key is None:
         if limits is not None:
@@ -162,7 +171,7 @@ def _capacity_and_rate(key: Any, value: Any, tokens: Any) -> tuple[float, float]
     options = value if isinstance(value, Mapping) else {"rate": value}
     try:
         check_options(options, ("rate", "burst"))
-        per_second = _per_second(options.get("rate"))
+        per_second = parse_rate(options.get("rate"))
         capacity = _burst(options.get("burst"), per_second, tokens)
         if not callable(tokens) and not isinstance(tokens, str):
             _check_cost(tokens, TokenBucket(capacity, per_second))
@@ -171,13 +180,18 @@ def _capacity_and_rate(key: Any, value: Any, tokens: Any) -> tuple[float, float]
     return capacity, per_second
 
 
-def _per_second(rate: Any) -> float:
-    """Return the tokens per second of ``"100/m"``, ``"5"`` or 5."""
+def parse_rate(rate: Any) -> float:
+    """Return the tokens per second of ``"100/m"``, ``"5"`` or 5.
+
+    Raises:
+        ValueError: It is no rate, or not above 0.
+
+    """
     number = math.nan
     try:
         if isinstance(rate, str):
             count, slash, unit = rate.partition("/")
-            number = float(count) / _UNITS[unit.strip() if slash else "s"]
+            number = float(count) / UNITS[unit.strip() if slash else "s"]
         elif isinstance(rate, Real) and not isinstance(rate, bool):
             number = float(rate)
     except (KeyError, ValueError, OverflowError):

@@ -106,9 +106,10 @@ class Limit:
     #: The demands of a job, if they are the same for all jobs; else empty. They are not checked again: if
     #: ``configure`` sets a capacity below the cost later, the bucket raises.
     fixed: tuple[Demand, ...] = field(init=False, default=())
+    #: The tokens of a job, if they are the same for all jobs.
+    cost: float | None = field(init=False, default=None)
     #: Whether ``bucket`` is a `Bucket`. On Python 3.11 it takes 20 µs to find that out.
     has_bucket: bool = field(init=False, default=False)
-    _cost: float | None = field(init=False, default=None)
     _calls_for_bucket: bool = field(init=False, default=False)
     _wants_headers: tuple[Callable[..., Any], ...] = field(init=False, default=())
 
@@ -121,7 +122,7 @@ class Limit:
         object.__setattr__(self, "_wants_headers", tuple(asking))
         if not isinstance(self.tokens, str) and not callable(self.tokens):
             cost = float(self.tokens)
-            object.__setattr__(self, "_cost", cost)
+            object.__setattr__(self, "cost", cost)
             if is_bucket:
                 fixed = tuple(Demand(member, cost, self) for member in members(self.bucket))  # type: ignore[arg-type]
                 object.__setattr__(self, "fixed", fixed)
@@ -155,7 +156,7 @@ class Limit:
         if self.fixed:
             return self.fixed
         bucket = self._bucket(call)
-        cost, tokens = self._cost, self.tokens
+        cost, tokens = self.cost, self.tokens
         if cost is None:
             tokens = self._of_job("tokens", self.tokens, call)
             try:
@@ -189,7 +190,7 @@ class Limit:
         if bound is None:
             bound = _HOLD_MOST
             if self.has_bucket:
-                jobs = _HOLD_SECONDS * self.bucket.tokens_per_second / (self._cost or 1.0)  # type: ignore[union-attr]
+                jobs = _HOLD_SECONDS * self.bucket.tokens_per_second / (self.cost or 1.0)  # type: ignore[union-attr]
                 bound = math.ceil(min(jobs, _HOLD_MOST))
             bound = max(bound, window)
         return bound

@@ -29,6 +29,8 @@ class Record:
         self.name = name
         #: Whether the warning about a slow callable of the limit was logged.
         self.slow = False
+        #: The last change by an operator: ``at`` (ISO 8601), ``what``, ``reason``. ``None``: it is as declared.
+        self.changed: dict[str, str] | None = None
         #: For each bucket: when the latest of the jobs that were sent back comes again (monotonic).
         self._latest: WeakKeyDictionary[Bucket, float] = WeakKeyDictionary()
 

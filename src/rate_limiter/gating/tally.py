@@ -1,6 +1,6 @@
 """What happened under each limit: observers learn every outcome of a job, and a tally counts them.
 
-Only the engine of a gate and the payment of the decorator call the observers.
+Only the engine of a gate and the payment of the decorator call the observers, and `steering` for changes.
 """
 
 import logging
@@ -83,6 +83,16 @@ class Observer:
 
     def given_back(self, limit: Limit, tokens: float) -> None:
         """Take note of tokens that a paid job gave back. Below 0: it was charged more, afterwards."""
+
+    def changed(self, limit: Limit, what: str, reason: str) -> None:
+        """Take note of a limit that an operator has changed.
+
+        Args:
+            limit: The limit.
+            what: What is new: ``"5 tokens_per_second (was 1)"``.
+            reason: Why, in the operator's words, or ``""``.
+
+        """
 
 
 #: All observers, in the order in which they are called.

@@ -1,0 +1,196 @@
+"""What an operator sees of a limit, and what he changes in it while jobs run.
+
+Both gates and the decorator take tokens from the same buckets that are shown and changed here, so a change
+counts at once, also for jobs that wait already.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from ..all_of import AllOf, members
+from ..bucket_per_key import BucketPerKey
+from ..checks import positive, zero_or_more
+from .declared import UNITS, parse_rate
+from .limit import Limit
+from .record import record_of
+from .tally import tally_of, tell
+
+__all__ = ["Order", "carry_out", "seconds_of", "shown"]
+
+
+class Order(NamedTuple):
+    """What is to change in a limit. ``None`` leaves a thing as it is."""
+
+    #: Tokens per second, or a rate in text: ``"10/m"``.
+    rate: float | str | None = None
+    #: The most tokens that the bucket can hold.
+    capacity: float | str | None = None
+    #: Grant nothing for so long: seconds, or text: ``"30s"``, ``"5m"``.
+    pause: float | str | None = None
+    #: End a pause.
+    resume: bool = False
+    #: The key whose bucket is meant, in a limit with keys. ``None``: all keys.
+    key: str | None = None
+    #: Why. It is shown with the limit.
+    reason: str = ""
+
+
+def shown(limit: Limit) -> dict[str, Any]:
+    """Return what there is to see of a limit: its buckets, what has happened under it, and its last change.
+
+    All of it can be written as JSON. ``buckets`` has a mapping for each bucket: ``kind``, ``capacity`` and
+    ``rate`` (tokens per second); for a `BucketPerKey` the number of its ``keys``; for all others ``tokens``,
+    and ``paused``, the seconds until the end of a pause. It is empty where a callable returns the bucket and
+    ``buckets=…`` does not name what it may return.
+    """
+    return {
+        "buckets": [_shown(bucket) for bucket in _buckets(limit)],
+        "when_limited": _named(limit.when_limited),
+        **tally_of(limit).snapshot(),
+        "changed": record_of(limit).changed,
+    }
+
+
+def carry_out(order: Order, limit: Limit, limits: Iterable[Limit]) -> str:
+    """Change a limit.
+
+    Args:
+        order: What is to change.
+        limit: The limit.
+        limits: All limits of the app. Some may take tokens from the same bucket.
+
+    Returns:
+        What was changed, in words.
+
+    Raises:
+        ValueError: The order cannot be carried out. The message names the argument and the value. Nothing
+            was changed.
+        TypeError: An argument has the wrong type. Nothing was changed.
+
+    """
+    rate = None if order.rate is None else parse_rate(order.rate)
+    capacity = None if order.capacity is None else positive("capacity", _number(order.capacity))
+    pause = None if order.pause is None else seconds_of("pause", order.pause)
+    if rate is capacity is pause is None and not order.resume:
+        raise ValueError("nothing is to change: give rate, capacity, pause or resume")
+    if pause is not None and order.resume:
+        raise ValueError("pause and resume exclude each other")
+    bucket = _meant(limit, order)
+    done = []
+    if rate is not None or capacity is not None:
+        _check_change(limit, bucket, capacity, limits)
+        before = bucket.capacity, bucket.tokens_per_second
+        bucket.configure(capacity=capacity, tokens_per_second=rate)
+        if rate is not None:
+            done.append(f"{rate:g} tokens_per_second (was {before[1]:g})")
+        if capacity is not None:
+            done.append(f"capacity {capacity:g} (was {before[0]:g})")
+    if pause is not None:
+        bucket.pause(pause)
+        done.append(f"paused for {pause:g} s")
+    if order.resume:
+        for member in _single(bucket):
+            member.resume()
+        done.append("resumed")
+    what = ", ".join(done) + ("" if order.key is None else f", for key {order.key}")
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    record_of(limit).changed = {"at": at, "what": what, "reason": order.reason}
+    tell("changed", limit, what, order.reason)
+    return what
+
+
+def seconds_of(argument: str, value: float | str) -> float:
+    """Return the seconds that a number, or text such as ``"30"``, ``"30s"``, ``"5m"``, ``"2h"`` says.
+
+    Raises:
+        ValueError: It says no number of seconds of 0 or more. The message names the argument.
+        TypeError: It is neither a number nor text.
+
+    """
+    if not isinstance(value, str):
+        return zero_or_more(argument, value)
+    text = value.strip()
+    number, unit = (text[:-1], UNITS[text[-1]]) if text[-1:] in UNITS else (text, 1.0)
+    try:
+        seconds = float(number) * unit
+    except ValueError:
+        seconds = math.nan
+    if not 0.0 <= seconds < math.inf:
+        raise ValueError(f"{argument} must be seconds, or text as '30s', '5m', '2h', not {value!r}")
+    return seconds
+
+
+def _buckets(limit: Limit) -> Sequence[Any]:
+    if limit.has_bucket or isinstance(limit.bucket, BucketPerKey):
+        return _single(limit.bucket)
+    return limit.buckets
+
+
+def _single(bucket: Any) -> list[Any]:
+    """Return the buckets of an `AllOf`, or the bucket itself."""
+    return list(members(bucket))
+
+
+def _shown(bucket: Any) -> dict[str, Any]:
+    numbers = {
+        "kind": type(bucket).__name__,
+        "capacity": bucket.capacity,
+        "rate": bucket.tokens_per_second,
+    }
+    if isinstance(bucket, BucketPerKey):
+        return numbers | {"keys": len(bucket)}
+    return numbers | {"tokens": bucket.tokens, "paused": getattr(bucket, "pause_left", 0.0)}
+
+
+def _named(when_limited: Any) -> str:
+    return when_limited if isinstance(when_limited, str) else "fallback"
+
+
+def _meant(limit: Limit, order: Order) -> Any:
+    """Return the bucket, the `AllOf` or the `BucketPerKey` that an order is for."""
+    whose = f"limit {record_of(limit).name}"
+    bucket: Any = limit.bucket
+    if isinstance(bucket, BucketPerKey):
+        if order.key is not None:
+            # A key may be a number or a UUID. Here it is text.
+            return bucket[next((each for each in bucket if str(each) == order.key), order.key)]
+        if order.pause is not None or order.resume:
+            raise ValueError(f"{whose} has a bucket for each key: give the key to pause or to resume")
+        return bucket
+    if order.key is not None:
+        raise ValueError(f"{whose} has no keys, so key={order.key!r} means nothing")
+    if not limit.has_bucket:
+        if len(limit.buckets) != 1:
+            raise ValueError(f"{whose} has no bucket of its own: a callable picks one for each job")
+        bucket = limit.buckets[0]
+    if order.resume and not all(hasattr(member, "resume") for member in _single(bucket)):
+        raise ValueError(f"{whose}: a pause of {bucket!r} cannot be ended")
+    return bucket
+
+
+def _check_change(limit: Limit, bucket: Any, capacity: float | None, limits: Iterable[Limit]) -> None:
+    """Refuse what no bucket could do, and a capacity below what a job is declared to cost."""
+    name = record_of(limit).name
+    if isinstance(bucket, AllOf):
+        raise ValueError(
+            f"limit {name} takes from several buckets at once: rate and capacity are those of one bucket, "
+            "so change a limit that has that bucket alone"
+        )
+    for each in limits:
+        shares = any(one is other for one in _buckets(each) for other in _buckets(limit))
+        if shares and capacity is not None and each.cost is not None and each.cost > capacity:
+            raise ValueError(
+                f"capacity {capacity:g} is below the {each.cost:g} tokens that a job of limit "
+                f"{record_of(each).name} costs"
+            )
+
+
+def _number(value: float | str) -> float:
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"capacity must be a number of tokens, not {value!r}") from None
