@@ -215,13 +215,19 @@ def exit_by_itself():
 
 
 @pytest.fixture
-def stop_on_sigterm():
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+def stop_on_signals():
+    # A background process of a shell is started with SIGINT ignored, and Python then leaves it so.
+    handlers = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: lambda *_: sys.exit("stopped"),
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-@pytest.mark.usefixtures("stop_on_sigterm")
+@pytest.mark.usefixtures("stop_on_signals")
 @pytest.mark.parametrize(
     ("number", "error"),
     [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit), (None, None)],
