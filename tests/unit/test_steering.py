@@ -134,7 +134,10 @@ REFUSED = {
     "capacity 0": ({"capacity": "0"}, "capacity must be positive, not 0"),
     "capacity text": ({"capacity": "many"}, "capacity must be a number of tokens, not 'many'"),
     "capacity inf": ({"capacity": math.inf}, "capacity must be a finite number"),
-    "below a cost": ({"capacity": 1}, "capacity 1 is below the 2 tokens that a job of limit other costs"),
+    "below a cost": (
+        {"capacity": 1},
+        "capacity 1 is below the 2 tokens that a job of limit other costs",
+    ),
     "pause text": ({"pause": "a while"}, "pause must be seconds, .* not 'a while'"),
     "pause below 0": ({"pause": -1}, "pause must be 0 or more, not -1"),
     "both": ({"pause": 1, "resume": True}, "pause and resume exclude each other"),

@@ -165,7 +165,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         consumed = app.amqp.queues.consume_from
         registered = [name for name in sorted(app.tasks) if not name.startswith("celery.")]
         for limit, names in self.tasks_of.items():
-            queue = self._queue_of(limit)
+            queue = self.queue_of(limit)
             if not names:
                 self._warn(limit, "registered task", registered)
             elif queue is not None and queue not in consumed:
@@ -189,7 +189,8 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
                     task.Strategy,
                 )
 
-    def _queue_of(self, limit: Limit) -> str | None:
+    def queue_of(self, limit: Limit) -> str | None:
+        """Return the queue whose jobs a limit is for. ``None``: those of all queues."""
         declared = self.declared.get(limit)
         return None if declared is None else declared.queue
 
@@ -208,7 +209,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     def _on_consume(self, queue: str) -> None:
         """Take note of a queue that the worker consumes from now on."""
-        for limit in [each for each in self.unused if self._queue_of(each) == queue]:
+        for limit in [each for each in self.unused if self.queue_of(each) == queue]:
             if self.tasks_of[limit]:
                 self.unused.discard(limit)
                 self._tell(limit, self.tasks_of[limit])
@@ -283,6 +284,10 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         limits = self.gate.limits_for(task, queue)
         if limits:
             watch(task, self.gate.limits_for(task))
+        for limit in limits:
+            names = self.tasks_of.setdefault(limit, [])
+            if task.name not in names:
+                names.append(task.name)
         for limit in self.unused.intersection(limits):
             self.unused.discard(limit)
             self._tell(limit, [task.name])

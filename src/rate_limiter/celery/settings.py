@@ -33,11 +33,12 @@ from ..gating.declared import Declarations, check_options, new_limit
 from ..gating.leaving import LONGEST_HOLD
 from ..gating.limit import Limit
 
-__all__ = ["declare_settings", "enabled", "limit_from", "longest_hold"]
+__all__ = ["controlled", "declare_settings", "enabled", "limit_from", "longest_hold"]
 
 _LIMITS: Final = "rate_limiter_limits"
 _LONGEST_HOLD: Final = "rate_limiter_longest_hold"
-_SETTINGS: Final = frozenset({"rate_limiter_enabled", _LIMITS, _LONGEST_HOLD})
+_CONTROL: Final = "rate_limiter_control"
+_SETTINGS: Final = frozenset({"rate_limiter_enabled", _LIMITS, _LONGEST_HOLD, _CONTROL})
 
 #: The options that may name a callable, as ``"module:callable"``.
 _CALLABLES: Final = ("tokens", "key", "limits")
@@ -47,6 +48,11 @@ _OPTIONS: Final = ("rate", "burst", *_CALLABLES, "when_limited", "name", "max_he
 def enabled(app: Celery) -> bool:
     """Return whether limits are in force: ``app.conf.rate_limiter_enabled``, true by default."""
     return bool(app.conf.get("rate_limiter_enabled", True))
+
+
+def controlled(app: Celery) -> bool:
+    """Whether remote control may show and change limits: ``app.conf.rate_limiter_control``."""
+    return bool(app.conf.get(_CONTROL, True))
 
 
 def longest_hold(app: Celery) -> float:

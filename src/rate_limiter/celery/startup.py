@@ -93,7 +93,8 @@ def _warn_without_gate(app: Celery) -> None:
     places = [
         key
         for key, name in settings.items()
-        if name.startswith("rate_limiter_") and name != "rate_limiter_enabled"
+        if name.startswith("rate_limiter_")
+        and name not in ("rate_limiter_enabled", "rate_limiter_control")
     ]
     for name, task in sorted(app.tasks.items()):
         places += [f"{attribute} of {name}" for attribute in attributes_of(task)]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from time import monotonic, perf_counter
 from typing import Final, Generic, Literal, TypeVar
 
+from .forecast import Forecast, forecasts
 from .holding import Held, Holding
 from .leaving import Leaving
 from .limit import Call, Demand, Limit, refuse_to_pay_twice
@@ -181,6 +182,12 @@ class Engine(Generic[Job]):
     def held_by(self) -> Counter[Limit]:
         """How many jobs each limit keeps in this worker or consumer."""
         return self._holding.held_by + self._kept_by if self._kept_by else self._holding.held_by
+
+    def forecasts(self) -> list[Forecast[Job]]:
+        """Return when each held job will go, if nothing changes and no job comes before it."""
+        with self.lock:
+            held = self._holding.all()
+        return list(forecasts(held))
 
     @property
     def longest_hold(self) -> float:
