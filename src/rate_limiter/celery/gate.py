@@ -194,8 +194,11 @@ class Gate:
             raise ImproperlyConfigured(str(error)) from error
         return tuple(limits)
 
-    def tasks_of(self) -> dict[Limit, list[str]]:
+    def tasks_of(self, problems: list[str] | None = None) -> dict[Limit, list[str]]:
         """Check the declarations against the registered tasks.
+
+        Args:
+            problems: Gets the errors of tasks, and none of them is raised.
 
         Returns:
             Each limit that the gate enforces, in the order of declaration, and the names of its tasks. A
@@ -212,20 +215,29 @@ class Gate:
         for name, task in sorted(self.app.tasks.items()):
             if name.startswith(_CELERYS):
                 continue
-            check_task(task)
-            limits = dict.fromkeys(self.limits_for(task))
-            for queue in self.declared.queues_of(name):
-                limits.update(dict.fromkeys(self.limits_for(task, queue)))
             try:
-                for limit in (each for each in limits if each not in of_queues):
-                    refuse_async(task.run, name)
-                    if limit.parameter_names:
-                        check_parameters(limit, parameters_of(task), f"`{name}`")
-            except (TypeError, ValueError) as error:
-                raise ImproperlyConfigured(str(error)) from error
-            for limit in limits:
-                tasks_of.setdefault(limit, []).append(name)
+                for limit in self._limits_of(task, of_queues):
+                    tasks_of.setdefault(limit, []).append(name)
+            except ImproperlyConfigured as error:
+                if problems is None:
+                    raise
+                problems.append(str(error))
         return tasks_of
+
+    def _limits_of(self, task: Task, unchecked: set[Limit]) -> Iterable[Limit]:
+        """Return the limits of a task, from whatever queue its jobs come, and check its function."""
+        check_task(task)
+        limits = dict.fromkeys(self.limits_for(task))
+        for queue in self.declared.queues_of(task.name):
+            limits.update(dict.fromkeys(self.limits_for(task, queue)))
+        try:
+            for limit in (each for each in limits if each not in unchecked):
+                refuse_async(task.run, task.name)
+                if limit.parameter_names:
+                    check_parameters(limit, parameters_of(task), f"`{task.name}`")
+        except (TypeError, ValueError) as error:
+            raise ImproperlyConfigured(str(error)) from error
+        return limits
 
     def _of_attribute(self, task: Task, value: Any) -> Limit:
         limit = self._attributes.get(task.name)

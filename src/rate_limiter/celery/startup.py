@@ -19,7 +19,7 @@ from .prefork import share_before_fork
 from .settings import enabled
 from .throttle import watch, watch_all
 
-__all__ = ["connect", "has_started"]
+__all__ = ["connect", "has_started", "without_gate"]
 
 logger = logging.getLogger("rate_limiter")
 
@@ -84,8 +84,8 @@ class _Startup(bootsteps.Step):
             _warn_without_gate(app)
 
 
-def _warn_without_gate(app: Celery) -> None:
-    """Warn of settings and task attributes that only a gate reads."""
+def without_gate(app: Celery) -> list[str]:
+    """Return the settings and task attributes that only a gate reads."""
     prefix = (app.namespace or "").lower() + "_"
     settings = {
         str(key): str(key).lower().removeprefix(prefix) for key, value in app.conf.items() if value
@@ -98,7 +98,11 @@ def _warn_without_gate(app: Celery) -> None:
     ]
     for name, task in sorted(app.tasks.items()):
         places += [f"{attribute} of {name}" for attribute in attributes_of(task)]
-    if places:
+    return places
+
+
+def _warn_without_gate(app: Celery) -> None:
+    if places := without_gate(app):
         logger.warning(
             "This app has no gate, so nothing obeys %s: add Gate(app) from rate_limiter.celery where the "
             "app is made",

@@ -1,0 +1,44 @@
+"""``celery limits check``: looks at all declarations of an app, without a broker or a worker."""
+
+from celery import Celery
+from celery.exceptions import ImproperlyConfigured
+
+from ..gating.record import listed, record_of
+from .declarations import gates, name_limits
+from .startup import without_gate
+
+__all__ = ["problems"]
+
+
+def problems(app: Celery) -> list[str]:
+    """Return a line for each thing that is wrong with an app's limits, and for each that limits nothing.
+
+    It imports the app's modules, as a worker does.
+    """
+    app.loader.import_default_modules()
+    app.finalize()
+    gate = gates.get(app)
+    found: list[str] = []
+    if gate is None:
+        for task in app.tasks.values():
+            try:
+                name_limits(task)
+            except ImproperlyConfigured as error:
+                found.append(str(error))
+        if unread := without_gate(app):
+            found.append(f"This app has no gate, so nothing obeys {listed(unread)}: add Gate(app)")
+        return found
+    try:
+        tasks_of = gate.tasks_of(found)
+    except ImproperlyConfigured as error:  # the settings
+        return [str(error)]
+    for limit, tasks in tasks_of.items():
+        if not tasks:
+            found.append(f"Limit {record_of(limit).name} matches no registered task")
+    limited = sorted({name for names in tasks_of.values() for name in names})
+    found += [
+        f"`{name}` also has Celery's rate_limit={app.tasks[name].rate_limit!r}; both apply"
+        for name in limited
+        if app.tasks[name].rate_limit
+    ]
+    return found
