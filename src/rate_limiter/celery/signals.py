@@ -1,0 +1,72 @@
+"""Signals of what happens under limits, of the kind of ``celery.signals``::
+
+    from rate_limiter.celery import signals
+
+    @signals.task_throttled.connect
+    def count(sender, task_id, limit, delay, **_): ...
+
+Importing this module begins to send them. A receiver runs in the loop of the worker, or in the task's own
+thread where the decorator pays: keep it quick. Celery logs what a receiver raises, and nothing else happens.
+
+- ``task_throttled``: a job begins to wait at the gate. ``delay``: the seconds until its tokens are there, as
+  forecast now; 0.0 if it waits for a free slot of the pool.
+- ``task_admitted``: a job has paid and may run. ``waited``: the seconds for which it was held, or waited in the
+  decorator. ``limit`` is the limit that made it wait, or the first one of those that it has paid.
+- ``task_refused``: a job found no tokens and does not wait. ``delay``: the seconds until they are there.
+  ``how``: ``"raise"``, ``"drop"``, ``"retry"``, ``"fallback"``, or ``"timeout"``.
+- ``limit_changed``: an operator has changed a limit. The sender is the limit's name. ``what`` says what is new,
+  ``reason`` why.
+
+The sender of the first three is the name of the task. ``task_id`` is ``None`` for a call outside of a worker,
+``limit`` the name of the limit.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from celery import current_task
+from celery.utils.dispatch import Signal
+from celery.worker.request import Request
+
+from ..gating.limit import Demand, Limit
+from ..gating.record import record_of
+from ..gating.tally import Observer, observers
+
+__all__ = ["limit_changed", "task_admitted", "task_refused", "task_throttled"]
+
+task_throttled = Signal(name="task_throttled", providing_args={"task_id", "limit", "delay"})
+task_admitted = Signal(name="task_admitted", providing_args={"task_id", "limit", "waited"})
+task_refused = Signal(name="task_refused", providing_args={"task_id", "limit", "delay", "how"})
+limit_changed = Signal(name="limit_changed", providing_args={"what", "reason"})
+
+
+class _Sending(Observer):
+    """Sends the signals. One without receivers costs nothing but a look."""
+
+    def held(self, job: Any, demand: Demand, delay: float) -> None:
+        if task_throttled.receivers:
+            _send(task_throttled, job, demand.limit, delay=delay)
+
+    def admitted(self, job: Any, demands: Sequence[Demand], waited: float, limit: Limit | None) -> None:
+        if task_admitted.receivers:
+            _send(task_admitted, job, limit or demands[0].limit, waited=waited)
+
+    def refused(self, job: Any, demand: Demand, delay: float, how: str) -> None:
+        if task_refused.receivers:
+            _send(task_refused, job, demand.limit, delay=delay, how=how)
+
+    def changed(self, limit: Limit, what: str, reason: str) -> None:
+        limit_changed.send(sender=record_of(limit).name, what=what, reason=reason)
+
+
+def _send(signal: Signal, job: Any, limit: Limit, **details: Any) -> None:
+    if isinstance(job, str):  # the decorator pays, in the task
+        name, task_id = job, current_task.request.id if current_task else None
+    elif isinstance(job, Request):
+        name, task_id = job.name, job.id
+    else:  # a message of the gate for kombu consumers, in the same process
+        return
+    signal.send(sender=name, task_id=task_id, limit=record_of(limit).name, **details)
+
+
+observers.append(_Sending())
