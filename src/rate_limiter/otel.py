@@ -1,0 +1,104 @@
+"""Metrics of limits through OpenTelemetry's API. It needs the extra ``otel``::
+
+    from rate_limiter import otel
+
+    otel.instrument()  # where the app is made
+
+| instrument | kind | attributes |
+|---|---|---|
+| ``rate_limiter.admitted`` | counter, jobs that have paid | limit, task |
+| ``rate_limiter.tokens`` | counter, tokens that they have paid | limit, task |
+| ``rate_limiter.refused`` | counter, jobs that found no tokens and did not wait | limit, task, how |
+| ``rate_limiter.failed`` | counter, jobs that could not pay | limit, task |
+| ``rate_limiter.wait`` | histogram, seconds that admitted jobs have waited | limit, task |
+| ``rate_limiter.held`` | gauge, jobs that are held now | limit |
+
+``task`` is the name of a Celery task or of a kombu queue. Keys and arguments are in no attribute. What the
+decorator pays in a process of a prefork pool is counted there: set up OpenTelemetry's SDK in each process, as
+its documentation says of forking servers.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from threading import Lock
+from typing import Any
+
+from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation, get_meter
+
+from .gating.limit import Demand, Limit
+from .gating.record import record_of
+from .gating.tally import Observer, observers
+
+__all__ = ["instrument"]
+
+
+def instrument(meter_provider: MeterProvider | None = None) -> None:
+    """Begin to measure what happens under all limits of this process.
+
+    Args:
+        meter_provider: Where the metrics go. By default to OpenTelemetry's global provider.
+
+    """
+    observers.append(_Measuring(meter_provider))
+
+
+class _Measuring(Observer):
+    """Adds each outcome to its instruments."""
+
+    def __init__(self, meter_provider: MeterProvider | None) -> None:
+        meter = get_meter("rate_limiter", meter_provider=meter_provider)
+        self._admitted = meter.create_counter("rate_limiter.admitted", "{job}")
+        self._tokens = meter.create_counter("rate_limiter.tokens", "{token}")
+        self._refused = meter.create_counter("rate_limiter.refused", "{job}")
+        self._failed = meter.create_counter("rate_limiter.failed", "{job}")
+        self._wait = meter.create_histogram("rate_limiter.wait", "s")
+        meter.create_observable_gauge("rate_limiter.held", [self._count_held], "{job}")
+        #: The limit of each held job, and all limits that have held one.
+        self._held: dict[int, Limit] = {}
+        self._seen: set[Limit] = set()
+        self._lock = Lock()
+
+    def held(self, job: Any, demand: Demand, delay: float) -> None:
+        with self._lock:
+            self._held[id(job)] = demand.limit
+            self._seen.add(demand.limit)
+
+    def admitted(self, job: Any, demands: Sequence[Demand], waited: float, limit: Limit | None) -> None:
+        self._leave(job)
+        for each, tokens in {demand.limit: demand.tokens for demand in demands}.items():
+            attributes = _attributes(each, job)
+            self._admitted.add(1, attributes)
+            self._tokens.add(tokens, attributes)
+        self._wait.record(waited, _attributes(limit or demands[0].limit, job))
+
+    def refused(self, job: Any, demand: Demand, delay: float, how: str) -> None:
+        self._leave(job)
+        self._refused.add(1, _attributes(demand.limit, job) | {"how": how})
+
+    def skipped(self, job: Any, limit: Limit) -> None:
+        self._leave(job)
+
+    def failed(self, job: Any, limit: Limit, error: Exception) -> None:
+        self._leave(job)
+        self._failed.add(1, _attributes(limit, job))
+
+    def returned(self, job: Any, limit: Limit) -> None:
+        self._leave(job)
+
+    def forgotten(self, jobs: Sequence[Any]) -> None:
+        for job in jobs:
+            self._leave(job)
+
+    def _leave(self, job: Any) -> None:
+        with self._lock:
+            self._held.pop(id(job), None)
+
+    def _count_held(self, _options: CallbackOptions) -> Iterable[Observation]:
+        with self._lock:
+            counts = Counter(self._held.values())
+            return [Observation(counts[each], {"limit": record_of(each).name}) for each in self._seen]
+
+
+def _attributes(limit: Limit, job: Any) -> dict[str, str]:
+    task = job if isinstance(job, str) else getattr(job, "name", None) or job.queue
+    return {"limit": record_of(limit).name, "task": str(task)}
