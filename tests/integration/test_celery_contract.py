@@ -470,19 +470,20 @@ def test_what_a_worker_tells_of_its_pool(autoscale, most):
     app.close()
 
 
-def test_gossip_tells_of_a_worker_that_starts(redis_url):
-    """What gossip.update_state is replaced by gets the event; then the worker is one of those alive."""
+def test_gossip_brings_events_of_other_workers(redis_url):
+    """What gossip.update_state is replaced by gets them, ours too; Celery's own state takes those."""
     app = make_app(redis_url())
-    gossip = app.WorkController(pool="solo").consumer.gossip
-    update, told = gossip.update_state, []
-    gossip.update_state = lambda event: told.append((event["type"], event["hostname"], update(event)))
+    consumer = app.WorkController(pool="solo").consumer
+    gossip, told = consumer.gossip, []
+    update, gossip.update_state = gossip.update_state, lambda event: told.append((event, update(event)))
     now = time.time()
-    event = {"type": "worker-online", "hostname": "other", "timestamp": now, "local_received": now}
+    event = {"type": "worker-held", "hostname": "other", "timestamp": now, "local_received": now}
+    event |= {"limits": {"emails": 5}, "asks": True}
     message = SimpleNamespace(
-        delivery_info={"routing_key": "worker.online"}, headers={"hostname": "other"}, payload=event
+        delivery_info={"routing_key": "worker.held"}, headers={"hostname": "other"}, payload=event
     )
     gossip.on_message(lambda payload: (None, payload), message)
-    assert told[0][:2] == ("worker-online", "other")
+    assert told[0][0]["limits"] == {"emails": 5}
     assert [worker.hostname for worker in gossip.state.alive_workers()] == ["other"]
     app.close()
 

@@ -6,7 +6,7 @@ import pytest
 from celery import chord
 from celery.exceptions import ChordError, TaskRevokedError
 from harness import DEADLINE, Lab, wait_for
-from limits import limit, start, unacknowledged
+from limits import limit, start, stats, unacknowledged, waiting
 
 from rate_limiter import RateLimitExceeded
 
@@ -146,3 +146,19 @@ def test_a_job_that_cannot_be_ended_stops_nobody(redis_lab, ends):
         with start(lab):  # with full buckets
             wait_for(job.ready)
     assert job.state == {"there": "REVOKED", "elsewhere": "SUCCESS"}[ends]
+
+
+@pytest.mark.parametrize("policy", ["wait", "drop"])
+def test_max_wait(lab, policy):
+    """Jobs wait for so long; those whose tokens come later end at once, and cost nothing."""
+    patient = limit(capacity=1, rate=2, max_wait=2.2, when_limited=policy)
+    with start(lab, limits=(patient,)) as worker:
+        for number in range(12):
+            lab.send("job", number)
+        wait_for(lambda: stats(lab, worker)["rate_limiter"]["limits"]["job"]["refused"] >= 6)
+        lab.wait_for_runs("job", 5)
+        wait_for(lambda: not stats(lab, worker)["rate_limiter"]["held"])
+    ran = lab.runs("job")
+    assert ran == list(range(len(ran)))
+    assert 5 <= len(ran) <= 6
+    assert waiting(lab) == 0

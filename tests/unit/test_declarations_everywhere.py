@@ -195,6 +195,11 @@ TABLE = [
     row("timeout text", TypeError, "timeout must be", {"timeout": "1"}, **DECORATOR_ONLY),
     row("timeout of no wait", ValueError, "timeout goes with when_limited='wait', not 'drop'",
         {"timeout": 1, "when_limited": "drop"}, **DECORATOR_ONLY),
+    row("max_wait -1", ValueError, "max_wait must be 0 or more, not -1", {"max_wait": -1}),
+    row("max_wait text", TypeError, "max_wait must be a number", {"max_wait": "1"}),
+    row("max_wait nan", ValueError, "max_wait must be", {"max_wait": float("nan")}),
+    row("max_wait and timeout", ValueError, "timeout and max_wait exclude each other", {"max_wait": 1, "timeout": 1},
+        **DECORATOR_ONLY),
     *(
         row(f"max_held {held!r}", error, f"max_held must be {expected}, not {held!r}", {"max_held": held}, **NOT_HELD)
         for held, error, expected in ((0, ValueError, "1 or more"), (1.5, TypeError, "a whole number"),

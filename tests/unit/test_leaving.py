@@ -127,7 +127,7 @@ def test_a_share_goes_back_latest_first():
     """Half stays, in order; no more is held for some seconds, though more arrives."""
     lab = Lab(max_held=100)
     lab.offer(*"abcdefghi")  # a goes
-    assert lab.engine.share(1 / 2, 5, send_back=False) == ["i", "h", "g", "f"]
+    assert lab.engine.share({lab.limit: 4}, 5, send_back=False) == ["i", "h", "g", "f"]
     lab.engine.settle()
     assert lab.gate.room == (4, 4)
     assert not lab.engine.has_room(lab.limit)
@@ -146,7 +146,7 @@ def test_a_share_is_sent_back_in_order():
     lab.engine.longest_hold = 600
     lab.offer(*"abcdefghi")
     lab.gate.takes_back = False
-    assert lab.engine.share(1 / 2, 5, send_back=True) == []
+    assert lab.engine.share({lab.limit: 4}, 5, send_back=True) == []
     lab.run(1)
     assert len(lab.engine) == 8
     lab.gate.takes_back = True
@@ -157,8 +157,8 @@ def test_a_share_is_sent_back_in_order():
     assert len(lab.engine) == 5
 
 
-def test_a_share_is_one_of_each_limit():
-    """Of one job the one stays; the keys of a limit count together, the latest go first."""
+def test_a_share_is_that_of_a_limit():
+    """The keys of a limit count together, the latest go first; other limits keep what they hold."""
     lab = Lab()
     per_key = BucketPerKey(1, 1, clock=lab.clock)
     limits = {
@@ -170,7 +170,7 @@ def test_a_share_is_one_of_each_limit():
         engine.offer(job, engine.plan("one"))
     for job in ("x1", "y1", "x2", "x3", "y2", "x4"):
         engine.offer(job, engine.plan("many"))
-    assert engine.share(1 / 2, 5, send_back=False) == ["x4", "y2"]
+    assert engine.share({limits["many"][0]: 2}, 5, send_back=False) == ["x4", "y2"]
     assert lab.run(60) == ["b", "x2", "x3"]
 
 

@@ -121,7 +121,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self.returning = Returning(
             consumer, self.engine.lock, self.loop.has_timer, self._sent, self._end_later
         )
-        self.sharing = Sharing(consumer, self._share)
+        self.sharing = Sharing(consumer, self._counts, self._share)
         self.open = True
 
     def stop(self, consumer: Any) -> None:
@@ -293,19 +293,31 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             self._tell(limit, [task.name])
         return limits
 
-    def _share(self, part: float, other: str) -> None:
-        """Keep a part of what is held: another worker has started, and is to have the rest."""
+    def _counts(self) -> dict[str, int]:
+        """Return how many jobs each limit holds, by its name."""
+        with self.engine.lock:
+            held_by = self.engine.held_by
+        return {record_of(limit).name: held_by[limit] for limit in self.tasks_of}
+
+    def _share(self, shares: dict[str, int]) -> None:
+        """Hold no more than these shares for a while: other workers are to have the rest."""
         if not self.open:
             return
-        before = self._held()
-        jobs = self.engine.share(part, SECONDS, send_back=self.window.is_static)
+        before = self._counts()
+        most = {
+            limit: shares[name] for limit in self.tasks_of if (name := record_of(limit).name) in shares
+        }
+        jobs = self.engine.share(most, SECONDS, send_back=self.window.is_static)
         self.window.lower_now()
         self.engine.settle()
         self.window.give_back(jobs)
         self.loop.look()
-        if before:
+        for name, share in shares.items():
             logger.info(
-                "Worker %s has started: %d%% of %d held jobs stay here", other, 100 * part, before
+                "Limit %s: %d of %d held jobs stay here, other workers get the rest",
+                name,
+                share,
+                before[name],
             )
 
     def _held(self) -> int:

@@ -100,6 +100,7 @@ class Gate:
         tokens: AnyCost = 1,
         key: AnyKey | None = None,
         when_limited: str = "wait",
+        max_wait: float | None = None,
         name: str | None = None,
         max_held: int | None = None,
         overflow: str | None = None,
@@ -117,6 +118,7 @@ class Gate:
             tokens: As in `throttle`.
             key: As in `throttle`.
             when_limited: As in `throttle`, without the callable.
+            max_wait: As in `throttle`.
             name: As in `throttle`. By default the names or patterns of the tasks, or the queue.
             max_held: For this limit, instead of the gate's.
             overflow: What happens when ``max_held`` jobs are held. ``"hold"``, the default: the broker
@@ -148,6 +150,7 @@ class Gate:
             tokens=tokens,
             key=key,
             when_limited=when_limited,
+            max_wait=max_wait,
             buckets=buckets,
             name=name,
             max_held=max_held,

@@ -42,7 +42,16 @@ _SETTINGS: Final = frozenset({"rate_limiter_enabled", _LIMITS, _LONGEST_HOLD, _C
 
 #: The options that may name a callable, as ``"module:callable"``.
 _CALLABLES: Final = ("tokens", "key", "limits")
-_OPTIONS: Final = ("rate", "burst", *_CALLABLES, "when_limited", "name", "max_held", "overflow")
+_OPTIONS: Final = (
+    "rate",
+    "burst",
+    *_CALLABLES,
+    "when_limited",
+    "max_wait",
+    "name",
+    "max_held",
+    "overflow",
+)
 
 
 def enabled(app: Celery) -> bool:

@@ -73,6 +73,7 @@ def throttle(
     key: AnyKey | None = None,
     when_limited: str | Callable[..., Any] = "wait",
     timeout: float | None = None,
+    max_wait: float | None = None,
     name: str | None = None,
     buckets: Iterable[Bucket] = (),
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -107,6 +108,10 @@ def throttle(
         timeout: With ``"wait"``, the most seconds to wait in the decorator. If the tokens come later, the
             task's result is `RateLimitExceeded`, at once if the forecast says so. A limit with a timeout
             is always enforced in the decorator.
+        max_wait: The most seconds that a job waits, at the gate and in the decorator: 0 or more. If its tokens
+            come later, it ends as ``when_limited`` says, with ``"wait"`` as with ``"raise"``; at once if
+            the forecast says so. It then costs nothing. With a policy other than ``"wait"`` jobs do not
+            wait at all unless ``max_wait`` is given.
         name: The name of the limit in logs and errors. Each limit of an app needs another. By default the
             name of the task.
         buckets: All buckets that a callable for ``bucket`` may return. A prefork pool needs them if there
@@ -137,6 +142,7 @@ def throttle(
         key=key,
         when_limited=when_limited,
         timeout=timeout,
+        max_wait=max_wait,
         name=name,
         buckets=buckets,
         fallback=True,
@@ -432,7 +438,7 @@ def _pay(
         job wait the longest.
 
     Raises:
-        RateLimitExceeded: The wait for a limit with ``timeout`` is, or would be, longer than that.
+        RateLimitExceeded: The wait for a limit is, or would be, longer than its ``timeout`` or ``max_wait``.
         ValueError: A bucket can never grant its tokens.
 
     """
@@ -443,7 +449,7 @@ def _pay(
         for one in each:
             limit = one[0].limit
             if _waits(limit, request):
-                waits.append((one, limit.timeout))
+                waits.append((one, limit.max_wait if limit.timeout is None else limit.timeout))
             else:
                 delay, refused = _take_or_delay(one, eta)
                 if delay:
@@ -454,6 +460,8 @@ def _pay(
             slowest = wait_for_all(waits)
         except RateLimitExceeded as error:
             demand = error.demand  # type: ignore[attr-defined]
+            if demand.limit.when_limited != "wait":
+                return (demand, error.retry_after or 0.0), None
             tell("refused", name, demand, error.retry_after or 0.0, "timeout")
             raise
         except Exception as error:
@@ -467,6 +475,8 @@ def _pay(
 
 def _waits(limit: Limit, request: Any) -> bool:
     """Whether a job that the limit refuses waits in its slot."""
+    if limit.max_wait is not None:
+        return True
     if limit.when_limited != "retry":
         return limit.when_limited == "wait"
     task = get_current_task()

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from ..bucket import Bucket
 from ..bucket_per_key import BucketPerKey
-from ..checks import positive, whole
+from ..checks import positive, whole, zero_or_more
 from ..token_bucket import TokenBucket
 from .limit import Limit
 from .parameters import Parameters
@@ -58,6 +58,7 @@ def new_limit(
     buckets: Iterable[Any] = (),
     when_limited: Any = "wait",
     timeout: Any = None,
+    max_wait: Any = None,
     name: Any = None,
     max_held: Any = None,
     overflow: Any = None,
@@ -78,6 +79,7 @@ def new_limit(
         buckets: See `Limit`.
         when_limited: See `Limit`.
         timeout: See `Limit`.
+        max_wait: See `Limit`.
         name: See `Limit`. ``None``: the limit gets a derived name.
         max_held: See `Limit`.
         overflow: See `Limit`. ``None``: ``"hold"``.
@@ -90,6 +92,12 @@ def new_limit(
     """
     _check_text("name", name)
     _check_policy(when_limited, timeout, fallback)
+    if max_wait is not None:
+        max_wait = zero_or_more("max_wait", max_wait)
+        if timeout is not None:
+            raise ValueError(
+                "timeout and max_wait exclude each other: timeout is for the decorator alone"
+            )
     if max_held is not None:
         whole("max_held", max_held)
     if overflow is not None and overflow not in OVERFLOWS:
@@ -122,6 +130,7 @@ def new_limit(
         buckets=buckets,
         when_limited=when_limited,
         timeout=timeout,
+        max_wait=max_wait,
         name=name or "",
         max_held=max_held,
         overflow=overflow or "hold",

@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from time import monotonic, perf_counter
 from typing import Final, Generic, Literal, TypeVar
 
@@ -136,7 +136,9 @@ class Engine(Generic[Job]):
             poked=host.wake,
             is_unstarted=host.unstarted if host.has_slots else None,
         )
-        self._leaving: Leaving[Job] = Leaving(self._holding, self._send_back, self._on_leave)
+        self._leaving: Leaving[Job] = Leaving(
+            self._holding, self._send_back, self._on_leave, self._refuse
+        )
         self._plans: dict[Hashable, Plan] = {}
         #: The prefetch count that the consumer of a limit's jobs has without a gate.
         self.window: Callable[[Limit], int] = lambda _limit: 1
@@ -316,11 +318,11 @@ class Engine(Generic[Job]):
         if self.paused:
             self._resume()
 
-    def share(self, part: float, seconds: float, *, send_back: bool) -> list[Job]:
-        """Keep a part of what each limit holds, and hold no more than that for some seconds.
+    def share(self, most: Mapping[Limit, int], seconds: float, *, send_back: bool) -> list[Job]:
+        """Let limits hold no more than so many jobs for some seconds; those beyond that leave.
 
         Args:
-            part: The part that is kept, from 0 to 1.
+            most: The limits, and how many jobs each may hold.
             seconds: How long no more is held.
             send_back: Whether `Host.send_back` is asked for the other jobs, by `release`.
 
@@ -329,7 +331,7 @@ class Engine(Generic[Job]):
 
         """
         with self.lock:
-            leaving = self._leaving.share(part, self._clock(), seconds, send_back=send_back)
+            leaving = self._leaving.share(most, self._clock(), seconds, send_back=send_back)
         for held in leaving:
             tell("returned", held.job, held.limit)
         return [held.job for held in leaving]
@@ -407,6 +409,8 @@ class Engine(Generic[Job]):
             logger.exception("Could not refuse %s; it is held", job)
             return False
         how = demand.limit.when_limited
+        if how == "wait":
+            how = "timeout"
         tell("refused", job, demand, delay, how if isinstance(how, str) else "fallback")
         return True
 

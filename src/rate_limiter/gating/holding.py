@@ -52,7 +52,7 @@ _EVEN: Final = 1.000001
 class Held(Generic[Job]):
     """A job that waits."""
 
-    __slots__ = ("arrival", "asked", "claims", "demands", "job", "limit", "queue", "since")
+    __slots__ = ("arrival", "asked", "claims", "demands", "job", "left", "limit", "queue", "since")
 
     queue: "_Queue[Job]"
 
@@ -68,6 +68,8 @@ class Held(Generic[Job]):
         self.limit: Limit = demands[0].limit
         #: Whether a bucket was asked for it. If not, it is refused in its turn, as ``when_limited`` says.
         self.asked = True
+        #: Whether it waits no more.
+        self.left = False
 
 
 class _Queue(Generic[Job]):
@@ -83,11 +85,14 @@ class _Queue(Generic[Job]):
         "sees_all",
         "shared",
         "stopped",
+        "tokens",
     )
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
         self.jobs: deque[Held[Job]] = deque()
+        #: What its jobs take from the bucket.
+        self.tokens = 0.0
         #: When its first job may go, as the bucket has forecast, and when to look at it.
         self.due = self.look = 0.0
         #: The job, in another queue, that has claimed this bucket.
@@ -107,7 +112,27 @@ class _Queue(Generic[Job]):
             later.append(self.jobs.pop())
         self.jobs.append(held)
         self.jobs.extend(reversed(later))
-        held.queue = self
+        self.tokens += self.takes(held)
+        held.queue, held.left = self, False
+
+    def remove(self, held: Held[Job]) -> None:
+        if self.jobs[0] is held:
+            self.jobs.popleft()
+        else:
+            self.jobs.remove(held)
+        self.tokens = self.tokens - self.takes(held) if self.jobs else 0.0
+        held.left = True
+
+    def takes(self, held: Held[Job]) -> float:
+        """Return the tokens that a job takes from the bucket."""
+        if len(held.demands) == 1:
+            return held.demands[0].tokens
+        return sum(demand.tokens for demand in held.demands if demand.bucket is self.bucket)
+
+    def last_turn(self, tokens: float) -> float:
+        """Return the moment at which a job goes that comes now, if no other job comes before it."""
+        before = self.tokens - self.takes(self.jobs[0]) if self.jobs else 0.0
+        return self.forecast() + (before + tokens) / self.bucket.tokens_per_second
 
     def serves(self, held: Held[Job]) -> bool:
         """Tell whether the job may ask the bucket: no other job has claimed it, or came before."""
@@ -199,7 +224,7 @@ class Holding(Generic[Job]):
                 if held.since > since:
                     break
                 if held is not queue.jobs[0]:
-                    turn += sum(d.tokens for d in held.demands if d.bucket is queue.bucket) / rate
+                    turn += queue.takes(held) / rate
                 end = held.since + longest - since
                 if turn > end or now >= end:
                     late.append(held)
@@ -240,6 +265,10 @@ class Holding(Generic[Job]):
             queue = self._queues.get(demand.bucket)
             if queue is not None:  # behind those who came before
                 delay = max(math.ulp(now), queue.forecast() - now)
+                if 0.0 < demand.limit.patience < math.inf:
+                    wait = queue.last_turn(demand.tokens) - now
+                    if wait > demand.limit.patience and self._refuse(job, demand, wait):
+                        return False
                 self._hold(job, demands, demand, now, _UNTIL_A_START if queue.stopped else delay)
                 return False
         if self._unstarted is not None:
@@ -305,7 +334,7 @@ class Holding(Generic[Job]):
                         self._unstarted.add(held.job, held.demands, now)
                 elif demand.bucket is not queue.bucket:
                     self._move(held, demand, now, delay, changes)
-                elif self._refused(held, demand, delay):
+                elif self._refused(held, demand, delay, now):
                     self._leave(held, now)
                 else:
                     queue.changes = changes
@@ -339,11 +368,15 @@ class Holding(Generic[Job]):
         """Return the jobs that were let go and have not started, as far as known."""
         return [] if self._unstarted is None else self._unstarted.jobs()
 
+    def demand_of(self, held: Held[Job]) -> Demand:
+        """Return what a held job waits for."""
+        return next(demand for demand in held.demands if demand.bucket is held.queue.bucket)
+
     def take_out(self, held: Held[Job], now: float) -> None:
         """Let a job go before its turn. It takes no tokens."""
         queue = held.queue
         first = queue.jobs[0] is held
-        queue.jobs.remove(held)
+        queue.remove(held)
         self._count_one(held.limit, -1)
         if first and queue.jobs:
             self._schedule(queue, now, 0.0)
@@ -353,6 +386,8 @@ class Holding(Generic[Job]):
     def clear(self) -> list[Held[Job]]:
         """Forget every job, and return those that are held."""
         forgotten = self.all()
+        for held in forgotten:
+            held.left = True
         for queue in list(self._queues.values()):
             self._drop(queue)
         self._due.clear()
@@ -382,7 +417,7 @@ class Holding(Generic[Job]):
     ) -> None:
         """Hold a job that has just come, or refuse it."""
         asked = delay != _UNTIL_A_START
-        if not asked or demand.limit.when_limited == "wait" or not self._refuse(job, demand, delay):
+        if delay <= demand.limit.patience or not self._refuse(job, demand, delay):
             held = Held(next(self._count), job, demands, now)
             held.asked = asked
             self._enqueue(held, demand, now, delay, changes)
@@ -406,12 +441,16 @@ class Holding(Generic[Job]):
         delay, refused, changes = self._take_all(held.demands)
         return delay or None, held.demands[refused], changes
 
-    def _refused(self, held: Held[Job], demand: Demand, delay: float) -> bool:
-        """Refuse a job for which no bucket was asked before, if its limit does not let it wait."""
-        if held.asked or delay == _UNTIL_A_START:
+    def _refused(self, held: Held[Job], demand: Demand, delay: float, now: float) -> bool:
+        """Refuse a job whose turn has come, if its limit does not let it wait any longer.
+
+        One whose limit lets it not wait at all is refused once: it is held if that cannot be done.
+        """
+        patience = demand.limit.patience
+        if delay == _UNTIL_A_START or (held.asked and not patience):
             return False
         held.asked = True
-        return demand.limit.when_limited != "wait" and self._refuse(held.job, demand, delay)
+        return now - held.since + delay > patience and self._refuse(held.job, demand, delay)
 
     def _take_all(self, demands: Sequence[Demand]) -> tuple[float, int, float]:
         if len(demands) == 1:
@@ -430,8 +469,8 @@ class Holding(Generic[Job]):
         """Let a job whose turn has come wait at another bucket, which has refused it."""
         left = held.queue
         if (
-            demand.limit.when_limited != "wait"
-            and delay != _UNTIL_A_START
+            delay != _UNTIL_A_START
+            and now - held.since + delay > demand.limit.patience
             and self._refuse(held.job, demand, delay)
         ):
             self._leave(held, now)
@@ -491,9 +530,8 @@ class Holding(Generic[Job]):
             self._drop_if_empty(queue)
 
     def _unlink(self, held: Held[Job]) -> None:
-        jobs = held.queue.jobs
-        assert jobs[0] is held  # noqa: S101 - only the one whose turn has come leaves
-        jobs.popleft()
+        assert held.queue.jobs[0] is held  # noqa: S101 - only the one whose turn has come leaves
+        held.queue.remove(held)
         self._count_one(held.limit, -1)
 
     def _count_one(self, limit: Limit, step: int) -> None:

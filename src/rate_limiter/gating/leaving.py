@@ -1,20 +1,25 @@
-"""Which held jobs go back to their queues before their turn.
+"""Which held jobs leave before their turn.
 
 *Those that are held for too long.* RabbitMQ closes a channel, and Celery then ends the worker, if a message
 of it is not acknowledged for ``consumer_timeout`` (30 minutes by default). A job that is held for
 `Leaving.longest_hold` goes to the end of its queue, unless its turn comes within half of that time more.
 
-*Those that another worker is to have.* A worker that was alone may hold all jobs of a queue when another
-one starts. It then keeps its share of what each limit holds, and holds no more than that for some seconds,
-so that the other worker gets the rest.
+*Those that have waited for too long.* A limit may let jobs wait for ``max_wait`` at most. One whose forecast
+was shorter may wait for longer all the same: its bucket was paused, or other jobs came before it at another
+bucket. Then it ends as ``when_limited`` says.
+
+*Those that another worker is to have.* A worker that holds more than its share keeps the first ones, and holds
+no more than that for some seconds, so that the other workers get the rest.
 """
 
+import heapq
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final, Generic, TypeVar
 
 from .holding import Held, Holding
-from .limit import Limit
+from .limit import Demand, Limit
 
 __all__ = ["LONGEST_HOLD", "Leaving"]
 
@@ -29,6 +34,9 @@ _AT_MOST: Final = 1.5
 #: Jobs that are held for too long are looked for once in this part of ``longest_hold``.
 _LOOK: Final = 1 / 20
 
+#: Seconds after which a job that could not end is to end again.
+_TRY_AGAIN: Final = 1.0
+
 #: Seconds between two looks while more is held than the worker's share.
 _LOOK_AT_SHARE: Final = 0.1
 
@@ -40,6 +48,7 @@ class Leaving(Generic[Job]):
         holding: What is held.
         send_back: Sends a job to the end of its queue. ``False``: that cannot be done, at least not now.
         left: Called with each job that was sent back.
+        refuse: Ends a job as ``when_limited`` says. ``False``: that cannot be done, at least not now.
 
     """
 
@@ -48,10 +57,15 @@ class Leaving(Generic[Job]):
         holding: Holding[Job],
         send_back: Callable[[Job], bool],
         left: Callable[[Held[Job]], None],
+        refuse: Callable[[Job, Demand, float], bool],
     ) -> None:
         self._holding = holding
         self._send_back = send_back
         self._left = left
+        self._refuse = refuse
+        #: Jobs by the moment until which their limits let them wait.
+        self._ends: list[tuple[float, int, Held[Job]]] = []
+        self._count = itertools.count()
         #: For how many seconds a job is held. Infinite: for as long as it takes.
         self.longest_hold = math.inf
         self._look_at = math.inf
@@ -63,21 +77,27 @@ class Leaving(Generic[Job]):
     @property
     def next_due(self) -> float:
         """The moment at which `work` is to be called."""
-        return min(self._look_at, self._until)
+        end = self._ends[0][0] if self._ends else math.inf
+        return min(self._look_at, self._until, end)
 
     def begin(self, held: Held[Job]) -> None:
         """Take note of a job that begins to wait."""
         self._look_at = min(self._look_at, held.since + self.longest_hold)
+        patience = min(demand.limit.patience for demand in held.demands)
+        if 0.0 < patience < math.inf:
+            self._end_at(held.since + patience, held)
 
     def most(self, limit: Limit) -> float:
         """Return the most jobs that a limit may hold now."""
         return self._most.get(limit, math.inf)
 
-    def share(self, part: float, now: float, seconds: float, *, send_back: bool) -> list[Held[Job]]:
-        """Keep a part of what each limit holds, and hold no more than that for some seconds.
+    def share(
+        self, most: Mapping[Limit, int], now: float, seconds: float, *, send_back: bool
+    ) -> list[Held[Job]]:
+        """Let limits hold no more than so many jobs for some seconds; those beyond that leave.
 
         Args:
-            part: The part that is kept, from 0 to 1. Of any number of jobs it is 1 at least.
+            most: The limits, and how many jobs each may hold.
             now: The caller's clock.
             seconds: How long no more is held.
             send_back: Whether `work` sends the jobs beyond that to the end of their queues.
@@ -87,9 +107,7 @@ class Leaving(Generic[Job]):
             back to the broker.
 
         """
-        self._most = {
-            limit: math.ceil(number * part) for limit, number in self._holding.held_by.items()
-        }
+        self._most = dict(most)
         self._until = now + seconds
         self._holding.changed.update(self._most)
         if send_back:
@@ -101,7 +119,11 @@ class Leaving(Generic[Job]):
         return leaving[::-1]
 
     def work(self, now: float) -> None:
-        """Send back what is to go, if it is time to look."""
+        """Let those go that are to leave, if it is time to look."""
+        while self._ends and self._ends[0][0] <= now:
+            held = heapq.heappop(self._ends)[2]
+            if not held.left:
+                self._end(held, now)
         if now >= self._until:
             self._holding.changed.update(self._most)
             self._most, self._until, self._shared_at = {}, math.inf, -math.inf
@@ -122,6 +144,23 @@ class Leaving(Generic[Job]):
         """Forget everything: nothing is held any more."""
         self._look_at = self._until = math.inf
         self._most, self._shared_at = {}, -math.inf
+        self._ends.clear()
+
+    def _end_at(self, moment: float, held: Held[Job]) -> None:
+        heapq.heappush(self._ends, (moment, next(self._count), held))
+
+    def _end(self, held: Held[Job], now: float) -> None:
+        """End a job that has waited for too long for the limit that makes it wait now."""
+        end = held.since + held.limit.patience
+        if end > now:  # another of its limits lets it wait for less
+            if end < math.inf:
+                self._end_at(end, held)
+            return
+        delay = max(math.ulp(now), held.queue.forecast() - now)
+        if self._refuse(held.job, self._holding.demand_of(held), delay):
+            self._holding.take_out(held, now)
+        else:
+            self._end_at(now + _TRY_AGAIN, held)
 
     def _go(self, leaving: Iterable[Held[Job]], now: float) -> bool:
         """Send jobs back. Return whether any of them could not go."""
@@ -139,7 +178,8 @@ class Leaving(Generic[Job]):
         room = dict(self._most)
         beyond = []
         for held in sorted(self._holding.all(), key=lambda held: held.arrival):
-            room[held.limit] = room.get(held.limit, 0) - 1
-            if room[held.limit] < 0 and held.since <= since:
-                beyond.append(held)
+            if held.limit in room:
+                room[held.limit] -= 1
+                if room[held.limit] < 0 and held.since <= since:
+                    beyond.append(held)
         return beyond

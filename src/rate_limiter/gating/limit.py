@@ -86,6 +86,7 @@ class Limit:
         when_limited: One of ``"wait"``, ``"retry"``, ``"drop"``, ``"raise"``, or a callable that is
             called instead of the task.
         timeout: With ``"wait"``, the most seconds that a job waits in the decorator.
+        max_wait: The most seconds that a job waits. ``None``: with ``"wait"`` for ever, else not at all.
         name: The name that the user gave it, or ``""``. Messages and logs use the name in
             `record.record_of`.
         max_held: The most jobs that a gate holds because of it; ``None``: see `bound`.
@@ -100,12 +101,15 @@ class Limit:
     buckets: tuple[Bucket, ...] = ()
     when_limited: str | Callable[..., Any] = "wait"
     timeout: float | None = None
+    max_wait: float | None = None
     name: str = ""
     max_held: int | None = None
     overflow: str = "hold"
     #: The demands of a job, if they are the same for all jobs; else empty. They are not checked again: if
     #: ``configure`` sets a capacity below the cost later, the bucket raises.
     fixed: tuple[Demand, ...] = field(init=False, default=())
+    #: The most seconds that a job waits at a gate.
+    patience: float = field(init=False, default=0.0)
     #: The tokens of a job, if they are the same for all jobs.
     cost: float | None = field(init=False, default=None)
     #: Whether ``bucket`` is a `Bucket`. On Python 3.11 it takes 20 µs to find that out.
@@ -117,6 +121,10 @@ class Limit:
         is_bucket = isinstance(self.bucket, Bucket)
         calls = not is_bucket and not isinstance(self.bucket, BucketPerKey)
         asking = [f for f in (self.bucket, self.tokens, self.key) if callable(f) and _wants_headers(f)]
+        patience = self.max_wait
+        if patience is None:
+            patience = math.inf if self.when_limited == "wait" else 0.0
+        object.__setattr__(self, "patience", patience)
         object.__setattr__(self, "has_bucket", is_bucket)
         object.__setattr__(self, "_calls_for_bucket", calls)
         object.__setattr__(self, "_wants_headers", tuple(asking))

@@ -62,7 +62,7 @@ class Observer:
             demand: The tokens that it did not get, with their bucket and limit.
             delay: The seconds until they are there.
             how: How the job is refused: ``"raise"``, ``"drop"``, ``"retry"``, ``"fallback"``, or
-                ``"timeout"`` if the wait is, or would be, longer than the ``timeout`` of the limit.
+                ``"timeout"`` if the wait is, or would be, longer than ``timeout`` or ``max_wait``.
 
         """
 

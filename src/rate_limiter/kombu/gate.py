@@ -87,6 +87,7 @@ class Gate:
         tokens: AnyCost = 1,
         key: AnyKey | None = None,
         when_limited: str = "wait",
+        max_wait: float | None = None,
         name: str | None = None,
         max_held: int | None = None,
         overflow: str | None = None,
@@ -113,6 +114,8 @@ class Gate:
                 and then sent to the end of its queue, one after another at the bucket's rate.
                 ``"drop"``: it is rejected, not requeued, so a dead-letter exchange gets it. ``"raise"``:
                 the same, after ``on_refused`` was called with a `RateLimitExceeded`.
+            max_wait: The most seconds that a message is held: 0 or more. If its tokens come later, it ends as
+                ``when_limited`` says, with ``"wait"`` as with ``"raise"``; at once if the forecast says so.
             name: The name of the limit in logs and errors. Each limit needs another. By default the names
                 or patterns of its queues.
             max_held: For this limit, instead of the gate's.
@@ -139,6 +142,7 @@ class Gate:
             key=key,
             buckets=buckets,
             when_limited=when_limited,
+            max_wait=max_wait,
             name=name,
             max_held=max_held,
             overflow=overflow,
