@@ -10,6 +10,7 @@
 | ``rate_limiter.tokens`` | counter, tokens that they have paid | limit, task |
 | ``rate_limiter.refused`` | counter, jobs that found no tokens and did not wait | limit, task, how |
 | ``rate_limiter.failed`` | counter, jobs that could not pay | limit, task |
+| ``rate_limiter.shadowed`` | counter, jobs that a limit with ``shadow=True`` would have made wait | limit |
 | ``rate_limiter.wait`` | histogram, seconds that admitted jobs have waited | limit, task |
 | ``rate_limiter.held`` | gauge, jobs that are held now | limit |
 
@@ -51,6 +52,7 @@ class _Measuring(Observer):
         self._tokens = meter.create_counter("rate_limiter.tokens", "{token}")
         self._refused = meter.create_counter("rate_limiter.refused", "{job}")
         self._failed = meter.create_counter("rate_limiter.failed", "{job}")
+        self._shadowed = meter.create_counter("rate_limiter.shadowed", "{job}")
         self._wait = meter.create_histogram("rate_limiter.wait", "s")
         meter.create_observable_gauge("rate_limiter.held", [self._count_held], "{job}")
         #: The limit of each held job, and all limits that have held one.
@@ -84,6 +86,9 @@ class _Measuring(Observer):
 
     def returned(self, job: Any, limit: Limit) -> None:
         self._leave(job)
+
+    def shadowed(self, limit: Limit, seconds: float) -> None:
+        self._shadowed.add(1, {"limit": record_of(limit).name})
 
     def forgotten(self, jobs: Sequence[Any]) -> None:
         for job in jobs:

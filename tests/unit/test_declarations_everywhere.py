@@ -198,6 +198,7 @@ TABLE = [
     row("max_wait -1", ValueError, "max_wait must be 0 or more, not -1", {"max_wait": -1}),
     row("max_wait text", TypeError, "max_wait must be a number", {"max_wait": "1"}),
     row("max_wait nan", ValueError, "max_wait must be", {"max_wait": float("nan")}),
+    row("shadow 1", TypeError, "shadow must be True or False, not 1", {"shadow": 1}),
     row("max_wait and timeout", ValueError, "timeout and max_wait exclude each other", {"max_wait": 1, "timeout": 1},
         **DECORATOR_ONLY),
     *(

@@ -16,6 +16,7 @@ def limit(**changes):
         "held": 3,
         "buckets": [bucket],
         "when_limited": "wait",
+        "shadow": False,
         "admitted": 5.0,
         "tokens": 50.0,
         "refused": 1.0,

@@ -101,6 +101,7 @@ class Gate:
         key: AnyKey | None = None,
         when_limited: str = "wait",
         max_wait: float | None = None,
+        shadow: bool = False,
         name: str | None = None,
         max_held: int | None = None,
         overflow: str | None = None,
@@ -119,6 +120,7 @@ class Gate:
             key: As in `throttle`.
             when_limited: As in `throttle`, without the callable.
             max_wait: As in `throttle`.
+            shadow: As in `throttle`.
             name: As in `throttle`. By default the names or patterns of the tasks, or the queue.
             max_held: For this limit, instead of the gate's.
             overflow: What happens when ``max_held`` jobs are held. ``"hold"``, the default: the broker
@@ -151,6 +153,7 @@ class Gate:
             key=key,
             when_limited=when_limited,
             max_wait=max_wait,
+            shadow=shadow,
             buckets=buckets,
             name=name,
             max_held=max_held,

@@ -48,6 +48,7 @@ _OPTIONS: Final = (
     *_CALLABLES,
     "when_limited",
     "max_wait",
+    "shadow",
     "name",
     "max_held",
     "overflow",

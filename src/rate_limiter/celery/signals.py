@@ -14,6 +14,8 @@ thread where the decorator pays: keep it quick. Celery logs what a receiver rais
   decorator. ``limit`` is the limit that made it wait, or the first one of those that it has paid.
 - ``task_refused``: a job found no tokens and does not wait. ``delay``: the seconds until they are there.
   ``how``: ``"raise"``, ``"drop"``, ``"retry"``, ``"fallback"``, or ``"timeout"``.
+- ``task_shadowed``: a limit with ``shadow=True`` would have made a job wait for ``delay`` seconds, or refused it.
+  The sender is the limit's name.
 - ``limit_changed``: an operator has changed a limit. The sender is the limit's name. ``what`` says what is new,
   ``reason`` why.
 
@@ -32,11 +34,12 @@ from ..gating.limit import Demand, Limit
 from ..gating.record import record_of
 from ..gating.tally import Observer, observers
 
-__all__ = ["limit_changed", "task_admitted", "task_refused", "task_throttled"]
+__all__ = ["limit_changed", "task_admitted", "task_refused", "task_shadowed", "task_throttled"]
 
 task_throttled = Signal(name="task_throttled", providing_args={"task_id", "limit", "delay"})
 task_admitted = Signal(name="task_admitted", providing_args={"task_id", "limit", "waited"})
 task_refused = Signal(name="task_refused", providing_args={"task_id", "limit", "delay", "how"})
+task_shadowed = Signal(name="task_shadowed", providing_args={"delay"})
 limit_changed = Signal(name="limit_changed", providing_args={"what", "reason"})
 
 
@@ -54,6 +57,10 @@ class _Sending(Observer):
     def refused(self, job: Any, demand: Demand, delay: float, how: str) -> None:
         if task_refused.receivers:
             _send(task_refused, job, demand.limit, delay=delay, how=how)
+
+    def shadowed(self, limit: Limit, seconds: float) -> None:
+        if task_shadowed.receivers:
+            task_shadowed.send(sender=record_of(limit).name, delay=seconds)
 
     def changed(self, limit: Limit, what: str, reason: str) -> None:
         limit_changed.send(sender=record_of(limit).name, what=what, reason=reason)

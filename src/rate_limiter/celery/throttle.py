@@ -74,6 +74,7 @@ def throttle(
     when_limited: str | Callable[..., Any] = "wait",
     timeout: float | None = None,
     max_wait: float | None = None,
+    shadow: bool = False,
     name: str | None = None,
     buckets: Iterable[Bucket] = (),
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -112,6 +113,8 @@ def throttle(
             come later, it ends as ``when_limited`` says, with ``"wait"`` as with ``"raise"``; at once if
             the forecast says so. It then costs nothing. With a policy other than ``"wait"`` jobs do not
             wait at all unless ``max_wait`` is given.
+        shadow: With ``True`` the limit makes no job wait and refuses none. It only counts, shows and signals the
+            jobs that it would have made wait, or refused: to try a limit in production.
         name: The name of the limit in logs and errors. Each limit of an app needs another. By default the
             name of the task.
         buckets: All buckets that a callable for ``bucket`` may return. A prefork pool needs them if there
@@ -143,6 +146,7 @@ def throttle(
         when_limited=when_limited,
         timeout=timeout,
         max_wait=max_wait,
+        shadow=shadow,
         name=name,
         buckets=buckets,
         fallback=True,
@@ -446,9 +450,12 @@ def _pay(
     with contextlib.ExitStack() as paid:
         waits = []
         taken: list[Demand] = []
+        shadows: list[Demand] = []
         for one in each:
             limit = one[0].limit
-            if _waits(limit, request):
+            if limit.shadow:  # it counts a job when all others let it go
+                shadows += one
+            elif _waits(limit, request):
                 waits.append((one, limit.max_wait if limit.timeout is None else limit.timeout))
             else:
                 delay, refused = _take_or_delay(one, eta)
@@ -469,6 +476,8 @@ def _pay(
             raise
         if slowest is not None:
             charge_refilled(taken)
+        for demand in shadows:
+            demand.bucket.wait(demand.tokens)
         paid.pop_all()
     return None, None if slowest is None else slowest.limit
 

@@ -129,6 +129,8 @@ def _tokens(bucket: dict[str, Any] | None) -> str:
 def _state(limit: dict[str, Any]) -> str:
     paused = max((each.get("paused", 0.0) for each in limit["buckets"]), default=0.0)
     states = [f"paused for {paused:.3g} s"] if paused else []
+    if limit["shadow"]:
+        states.append(f"shadow: {limit['shadowed']:.0f} would have waited")
     if limit["enforced"] == "in the task":
         states.append("in the task")
     if changed := limit["changed"]:

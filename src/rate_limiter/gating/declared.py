@@ -59,6 +59,7 @@ def new_limit(
     when_limited: Any = "wait",
     timeout: Any = None,
     max_wait: Any = None,
+    shadow: Any = False,
     name: Any = None,
     max_held: Any = None,
     overflow: Any = None,
@@ -80,6 +81,7 @@ def new_limit(
         when_limited: See `Limit`.
         timeout: See `Limit`.
         max_wait: See `Limit`.
+        shadow: See `Limit`.
         name: See `Limit`. ``None``: the limit gets a derived name.
         max_held: See `Limit`.
         overflow: See `Limit`. ``None``: ``"hold"``.
@@ -92,6 +94,8 @@ def new_limit(
     """
     _check_text("name", name)
     _check_policy(when_limited, timeout, fallback)
+    if not isinstance(shadow, bool):
+        raise TypeError(f"shadow must be True or False, not {shadow!r}")
     if max_wait is not None:
         max_wait = zero_or_more("max_wait", max_wait)
         if timeout is not None:
@@ -131,6 +135,7 @@ def new_limit(
         when_limited=when_limited,
         timeout=timeout,
         max_wait=max_wait,
+        shadow=shadow,
         name=name or "",
         max_held=max_held,
         overflow=overflow or "hold",

@@ -51,14 +51,15 @@ class Plan:
 
     __slots__ = ("asks_headers", "demands", "limits")
 
-    def __init__(self, limits: tuple[Limit, ...]) -> None:
-        self.limits = limits
+    def __init__(self, limits: Sequence[Limit]) -> None:
+        # A shadow comes last: it counts a job when all others let it go, and not each time one is asked.
+        self.limits = tuple(sorted(limits, key=lambda limit: limit.shadow))
         #: Whether the price of its jobs may depend on their headers.
         self.asks_headers = any(limit.asks_headers for limit in limits)
         #: What each job is to take, where that is the same for all.
         self.demands: tuple[Demand, ...] = ()
         if all(limit.fixed for limit in limits):
-            self.demands = tuple(demand for limit in limits for demand in limit.fixed)
+            self.demands = tuple(demand for limit in self.limits for demand in limit.fixed)
 
 
 class Host(Generic[Job]):

@@ -87,6 +87,7 @@ class Limit:
             called instead of the task.
         timeout: With ``"wait"``, the most seconds that a job waits in the decorator.
         max_wait: The most seconds that a job waits. ``None``: with ``"wait"`` for ever, else not at all.
+        shadow: Whether it makes no job wait, and only counts what it would have done.
         name: The name that the user gave it, or ``""``. Messages and logs use the name in
             `record.record_of`.
         max_held: The most jobs that a gate holds because of it; ``None``: see `bound`.
@@ -102,6 +103,7 @@ class Limit:
     when_limited: str | Callable[..., Any] = "wait"
     timeout: float | None = None
     max_wait: float | None = None
+    shadow: bool = False
     name: str = ""
     max_held: int | None = None
     overflow: str = "hold"
@@ -132,8 +134,7 @@ class Limit:
             cost = float(self.tokens)
             object.__setattr__(self, "cost", cost)
             if is_bucket:
-                fixed = tuple(Demand(member, cost, self) for member in members(self.bucket))  # type: ignore[arg-type]
-                object.__setattr__(self, "fixed", fixed)
+                object.__setattr__(self, "fixed", self._demands(self.bucket, cost))  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"<Limit {record_of(self).name or '(unnamed)'}: {self.bucket!r}>"
@@ -173,10 +174,10 @@ class Limit:
                 raise ValueError(
                     self._complaint("tokens", call.job, tokens, "a number above 0")
                 ) from None
-        if cost > bucket.capacity:
+        if cost > bucket.capacity and not self.shadow:
             most = f"at most the capacity {bucket.capacity:g}"
             raise ValueError(self._complaint("tokens", call.job, tokens, most))
-        return tuple(Demand(member, cost, self) for member in members(bucket))
+        return self._demands(bucket, cost)
 
     def buckets_of(self, call: Call) -> tuple[Bucket, ...]:
         """Return the buckets that a job takes from, without its cost. See `demands`."""
@@ -202,6 +203,13 @@ class Limit:
                 bound = math.ceil(min(jobs, _HOLD_MOST))
             bound = max(bound, window)
         return bound
+
+    def _demands(self, bucket: Bucket, cost: float) -> tuple[Demand, ...]:
+        if self.shadow:
+            from .shadow import Shadow  # noqa: PLC0415 - it tells observers, which know limits
+
+            return (Demand(Shadow(bucket, self), cost, self),)
+        return tuple(Demand(member, cost, self) for member in members(bucket))
 
     def _bucket(self, call: Call) -> Bucket:
         bucket: Any = self.bucket

@@ -48,6 +48,7 @@ def shown(limit: Limit) -> dict[str, Any]:
     return {
         "buckets": [_shown(bucket) for bucket in _buckets(limit)],
         "when_limited": _named(limit.when_limited),
+        "shadow": limit.shadow,
         **tally_of(limit).snapshot(),
         "changed": record_of(limit).changed,
     }

@@ -4,6 +4,7 @@ Only the engine of a gate and the payment of the decorator call the observers, a
 """
 
 import logging
+import math
 import os
 import threading
 import weakref
@@ -78,6 +79,15 @@ class Observer:
         It was held for too long, or another worker has started and is to have its share.
         """
 
+    def shadowed(self, limit: Limit, seconds: float) -> None:
+        """Take note of a job that a limit with ``shadow=True`` would have made wait, or refused.
+
+        Args:
+            limit: The limit.
+            seconds: How long the job would have waited for its tokens. It may be infinite.
+
+        """
+
     def forgotten(self, jobs: Sequence[Any]) -> None:
         """Take note of held jobs that go back to the broker: the worker stops or has reconnected."""
 
@@ -116,9 +126,10 @@ def tell(outcome: str, *details: Any) -> None:
 
 _NAMES: Final = (
     *("admitted", "tokens", "refused", "failed", "skipped"),
-    *("returned", "waited", "longest"),
+    *("returned", "shadowed", "waited", "longest"),
 )
-_ADMITTED, _TOKENS, _REFUSED, _FAILED, _SKIPPED, _RETURNED, _WAITED, _LONGEST = range(len(_NAMES))
+_ADMITTED, _TOKENS, _REFUSED, _FAILED, _SKIPPED, *_LAST = range(len(_NAMES))
+_RETURNED, _SHADOWED, _WAITED, _LONGEST = _LAST
 
 #: The number of rows in shared memory, one for each process. Further processes use the last row together.
 _ROWS: Final = 256
@@ -136,7 +147,9 @@ class Tally:
     - ``failed``: jobs that could not pay: their cost could not be computed, or the bucket raised.
     - ``skipped``: jobs that were revoked, or expired, while held.
     - ``returned``: held jobs that went back to their queue before their turn.
-    - ``waited``, ``longest``: the seconds that admitted jobs have waited: their sum, and the longest wait.
+    - ``shadowed``: jobs that a limit with ``shadow=True`` would have made wait, or refused.
+    - ``waited``, ``longest``: the seconds that admitted jobs have waited: their sum, and the longest wait. With
+      ``shadow=True`` those that they would have waited.
     """
 
     __slots__ = ("__weakref__", "_cells", "_column", "_table")
@@ -281,6 +294,11 @@ class _Counting(Observer):
 
     def returned(self, job: Any, limit: Limit) -> None:
         tally_of(limit)._count(_RETURNED)
+
+    def shadowed(self, limit: Limit, seconds: float) -> None:
+        tally_of(limit)._count(_SHADOWED)
+        if seconds < math.inf:
+            tally_of(limit)._count(_WAITED, seconds)
 
     def given_back(self, limit: Limit, tokens: float) -> None:
         tally_of(limit)._count(_TOKENS, -tokens)

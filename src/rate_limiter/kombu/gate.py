@@ -88,6 +88,7 @@ class Gate:
         key: AnyKey | None = None,
         when_limited: str = "wait",
         max_wait: float | None = None,
+        shadow: bool = False,
         name: str | None = None,
         max_held: int | None = None,
         overflow: str | None = None,
@@ -116,6 +117,7 @@ class Gate:
                 the same, after ``on_refused`` was called with a `RateLimitExceeded`.
             max_wait: The most seconds that a message is held: 0 or more. If its tokens come later, it ends as
                 ``when_limited`` says, with ``"wait"`` as with ``"raise"``; at once if the forecast says so.
+            shadow: With ``True`` the limit holds and refuses no message, and only counts those that it would have.
             name: The name of the limit in logs and errors. Each limit needs another. By default the names
                 or patterns of its queues.
             max_held: For this limit, instead of the gate's.
@@ -143,6 +145,7 @@ class Gate:
             buckets=buckets,
             when_limited=when_limited,
             max_wait=max_wait,
+            shadow=shadow,
             name=name,
             max_held=max_held,
             overflow=overflow,
