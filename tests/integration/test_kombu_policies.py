@@ -12,6 +12,7 @@ from kombu import Exchange
 from kombu_lab import RawWorker, Worker, running
 
 from rate_limiter import RateLimitExceeded, TokenBucket
+from rate_limiter.gating.tally import tally_of
 from rate_limiter.kombu import Gate
 
 
@@ -354,3 +355,29 @@ def test_several_limits(broker):
         wait_for(lambda: gate.held == {"all queues": 2})
         assert second.tokens > 4.9
     assert worker.ran == [0, 1, 2]
+
+
+def test_max_wait(broker):
+    """A message whose tokens come too late ends at once, as with "raise"; the others are held."""
+    queue = broker.queue()
+    broker.send(queue, *range(6))
+    gate = gate_for(queue, TokenBucket(1, 4), max_wait=0.6)
+    with running(Worker(broker, gate, queue)) as worker:
+        worker.wait_for_runs(3)
+        wait_for(lambda: len(worker.refused) == 3)
+    assert worker.ran == [0, 1, 2]
+    assert [body for body, _ in worker.refused] == [3, 4, 5]
+    assert all(0.6 < error.retry_after < 1.5 for _, error in worker.refused)
+    assert broker.waiting(queue) == 0
+
+
+def test_a_shadow_holds_nobody(broker):
+    """With shadow=True all messages run at once."""
+    queue = broker.queue()
+    broker.send(queue, *range(30))
+    gate = gate_for(queue, TokenBucket(1, 0.01), shadow=True)
+    with running(Worker(broker, gate, queue)) as worker:
+        assert worker.wait_for_runs(30) == list(range(30))
+        assert gate.held == {}
+    (limit,) = gate.limits
+    assert tally_of(limit).snapshot()["shadowed"] == 29
