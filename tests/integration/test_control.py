@@ -26,7 +26,7 @@ def test_a_new_rate_reaches_held_jobs(lab, pool):
     """At once; the other limits stay; and what was changed is shown, with the reason."""
     for number in range(40):
         lab.send("job", number)
-    with start(lab, pool=pool, limits=(limit(rate=0.01, max_held=100),)) as worker:
+    with start(lab, pool=pool, concurrency=1, limits=(limit(rate=0.01, max_held=100),)) as worker:
         wait_for(lambda: limits_of(lab, worker)["job"]["held"] == 39)
         others = {
             name: each["buckets"] for name, each in limits_of(lab, worker).items() if name != "job"

@@ -40,7 +40,10 @@ def test_jobs_do_not_start_in_a_burst_after_a_stall(redis_lab, pool):
         occupy(redis_lab)
         for number in range(10):
             redis_lab.send("job", number)
-        assert redis_lab.wait_for_runs("job", 10) == list(range(10))
+        runs = redis_lab.wait_for_runs("job", 10)
+    # The first two start together, and each acknowledges before it runs: the first paid before the stall,
+    # the second with the token that came back meanwhile.
+    assert sorted(runs[:2]) + runs[2:] == list(range(10))
     # capacity + 1, and what a loaded machine delays: all ten without this
     assert excess([entry.at for entry in redis_lab.log("job")], 5) < 4
 
