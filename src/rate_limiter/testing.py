@@ -1,18 +1,26 @@
-"""For tests: a clock that stands still until it is moved.
+"""For tests: a clock that stands still until it is moved, and what a call of a task would cost::
 
-clock = ManualClock()
-bucket = TokenBucket(1, 2, clock=clock)
-assert bucket.allow()
-assert not bucket.allow()
-clock.advance(0.5)
-assert bucket.allow()
+    clock = ManualClock()
+    bucket = TokenBucket(1, 2, clock=clock)
+    assert bucket.allow()
+    assert not bucket.allow()
+    clock.advance(0.5)
+    assert bucket.allow()
+
+    (charge,) = charged(upload.s("a.bin", megabytes=12))
+    assert charge.tokens == 12
+
+The pytest fixture ``rate_limits`` is in `pytest_plugin`.
 """
 
 import contextlib
 import math
 import threading
+from typing import Any, NamedTuple
 
-__all__ = ["ManualClock"]
+from .bucket import Bucket
+
+__all__ = ["Charged", "ManualClock", "charged"]
 
 #: A sleeper is woken up to this many seconds early, because ten steps of 0.1 s add up to slightly less than
 #: 1 s. The bucket decides whether the moment has come.
@@ -80,3 +88,37 @@ class ManualClock:
         """How many waits are asleep (``auto_advance=False``)."""
         with self._lock:
             return len(self._sleepers)
+
+
+class Charged(NamedTuple):
+    """What a job would take from one bucket."""
+
+    #: The name of the limit.
+    limit: str
+    bucket: Bucket
+    tokens: float
+
+
+def charged(call: Any, queue: str | None = None) -> list[Charged]:
+    """Return what a job would take, and from which buckets. It takes nothing, and asks no broker.
+
+    The limits are those of the task's decorators, of its attribute, and of its app's gate, without those
+    with ``shadow=True``.
+
+    Args:
+        call: A signature, ``upload.s("a.bin", megabytes=12)``; or a task, for a job without arguments.
+        queue: The queue that the job would come from, for the limits of a queue. ``None``: the one that
+            Celery would send it to.
+
+    Returns:
+        One item for each bucket, in the order in which they are declared; none: no limit covers the job.
+
+    Raises:
+        ValueError: The cost, the key or the bucket cannot be computed, or the cost is above the capacity.
+            In a worker the job fails with this error.
+        TypeError: ``call`` is neither a signature nor a task.
+
+    """
+    from .celery.pricing import price_of  # noqa: PLC0415 - the clock is for those without Celery too
+
+    return [Charged(*each) for each in price_of(call, queue)]

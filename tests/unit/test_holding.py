@@ -79,6 +79,45 @@ def test_heavy_job_is_not_overtaken(holding, clock):
     assert released(holding, clock, 99) == [(10.0, ["heavy"]), (11.0, ["light"])]
 
 
+def test_urgent_jobs_go_first(holding, clock):
+    """By priority, then by arrival; one that has just come may take tokens that are there."""
+    bucket = TokenBucket(1, 1, clock=clock)
+    bucket.allow()
+    for job, steps in enumerate([0, 2, 0, -1, 1, -1]):
+        holding.offer(job, [demand(bucket, 1)], clock(), steps)
+    clock.advance(1)
+    assert holding.offer("most urgent", [demand(bucket, 1)], clock(), -2)
+    assert not holding.offer("late", [demand(bucket, 1)], clock(), 2)
+    jobs = [job for _, jobs in released(holding, clock, 99) for job in jobs]
+    assert jobs == [3, 5, 0, 2, 4, 1, "late"]
+
+
+def test_a_job_gains_a_step_of_priority_for_each_30_seconds(holding, clock):
+    """Urgent jobs that keep coming overtake it for that long, and no longer."""
+    bucket = TokenBucket(1, 0.1, clock=clock)
+    bucket.allow()
+    holding.offer("patient", [demand(bucket, 1)], clock(), 2)
+    went = []
+    for number in range(12):
+        holding.offer(number, [demand(bucket, 1)], clock())
+        went += released(holding, clock, 10 * (number + 1))
+    jobs = [job for _, jobs in went for job in jobs]
+    assert jobs.index("patient") == 6  # those that came in the first 60 s, one every 10 s
+    assert [job for job in jobs if job != "patient"] == list(range(11))
+
+
+def test_an_urgent_job_takes_back_a_bucket_that_was_claimed(holding, clock):
+    """The bucket that waits for a job with two limits serves one that is before it by priority."""
+    one, other = TokenBucket(1, 1, clock=clock), TokenBucket(1, 1, clock=clock)
+    one.allow()
+    clock.advance(0.5)
+    other.allow()
+    holding.offer("both", [demand(one, 1), demand(other, 1)], clock())
+    released(holding, clock, 1)  # it claims the first one, until 1.5
+    holding.offer("urgent", [demand(one, 1)], clock(), -1)
+    assert released(holding, clock, 9) == [(1.5, ["urgent"]), (2.5, ["both"])]
+
+
 def test_buckets_do_not_wait_for_each_other(holding, clock):
     """The queue of one bucket stands in nobody's way at another."""
     slow, fast = TokenBucket(1, 0.1, clock=clock), TokenBucket(1, 10, clock=clock)

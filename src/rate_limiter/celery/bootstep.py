@@ -19,6 +19,7 @@ from celery.exceptions import ImproperlyConfigured
 from celery.worker import state
 
 from ..broker.origin import mark_messages
+from ..broker.priority import Priorities
 from ..broker.restore import Leftovers
 from ..gating.engine import Engine, Host, warn_of_unused
 from ..gating.limit import Call, Demand, Limit
@@ -114,6 +115,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self.engine.longest_hold = self.longest_hold if amqp else math.inf
         self.window = Window(consumer, self.engine.jobs, self.engine.takes_more_of)
         self.queues = self.window.queues
+        self.priorities = Priorities(lambda: consumer.task_consumer.queues)
         self.by_queue = self.by_queue or self.window.is_static
         if self.by_queue:  # for the queues that `celery control add_consumer` brings
             mark_messages(consumer.task_consumer.channel, on_consume=self._on_consume)
@@ -235,7 +237,8 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             # here, beside the job that the consumer runs.
             self.consumer.call_soon(self.on_task_request, request)
             return
-        decision, demands = self.engine.offer(request, plan, queue)
+        steps = self.priorities.steps_behind(request.message, self.queues.of(request))
+        decision, demands = self.engine.offer(request, plan, queue, steps)
         if decision == "go":
             receipt.issue(request.task, request.request_dict, demands)
             self.slots.forward(request, demands)

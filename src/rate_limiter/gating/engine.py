@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from time import monotonic, perf_counter
 from typing import Final, Generic, Literal, TypeVar
 
+from . import limit as limits
 from .forecast import Forecast, forecasts
 from .holding import Held, Holding
 from .leaving import Leaving
@@ -239,7 +240,7 @@ class Engine(Generic[Job]):
     # -- the way of a job -------------------------------------------------------------------------
 
     def offer(
-        self, job: Job, plan: Plan, queue: str | None = None
+        self, job: Job, plan: Plan, queue: str | None = None, steps_behind: int = 0
     ) -> tuple[Decision, Sequence[Demand]]:
         """Decide about a job that has come.
 
@@ -248,13 +249,14 @@ class Engine(Generic[Job]):
             plan: What `plan` returned for its kind. It has limits.
             queue: The name of the queue that it came from, if `takes_more_of` is asked of it or it may
                 be paused.
+            steps_behind: How many steps of priority it stands behind most jobs. Below 0: in front.
 
         Returns:
             ``"go"``: it has paid; the caller runs it. ``"held"``: `release` returns it later.
             ``"ended"``: the host has ended it. And what it has paid, or is to pay.
 
         """
-        demands: Sequence[Demand] = plan.demands
+        demands: Sequence[Demand] = plan.demands if limits.stand_in is None else ()
         limit = plan.limits[0]
         try:
             if not demands:
@@ -264,7 +266,7 @@ class Engine(Generic[Job]):
                 refuse_to_pay_twice([demand.bucket for demand in demands], call.job)
             with self.lock:
                 self._has_held = False
-                goes = self._holding.offer(job, demands, self._clock())
+                goes = self._holding.offer(job, demands, self._clock(), steps_behind)
                 held = self._has_held
         except Exception as error:  # noqa: BLE001 - of a callable or a bucket of the user's
             self._fail(job, _blamed(demands, limit), error)

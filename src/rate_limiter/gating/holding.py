@@ -1,7 +1,8 @@
 """Which jobs wait for which bucket, in what order, and when the next one may go.
 
-Jobs wait first come, first served per bucket. A job with several limits takes from all their buckets
-or from none. It waits in the queue of the bucket that refused it, at the place of its arrival: it
+Jobs wait first come, first served per bucket. A job of a lower priority counts as come 30 s later for each
+step: urgent jobs go first, and none waits for ever behind them. A job with several limits takes from all
+their buckets or from none. It waits in the queue of the bucket that refused it, at the place of its arrival: it
 stands in nobody's way at the other buckets, and no later job overtakes it there for ever.
 
 If bucket A can serve such a job and bucket B cannot yet, and waiting for B costs A no more tokens than
@@ -45,8 +46,15 @@ _UNTIL_A_START: Final = 0.0
 #: other work to do too.
 _ASKS_AT_ONCE: Final = 50
 
+#: A job gains one step of priority over those that come so many seconds later.
+_STEP: Final = 30.0
+
 #: Two numbers of tokens whose ratio is below this are the same but for rounding.
 _EVEN: Final = 1.000001
+
+
+#: When a job counts as come, and a number that tells apart what came at the same moment.
+Arrival = tuple[float, int]
 
 
 class Held(Generic[Job]):
@@ -56,7 +64,8 @@ class Held(Generic[Job]):
 
     queue: "_Queue[Job]"
 
-    def __init__(self, arrival: int, job: Job, demands: Sequence[Demand], since: float) -> None:
+    def __init__(self, arrival: Arrival, job: Job, demands: Sequence[Demand], since: float) -> None:
+        #: Its place among those that wait.
         self.arrival = arrival
         self.job = job
         self.demands = demands
@@ -129,16 +138,26 @@ class _Queue(Generic[Job]):
             return held.demands[0].tokens
         return sum(demand.tokens for demand in held.demands if demand.bucket is self.bucket)
 
-    def last_turn(self, tokens: float) -> float:
+    def turn(self, tokens: float, arrival: Arrival) -> float:
         """Return the moment at which a job goes that comes now, if no other job comes before it."""
         before = self.tokens - self.takes(self.jobs[0]) if self.jobs else 0.0
-        return self.forecast() + (before + tokens) / self.bucket.tokens_per_second
+        for held in reversed(self.jobs):
+            if held.arrival < arrival:
+                break
+            before -= self.takes(held)
+        return self.forecast() + (max(0.0, before) + tokens) / self.bucket.tokens_per_second
 
-    def serves(self, held: Held[Job]) -> bool:
-        """Tell whether the job may ask the bucket: no other job has claimed it, or came before."""
+    def serves(self, arrival: Arrival, held: Held[Job] | None = None) -> bool:
+        """Tell whether a job may ask the bucket: no other job has claimed it, or came before.
+
+        Args:
+            arrival: When the job came.
+            held: The job, if it is held.
+
+        """
         if self.claimant is not None and self.claimant is not held:
             return False
-        return not self.jobs or self.jobs[0].arrival >= held.arrival
+        return not self.jobs or self.jobs[0].arrival >= arrival
 
     def forecast(self) -> float:
         """Return the moment at which the bucket serves again."""
@@ -202,10 +221,6 @@ class Holding(Generic[Job]):
         """Return the jobs that are held, bucket by bucket."""
         return [held for queue in self._queues.values() for held in queue.jobs]
 
-    def first(self) -> list[Held[Job]]:
-        """Return the job of each bucket that has waited the longest."""
-        return [queue.jobs[0] for queue in self._queues.values() if queue.jobs]
-
     def late(self, since: float, longest: float, now: float) -> list[Held[Job]]:
         """Return the jobs, in order, that have waited for long, and whose turn does not come soon.
 
@@ -221,10 +236,10 @@ class Holding(Generic[Job]):
             turn = max(now, queue.forecast())
             rate = queue.bucket.tokens_per_second
             for held in queue.jobs:
-                if held.since > since:
-                    break
                 if held is not queue.jobs[0]:
                     turn += queue.takes(held) / rate
+                if held.since > since:
+                    continue
                 end = held.since + longest - since
                 if turn > end or now >= end:
                     late.append(held)
@@ -246,13 +261,14 @@ class Holding(Generic[Job]):
             self._poked.append(bucket)
             self._on_poke()
 
-    def offer(self, job: Job, demands: Sequence[Demand], now: float) -> bool:
+    def offer(self, job: Job, demands: Sequence[Demand], now: float, steps_behind: int = 0) -> bool:
         """Let a job go at once, or hold or refuse it.
 
         Args:
             job: Anything.
             demands: What it is to take, and under which limits.
             now: The caller's clock, in seconds.
+            steps_behind: How many steps of priority it stands behind most jobs. Below 0: in front.
 
         Returns:
             ``True``: it has taken its tokens and may go. ``False``: it is held, or was refused.
@@ -261,29 +277,31 @@ class Holding(Generic[Job]):
             ValueError: It can never be granted.
 
         """
+        arrival = (now + _STEP * steps_behind, next(self._count))
         for demand in demands:
             queue = self._queues.get(demand.bucket)
-            if queue is not None:  # behind those who came before
+            if queue is not None and not queue.serves(arrival):  # behind those who came before
                 delay = max(math.ulp(now), queue.forecast() - now)
                 if 0.0 < demand.limit.patience < math.inf:
-                    wait = queue.last_turn(demand.tokens) - now
+                    wait = queue.turn(demand.tokens, arrival) - now
                     if wait > demand.limit.patience and self._refuse(job, demand, wait):
                         return False
-                self._hold(job, demands, demand, now, _UNTIL_A_START if queue.stopped else delay)
+                delay = _UNTIL_A_START if queue.stopped else delay
+                self._hold(arrival, job, demands, demand, now, delay)
                 return False
         if self._unstarted is not None:
             for demand in demands:
                 if self._unstarted.stops(demand):
                     self._unstarted.forget_ended(demand.bucket)
                     if self._unstarted.stops(demand):
-                        self._hold(job, demands, demand, now, _UNTIL_A_START)
+                        self._hold(arrival, job, demands, demand, now, _UNTIL_A_START)
                         return False
         delay, refused, changes = self._take_all(demands)
         if not delay:
             if self._unstarted is not None:
                 self._unstarted.add(job, demands, now)
             return True
-        self._hold(job, demands, demands[refused], now, delay, changes)
+        self._hold(arrival, job, demands, demands[refused], now, delay, changes)
         return False
 
     def release(self, now: float, most: float = math.inf) -> list[Held[Job]]:
@@ -312,7 +330,7 @@ class Holding(Generic[Job]):
             elif now < queue.due and queue.claimant is None and not queue.has_changed():
                 self._schedule(queue, now, queue.due - now)
                 continue
-            while queue.jobs and queue.serves(queue.jobs[0]):
+            while queue.jobs and queue.serves(queue.jobs[0].arrival, queue.jobs[0]):
                 if len(released) >= most or asks >= _ASKS_AT_ONCE:
                     self._schedule(queue, now, 0.0)
                     break
@@ -408,6 +426,7 @@ class Holding(Generic[Job]):
 
     def _hold(
         self,
+        arrival: Arrival,
         job: Job,
         demands: Sequence[Demand],
         demand: Demand,
@@ -418,7 +437,7 @@ class Holding(Generic[Job]):
         """Hold a job that has just come, or refuse it."""
         asked = delay != _UNTIL_A_START
         if delay <= demand.limit.patience or not self._refuse(job, demand, delay):
-            held = Held(next(self._count), job, demands, now)
+            held = Held(arrival, job, demands, now)
             held.asked = asked
             self._enqueue(held, demand, now, delay, changes)
             self._on_hold(held, demand, delay)
@@ -430,7 +449,7 @@ class Holding(Generic[Job]):
         """
         for demand in held.demands if len(held.demands) > 1 else ():
             queue = self._queues.get(demand.bucket)
-            if queue is not None and queue is not held.queue and not queue.serves(held):
+            if queue is not None and queue is not held.queue and not queue.serves(held.arrival, held):
                 if queue.stopped:
                     return _UNTIL_A_START, demand, math.nan
                 return max(math.ulp(now), queue.forecast() - now), demand, math.nan

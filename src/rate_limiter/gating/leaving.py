@@ -136,7 +136,7 @@ class Leaving(Generic[Job]):
             return
         oldest = now - self.longest_hold
         self._go(self._holding.late(oldest, oldest + self.longest_hold * _AT_MOST, now), now)
-        since = min((held.since for held in self._holding.first()), default=math.inf)
+        since = min((held.since for held in self._holding.all()), default=math.inf)
         look = max(since + self.longest_hold, now + self.longest_hold * _LOOK)
         self._look_at = min(self._look_at, look)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet
 
 from ..broker.origin import MARK, MOVED, can_be_sent_to, mark_messages, restore_origin
+from ..broker.priority import Priorities
 from ..broker.restore import Leftovers
 from ..exceptions import RateLimitExceeded
 from ..gating.engine import Engine, Host, warn_of_unused
@@ -109,6 +110,9 @@ class Session(Host[_Job]):
         self._unwarned = False
         #: The consumers that were attached, and the names of their queues.
         self._consumers: list[Any] = []
+        self._priorities = Priorities(
+            lambda: (queue for consumer in self._consumers for queue in consumer.queues)
+        )
         self._wrapped: WeakSet[Any] = WeakSet()
         self._queues: set[str] = set()
         #: Whether limited messages are taken in. They are not while the consumers are cancelled.
@@ -233,7 +237,8 @@ class Session(Host[_Job]):
         if not self.open:
             return  # the consumers are stopping; the broker has the message
         with self._occupied():
-            decision, _ = self._engine.offer(job, plan, job.queue)
+            steps = self._priorities.steps_behind(job.message, job.queue)
+            decision, _ = self._engine.offer(job, plan, job.queue, steps)
             if decision == "held":
                 self._enter(job)
         if decision == "go":
