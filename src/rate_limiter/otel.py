@@ -19,6 +19,7 @@ decorator pays in a process of a prefork pool is counted there: set up OpenTelem
 its documentation says of forking servers.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from threading import Lock
@@ -37,16 +38,19 @@ def instrument(meter_provider: MeterProvider | None = None) -> None:
     """Begin to measure what happens under all limits of this process.
 
     Args:
-        meter_provider: Where the metrics go. By default to OpenTelemetry's global provider.
+        meter_provider: Where the metrics go. By default to OpenTelemetry's global provider. A second call
+            with the same one does nothing.
 
     """
-    observers.append(_Measuring(meter_provider))
+    if not any(isinstance(each, _Measuring) and each.goes_to is meter_provider for each in observers):
+        observers.append(_Measuring(meter_provider))
 
 
 class _Measuring(Observer):
     """Adds each outcome to its instruments."""
 
     def __init__(self, meter_provider: MeterProvider | None) -> None:
+        self.goes_to = meter_provider
         meter = get_meter("rate_limiter", meter_provider=meter_provider)
         self._admitted = meter.create_counter("rate_limiter.admitted", "{job}")
         self._tokens = meter.create_counter("rate_limiter.tokens", "{token}")
@@ -59,6 +63,12 @@ class _Measuring(Observer):
         self._held: dict[int, Limit] = {}
         self._seen: set[Limit] = set()
         self._lock = Lock()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._after_fork_in_child)
+
+    def _after_fork_in_child(self) -> None:
+        self._lock = Lock()  # the exporter's thread may have held it
+        self._held.clear()  # the parent's gate holds them
 
     def held(self, job: Any, demand: Demand, delay: float) -> None:
         with self._lock:

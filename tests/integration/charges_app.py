@@ -103,7 +103,8 @@ def changed(number):
     note("changed", number)
 
 
-if gate or CONFIG["pool"] != "prefork":
+# Without a gate, several processes of a prefork pool would be refused.
+if gate or CONFIG["pool"] != "prefork" or CONFIG.get("concurrency") == 1:
 
     class Tenants(BucketPerKey):
         """Notes what is taken, by key."""

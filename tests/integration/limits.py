@@ -34,6 +34,7 @@ def start(
         "log": str(lab.run_log),
         "gate": gate,
         "pool": pool,
+        "concurrency": concurrency,
         "limits": limits,
         "queues": queues,
     }

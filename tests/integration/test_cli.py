@@ -193,5 +193,7 @@ def test_check(redis_lab):
     status, printed = celery(lab, "check", gate=False, rate_limiter_limits={"job": "5/s"})
     assert status == 1
     assert "no gate, so nothing obeys rate_limiter_limits: add Gate(app)" in printed
+    status, printed = celery(lab, "check", rate_limiter_longest_hold=-5, **ok)
+    assert (status, "rate_limiter_longest_hold must be" in printed) == (1, True)
     status, printed = celery(lab, "check", rate_limiter_limits={"job": "5/x"})
     assert (status, "rate must be a number above 0" in printed) == (1, True)

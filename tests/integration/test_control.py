@@ -67,6 +67,19 @@ def test_a_decorator_without_a_gate(redis_lab, pool):
         assert limits_of(lab, worker)["slow"]["admitted"] == 40
 
 
+def test_a_bucket_in_a_pool_process(redis_lab):
+    """It cannot be seen or changed from the main process, and nothing says that it was."""
+    lab = redis_lab
+    with start(lab, pool="prefork", concurrency=1, gate=False, module="charges_app") as worker:
+        name, seen = next(
+            each for each in limits_of(lab, worker).items() if "tenant's" in each[1]["tasks"]
+        )
+        assert seen["enforced"] == "in the task, in a process with a bucket of its own"
+        reply = control(lab, worker, "limit", name=name, rate="1/h")
+        assert "cannot be changed: its tasks take from a bucket of their pool process" in reply["error"]
+        assert limits_of(lab, worker)[name]["changed"] is None
+
+
 def test_a_pause_and_its_end(redis_lab):
     """A paused limit lets nothing go, and its jobs do when it is resumed."""
     lab = redis_lab

@@ -63,6 +63,18 @@ def test_no_job_is_held_for_longer(rabbitmq_lab, kind, pool):
     lab.assert_bound("job", capacity=1, rate=1.5)
 
 
+def test_a_job_that_was_sent_back_is_not_held_for_longer(rabbitmq_lab):
+    """RabbitMQ: one whose tokens are far away comes again and again, and is not held in between."""
+    lab = rabbitmq_lab
+    bound = limit(rate=0.01, when_limited="retry")
+    with start(lab, limits=(bound,), rate_limiter_longest_hold=1) as worker:
+        for number in range(4):
+            lab.send("job", number)
+        wait_for(lambda: counts(lab, worker)["refused"] >= 9)
+        now = counts(lab, worker)
+        assert (now["admitted"], now["returned"]) == (1, 0)
+
+
 def test_redis_needs_no_longest_hold(redis_lab):
     """Redis: the lease of a held job is renewed, and it keeps its place."""
     lab = redis_lab

@@ -31,6 +31,16 @@ def test_settings_and_annotations_are_enforced(redis_lab):
 
 
 @pytest.mark.parametrize(
+    "setting", [{"worker_prefetch_multiplier": 0}, {"worker_disable_prefetch": True}]
+)
+def test_what_would_hold_without_bound_is_refused_at_start(tmp_path, setting):
+    """Limits that make jobs wait, whatever the policy; not those that hold nobody."""
+    lab = Lab(tmp_path, "redis://localhost:1")
+    holds = limit("free", max_wait=60, when_limited="drop")
+    assert "set" in fail_at_start(start(lab, limits=(holds,), module="limits_app", **setting))
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"rate_limiter_limits": {"job": "fast"}}, "rate_limiter_limits['job']: rate must be"),

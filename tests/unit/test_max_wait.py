@@ -145,3 +145,30 @@ def test_in_the_decorator():
         strict()
     assert error.value.retry_after == pytest.approx(6)
     assert bucket.tokens == pytest.approx(-5)
+
+
+def test_jobs_that_have_gone_are_forgotten():
+    """However long they might have waited: memory is for those that wait."""
+    lab = Lab(1, 1e6, max_wait=3600)
+    for number in range(20_000):
+        lab.offer(number, -number - 1)
+        lab.run(lab.clock() + 1e-5)
+    assert len(lab.engine) == 0
+    assert len(lab.engine._leaving._ends) <= 1000
+
+
+@pytest.mark.parametrize("other", ["wait", "drop", "raise", "retry"])
+def test_beside_a_limit_of_another_kind(other):
+    """A job waits no longer than max_wait for its bucket, whatever its other limits do."""
+    lab = Lab(1, 1)
+    short = Limit(lab.bucket, name="short", max_wait=3)
+    plenty = Limit(TokenBucket(9, 9, clock=lab.clock), name="other", when_limited=other)
+    limits = {"patient": (lab.limit,), "hasty": (short, plenty)}
+    engine = lab.engine = Engine(lab.gate, lambda kind: limits[kind], clock=lab.clock)
+    for job, kind in ("go", "patient"), ("b", "patient"), ("c", "hasty"):
+        engine.offer(job, engine.plan(kind))
+    lab.bucket.pause(100)
+    lab.run(2.9)
+    assert len(engine) == 2
+    lab.run(3)
+    assert ended(lab) == ["c"]

@@ -1,5 +1,8 @@
 """OpenTelemetry's metrics: the numbers of the tally, and how many jobs are held."""
 
+import os
+import signal
+
 import pytest
 from engine_lab import Lab
 from opentelemetry.sdk.metrics import MeterProvider
@@ -76,3 +79,28 @@ def test_calls_of_the_decorator(read):
     (attributes,) = read()["tokens"]
     assert dict(attributes)["limit"] == "both"
     assert read()["tokens"][attributes] == 3
+
+
+def test_a_forked_process(read):
+    """It begins with nothing held, and no lock of another thread's stops it."""
+    lab = Lab(1, 0.1)
+    lab.offer("a", "b")
+    measuring = observers[-1]
+    with measuring._lock:
+        child = os.fork()
+        if not child:  # the parent's exporter held the lock
+            code = 1
+            try:
+                signal.alarm(10)
+                Lab(1, 1).offer("c")
+                code = int(read()["held"] != {(("limit", "limit"),): 0})
+            finally:
+                os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_second_call_changes_nothing(read):
+    """Nothing is counted twice."""
+    before = len(observers)
+    otel.instrument(observers[-1].goes_to)
+    assert len(observers) == before

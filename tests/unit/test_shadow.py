@@ -6,8 +6,9 @@ from engine_lab import Gate, Lab
 
 from rate_limiter import AllOf, BucketPerKey, TokenBucket
 from rate_limiter.celery import current_charge, throttle
+from rate_limiter.gating.declared import new_limit
 from rate_limiter.gating.engine import Engine
-from rate_limiter.gating.limit import Limit
+from rate_limiter.gating.limit import Call, Limit
 from rate_limiter.gating.tally import tally_of
 from rate_limiter.testing import ManualClock
 
@@ -87,6 +88,29 @@ def test_other_kinds_of_buckets(bucket, options):
 
 
 CALLED = TokenBucket(2, 1)
+
+
+def test_a_bucket_is_not_for_a_shadow_and_for_others():
+    """Its debt would make real jobs wait. Also inside an AllOf, and whatever is declared first."""
+    bucket = TokenBucket(1, 1)
+    real = new_limit(bucket)
+    with pytest.raises(ValueError, match="shadow must be the same for all limits of one bucket"):
+        new_limit(AllOf(TokenBucket(2, 2), bucket), shadow=True)
+    tried = BucketPerKey(1, 1)
+    both = [new_limit(tried, key="tenant", shadow=True) for _ in range(2)]
+    with pytest.raises(ValueError, match="limits others with shadow=True; give this limit a bucket"):
+        new_limit(tried, key="tenant")
+    assert [real.shadow, *(limit.shadow for limit in both)] == [False, True, True]
+
+
+def test_a_job_that_pays_again_does_not_wait():
+    """RetryAfter, where the job runs again in its slot: the shadow's debt is no reason to wait."""
+    bucket = TokenBucket(1, 1e-6)
+    limit = Limit(bucket, shadow=True, name="shadow")
+    bucket.charge(100)
+    (found,) = limit.buckets_of(Call("job", (), {}))
+    found.wait(1)
+    assert bucket.tokens < -99.9
 
 
 def test_a_charge_is_settled():

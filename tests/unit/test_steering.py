@@ -105,6 +105,33 @@ def test_orders_for_a_key():
     assert tenants[5].pause_left == 0
 
 
+@pytest.mark.parametrize("key", ["acme", 42, UUID_KEY])
+def test_a_key_without_a_bucket(key):
+    """It may have come up before, and have been forgotten: the order counts whatever its type is."""
+    tenants = BucketPerKey(1, 1)
+    change(Limit(tenants, key="tenant", name="tenants"), pause=60, key=str(key))
+    assert not tenants[key].allow()
+
+
+def test_keys_that_have_no_bucket_of_their_own():
+    """At max_keys an order for one key would be one for all; and a callable of the user's may fail."""
+    full = BucketPerKey(1, 1, max_keys=1)
+    full["acme"].charge(1)
+    with pytest.raises(ValueError, match="no bucket for key 'other' alone: it is at max_keys"):
+        change(Limit(full, key="tenant", name="tenants"), pause=60, key="other")
+    assert full["other"].allow()
+    failing = BucketPerKey(1, 1, limits={}.__getitem__)
+    with pytest.raises(ValueError, match="limit tenants, key 'acme': KeyError"):
+        change(Limit(failing, key="tenant", name="tenants"), pause=60, key="acme")
+
+
+def test_a_pause_within_a_longer_one():
+    """A pause is never shortened, and the reply says so."""
+    limit = Limit(TokenBucket(1, 1, clock=ManualClock()), name="limit")
+    change(limit, pause=3600)
+    assert change(limit, pause=10) == "paused for 10 s (an earlier pause ends in 3.6e+03 s)"
+
+
 def test_orders_for_several_buckets():
     """All of an AllOf are paused and resumed; a callable's only bucket is changed."""
     buckets = TokenBucket(1, 1), TokenBucket(2, 2)

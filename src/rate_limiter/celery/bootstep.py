@@ -349,7 +349,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         """End a job, or send it back, as ``when_limited`` says."""
         limit = demand.limit
         how = limit.when_limited
-        if how == "retry" and request.eta and self.engine.has_room(limit):
+        if how == "retry" and request.eta and self.engine.can_hold(limit, delay):
             return False  # it was sent back before and comes at its turn: a few tokens are missing
         if how == "retry" and not self.returning.takes(request):
             return False
@@ -461,7 +461,7 @@ def _running() -> set[str]:
 
 
 def _refuse_prefetch_without_bound(consumer: Any, limits: list[Limit]) -> None:
-    if not any(limit.when_limited == "wait" for limit in limits):
+    if not any(limit.patience and not limit.shadow for limit in limits):
         return
     if not consumer.initial_prefetch_count:
         raise ImproperlyConfigured(

@@ -1,10 +1,12 @@
 """``celery limits check``: looks at all declarations of an app, without a broker or a worker."""
 
-from celery import Celery
+from celery import Celery, Task
 from celery.exceptions import ImproperlyConfigured
 
 from ..gating.record import listed, record_of
-from .declarations import gates, name_limits
+from .declarations import gates, limits_of, name_limits
+from .prefork import why_not_shared
+from .settings import longest_hold
 from .startup import without_gate
 
 __all__ = ["problems"]
@@ -19,12 +21,17 @@ def problems(app: Celery) -> list[str]:
     app.finalize()
     gate = gates.get(app)
     found: list[str] = []
+    try:
+        longest_hold(app)
+    except ImproperlyConfigured as error:
+        found.append(str(error))
     if gate is None:
         for task in app.tasks.values():
             try:
                 name_limits(task)
             except ImproperlyConfigured as error:
                 found.append(str(error))
+            found += _one_per_process(task)
         if unread := without_gate(app):
             found.append(f"This app has no gate, so nothing obeys {listed(unread)}: add Gate(app)")
         return found
@@ -42,3 +49,16 @@ def problems(app: Celery) -> list[str]:
         if app.tasks[name].rate_limit
     ]
     return found
+
+
+def _one_per_process(task: Task) -> list[str]:
+    """Return what a worker with several pool processes would refuse to start for."""
+    conf = task.app.conf
+    if conf.worker_pool != "prefork" or conf.worker_concurrency == 1:
+        return []
+    return [
+        f"`{task.name}`: with several pool processes each would have a bucket of its own, for {reason}: "
+        "add Gate(app)"
+        for limit in limits_of(task)
+        if (reason := why_not_shared(limit))
+    ]

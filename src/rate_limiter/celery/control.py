@@ -12,12 +12,17 @@ open as all of Celery's remote control: who may write to the broker may send the
 from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
+from celery.concurrency.prefork import TaskPool
 from celery.worker import state as worker_state
 from celery.worker.control import Panel
 
+from ..all_of import members
+from ..bucket_per_key import BucketPerKey
 from ..gating.limit import Limit
 from ..gating.record import listed, record_of
 from ..gating.steering import Order, carry_out, shown
+from ..shared_bucket import is_shared
+from ..token_bucket import TokenBucket
 from .bootstep import GateStep
 from .declarations import limits_of
 from .settings import controlled, enabled
@@ -47,6 +52,9 @@ class _RefusedError(Exception):
     """A command that cannot be obeyed. Its text is the reply."""
 
 
+_REFUSALS: Final = (_RefusedError, ValueError, TypeError)
+
+
 class _Known(NamedTuple):
     """A limit in this worker."""
 
@@ -55,6 +63,15 @@ class _Known(NamedTuple):
     queue: str | None
     #: The gate's step, if that enforces the limit; ``None``: the decorator does, in the task.
     step: GateStep | None
+    #: Whether the task takes from a bucket of its pool process, which is not the one seen here.
+    out_of_reach: bool = False
+
+    @property
+    def enforced(self) -> str:
+        """Where the limit is enforced."""
+        if self.step is not None:
+            return "at the gate"
+        return "in the task" + (", in a process with a bucket of its own" if self.out_of_reach else "")
 
 
 def _limits(state: Any, **_: Any) -> dict[str, Any]:
@@ -67,7 +84,7 @@ def _limits(state: Any, **_: Any) -> dict[str, Any]:
         name: {
             "tasks": each.tasks,
             "queue": each.queue,
-            "enforced": "in the task" if each.step is None else "at the gate",
+            "enforced": each.enforced,
             "held": 0 if each.step is None else each.step.engine.held_by[each.limit],
             **shown(each.limit),
         }
@@ -108,7 +125,7 @@ def _limit(state: Any, name: str, changes: Iterable[str] = (), **order: Any) -> 
         if name not in known:
             raise _RefusedError(f"there is no limit {name!r}, only: {listed(known)}")
         return {"ok": _change(known, name, _order(changes, order))}
-    except (_RefusedError, ValueError, TypeError) as refused:
+    except _REFUSALS as refused:
         return {"error": str(refused)}
 
 
@@ -127,12 +144,17 @@ def _rate_limit(state: Any, task_name: str, rate_limit: Any, **kwargs: Any) -> A
         }
     try:
         what = _change(known, names[0], Order(rate=rate_limit))
-    except (ValueError, TypeError) as error:
-        return {"error": str(error)}
+    except _REFUSALS as refused:
+        return {"error": str(refused)}
     return {"ok": f"limit {names[0]} of {listed(known[names[0]].tasks)}: {what}"}
 
 
 def _change(known: dict[str, _Known], name: str, order: Order) -> str:
+    if known[name].out_of_reach:
+        raise _RefusedError(
+            f"limit {name} cannot be changed: its tasks take from a bucket of their pool process, which "
+            "the worker's main process cannot reach; a Gate(app) would enforce it there"
+        )
     return carry_out(order, known[name].limit, [each.limit for each in known.values()])
 
 
@@ -165,10 +187,21 @@ def _all_limits(state: Any) -> dict[str, _Known]:
             found[limit] = _Known(limit, tasks, step.queue_of(limit), step)
     for name, task in sorted(state.app.tasks.items()):
         for limit in limits_of(task):
-            each = found.setdefault(limit, _Known(limit, [], None, None))
+            alone = _is_in_pool_processes_alone(state.consumer, limit)
+            each = found.setdefault(limit, _Known(limit, [], None, None, alone))
             if name not in each.tasks:
                 each.tasks.append(name)
     return {record_of(each.limit).name: each for each in found.values()}
+
+
+def _is_in_pool_processes_alone(consumer: Any, limit: Limit) -> bool:
+    """Tell whether a bucket that a task takes from cannot be shared by the processes of a pool."""
+    buckets = limit.buckets or (limit.bucket,)
+    return isinstance(consumer.pool, TaskPool) and any(
+        isinstance(each, TokenBucket | BucketPerKey) and not is_shared(each)
+        for bucket in buckets
+        for each in members(bucket)  # type: ignore[arg-type] # a callable is none of them
+    )
 
 
 def _check_open(app: Any) -> None:

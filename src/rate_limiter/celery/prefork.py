@@ -23,7 +23,7 @@ from ..token_bucket import TokenBucket
 from . import charge
 from .declarations import gates, held_at_gate, limits_of
 
-__all__ = ["is_spawned", "share_all", "share_before_fork", "share_the_rest"]
+__all__ = ["is_spawned", "share_all", "share_before_fork", "share_the_rest", "why_not_shared"]
 
 logger = logging.getLogger("rate_limiter")
 
@@ -48,7 +48,7 @@ def share_before_fork(worker: Any) -> None:
         for limit in limits_of(task):
             if (app in gates and held_at_gate(limit)) or (children == 1 and not replaced):
                 continue
-            reason = "spawned processes share no memory" if spawned else _why_not_shared(limit)
+            reason = "spawned processes share no memory" if spawned else why_not_shared(limit)
             if reason:
                 rate = ""
                 if isinstance(limit.bucket, TokenBucket):
@@ -153,7 +153,7 @@ def _are_replaced(worker: Any) -> bool:
     return bool(worker.max_tasks_per_child or worker.max_memory_per_child or worker.time_limit)
 
 
-def _why_not_shared(limit: Limit) -> str:
+def why_not_shared(limit: Limit) -> str:
     """Return why the bucket of a limit cannot be shared between processes, or ``""`` if it can."""
     if limit.key is not None:
         return "a BucketPerKey cannot be shared between processes"

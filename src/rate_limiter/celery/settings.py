@@ -15,7 +15,7 @@ A value is a rate, or a mapping with a ``rate`` and any of these:
 - ``key``: the name of a parameter, or ``"module:callable"``. Each value has a bucket of its own.
 - ``limits``: other rates for some keys: a mapping from a key to its rate, or to a mapping with ``rate`` and
   ``burst``. Or ``"module:callable"``, which is called with a key, as in `BucketPerKey`.
-- ``when_limited``, ``name``, ``max_held``, ``overflow``: as in ``Gate.limit``.
+- ``when_limited``, ``max_wait``, ``shadow``, ``name``, ``max_held``, ``overflow``: as in ``Gate.limit``.
 - ``queue``: as in ``Gate.limit``; in the settings only.
 
 A callable is given the job's arguments.

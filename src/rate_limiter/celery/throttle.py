@@ -114,7 +114,8 @@ def throttle(
             the forecast says so. It then costs nothing. With a policy other than ``"wait"`` jobs do not
             wait at all unless ``max_wait`` is given.
         shadow: With ``True`` the limit makes no job wait and refuses none. It only counts, shows and signals the
-            jobs that it would have made wait, or refused: to try a limit in production.
+            jobs that it would have made wait, or refused: to try a limit in production. Its bucket must
+            not be that of a limit without ``shadow``: the jobs of that limit would wait for its debt.
         name: The name of the limit in logs and errors. Each limit of an app needs another. By default the
             name of the task.
         buckets: All buckets that a callable for ``bucket`` may return. A prefork pool needs them if there

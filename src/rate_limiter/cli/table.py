@@ -131,8 +131,8 @@ def _state(limit: dict[str, Any]) -> str:
     states = [f"paused for {paused:.3g} s"] if paused else []
     if limit["shadow"]:
         states.append(f"shadow: {limit['shadowed']:.0f} would have waited")
-    if limit["enforced"] == "in the task":
-        states.append("in the task")
+    if limit["enforced"].startswith("in the task"):
+        states.append(limit["enforced"])
     if changed := limit["changed"]:
         reason = f" ({changed['reason']})" if changed["reason"] else ""
         states.append(f"changed {changed['at']}: {changed['what']}{reason}")

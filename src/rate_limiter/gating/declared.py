@@ -4,13 +4,16 @@ A limit is declared with `throttle`, with ``Gate.limit`` of either gate, in the 
 a task. All of them come here, so a wrong declaration gets the same error wherever it stands.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Any, Final
+from weakref import WeakKeyDictionary, WeakSet
 
+from ..all_of import members
 from ..bucket import Bucket
 from ..bucket_per_key import BucketPerKey
 from ..checks import positive, whole, zero_or_more
@@ -42,6 +45,9 @@ _BURST_SECONDS: Final = 0.1
 
 #: The value of ``bucket`` where `new_limit` has to make a bucket for the rate.
 _AT_RATE: Final = object()
+
+#: The limits that take from a bucket.
+_limits_of: Final[WeakKeyDictionary[Any, WeakSet[Limit]]] = WeakKeyDictionary()
 
 
 # -- one limit ----------------------------------------------------------------------------------------
@@ -127,7 +133,7 @@ def new_limit(
     buckets = _check_buckets(bucket, key, buckets)
     if not callable(tokens) and not isinstance(tokens, str):
         _check_cost(tokens, bucket)
-    return Limit(
+    limit = Limit(
         bucket,
         tokens=tokens,
         key=key,
@@ -140,6 +146,8 @@ def new_limit(
         max_held=max_held,
         overflow=overflow or "hold",
     )
+    _refuse_shadow_of_others(limit)
+    return limit
 
 
 def check_parameters(limit: Limit, function: Callable[..., Any] | Parameters, whose: str) -> None:
@@ -164,6 +172,20 @@ def check_parameters(limit: Limit, function: Callable[..., Any] | Parameters, wh
                 f"{argument} must be the name of a parameter, not {name!r}: the parameters of {whose} are "
                 f"{known}"
             )
+
+
+def _refuse_shadow_of_others(limit: Limit) -> None:
+    """Refuse a bucket that a shadow and a real limit share: the shadow's debt would make real jobs wait."""
+    for named in (limit.bucket, *limit.buckets):
+        for bucket in members(named):  # type: ignore[arg-type] # a callable is its own only member
+            with contextlib.suppress(TypeError):  # it cannot be referenced weakly
+                others = _limits_of.setdefault(bucket, WeakSet())
+                if any(other.shadow is not limit.shadow for other in others):
+                    raise ValueError(
+                        f"shadow must be the same for all limits of one bucket: {bucket!r} limits others "
+                        f"with shadow={not limit.shadow}; give this limit a bucket of its own"
+                    )
+                others.add(limit)
 
 
 def _at_rate(rate: Any, burst: Any, tokens: Any, key: Any, limits: Any) -> TokenBucket | BucketPerKey:

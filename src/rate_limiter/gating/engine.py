@@ -230,6 +230,16 @@ class Engine(Generic[Job]):
         """Tell whether one more job may be held for a limit."""
         return self._number(limit) < self.bound(limit)
 
+    def can_hold(self, limit: Limit, delay: float) -> bool:
+        """Tell whether a job that was sent back before may be held for the tokens that it still lacks.
+
+        Args:
+            limit: The limit that refuses it.
+            delay: The seconds until the tokens are there.
+
+        """
+        return limit.max_wait is None and delay <= self.longest_hold and self.has_room(limit)
+
     def takes_more_of(self, queue: str) -> bool:
         """Tell whether more jobs of a queue may come: it is not paused, and no bound is exceeded."""
         with self.lock:

@@ -37,7 +37,8 @@ def forecasts(jobs: Iterable[Held[Job]]) -> Iterator[Forecast[Job]]:
     before: dict[Any, int] = {}
     for held in sorted(jobs, key=lambda held: held.arrival):
         moment, last, number = 0.0, held.limit, 0
-        for bucket, tokens, limit in held.demands:
+        demands = [demand for demand in held.demands if not demand.limit.shadow]
+        for bucket, tokens, limit in demands:
             if bucket not in full_at:
                 missing = bucket.capacity - bucket.tokens
                 paused = getattr(bucket, "pause_left", 0.0)
@@ -46,7 +47,7 @@ def forecasts(jobs: Iterable[Held[Job]]) -> Iterator[Forecast[Job]]:
             if full_at[bucket] - spare > moment:
                 moment, last = full_at[bucket] - spare, limit
             number = max(number, before.get(bucket, 0))
-        for bucket, tokens, _ in held.demands:
+        for bucket, tokens, _ in demands:
             full_at[bucket] = max(full_at[bucket], moment) + tokens / bucket.tokens_per_second
             before[bucket] = before.get(bucket, 0) + 1
         yield Forecast(held, number, last, moment)

@@ -34,6 +34,9 @@ _AT_MOST: Final = 1.5
 #: Jobs that are held for too long are looked for once in this part of ``longest_hold``.
 _LOOK: Final = 1 / 20
 
+#: From so many jobs with a ``max_wait`` on, those that wait no more are forgotten now and then.
+_MANY: Final = 1000
+
 #: Seconds after which a job that could not end is to end again.
 _TRY_AGAIN: Final = 1.0
 
@@ -65,6 +68,7 @@ class Leaving(Generic[Job]):
         self._refuse = refuse
         #: Jobs by the moment until which their limits let them wait.
         self._ends: list[tuple[float, int, Held[Job]]] = []
+        self._sweep_at = _MANY
         self._count = itertools.count()
         #: For how many seconds a job is held. Infinite: for as long as it takes.
         self.longest_hold = math.inf
@@ -83,9 +87,7 @@ class Leaving(Generic[Job]):
     def begin(self, held: Held[Job]) -> None:
         """Take note of a job that begins to wait."""
         self._look_at = min(self._look_at, held.since + self.longest_hold)
-        patience = min(demand.limit.patience for demand in held.demands)
-        if 0.0 < patience < math.inf:
-            self._end_at(held.since + patience, held)
+        self._end_after(held.since, held)
 
     def most(self, limit: Limit) -> float:
         """Return the most jobs that a limit may hold now."""
@@ -107,7 +109,7 @@ class Leaving(Generic[Job]):
             back to the broker.
 
         """
-        self._most = dict(most)
+        self._most.update(most)
         self._until = now + seconds
         self._holding.changed.update(self._most)
         if send_back:
@@ -145,16 +147,25 @@ class Leaving(Generic[Job]):
         self._look_at = self._until = math.inf
         self._most, self._shared_at = {}, -math.inf
         self._ends.clear()
+        self._sweep_at = _MANY
+
+    def _end_after(self, moment: float, held: Held[Job]) -> None:
+        """Note when, after a moment, a job has waited for as long as one of its limits lets it."""
+        ends = [held.since + demand.limit.patience for demand in held.demands]
+        if (end := min((end for end in ends if end > moment), default=math.inf)) < math.inf:
+            self._end_at(end, held)
 
     def _end_at(self, moment: float, held: Held[Job]) -> None:
         heapq.heappush(self._ends, (moment, next(self._count), held))
+        if len(self._ends) >= self._sweep_at:
+            self._ends = [entry for entry in self._ends if not entry[2].left]
+            heapq.heapify(self._ends)
+            self._sweep_at = max(_MANY, 2 * len(self._ends))
 
     def _end(self, held: Held[Job], now: float) -> None:
         """End a job that has waited for too long for the limit that makes it wait now."""
-        end = held.since + held.limit.patience
-        if end > now:  # another of its limits lets it wait for less
-            if end < math.inf:
-                self._end_at(end, held)
+        if not held.limit.patience or held.since + held.limit.patience > now:
+            self._end_after(now, held)  # it was for another of its limits
             return
         delay = max(math.ulp(now), held.queue.forecast() - now)
         if self._refuse(held.job, self._holding.demand_of(held), delay):

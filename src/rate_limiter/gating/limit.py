@@ -186,7 +186,7 @@ class Limit:
 
     def buckets_of(self, call: Call) -> tuple[Bucket, ...]:
         """Return the buckets that a job takes from, without its cost. See `demands`."""
-        return tuple(members(self._bucket(call)))
+        return tuple(demand.bucket for demand in self._demands(self._bucket(call), 1.0))
 
     def bound(self, window: int, default: int | None = None) -> int:
         """Return the most jobs that a gate holds for this limit. The broker keeps the others.

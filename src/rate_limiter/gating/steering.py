@@ -4,10 +4,12 @@ Both gates and the decorator take tokens from the same buckets that are shown an
 counts at once, also for jobs that wait already.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
+from uuid import UUID
 
 from ..all_of import AllOf, members
 from ..bucket_per_key import BucketPerKey
@@ -78,22 +80,27 @@ def carry_out(order: Order, limit: Limit, limits: Iterable[Limit]) -> str:
         raise ValueError("nothing is to change: give rate, capacity, pause or resume")
     if pause is not None and order.resume:
         raise ValueError("pause and resume exclude each other")
-    bucket = _meant(limit, order)
+    meant = _meant(limit, order)
     done = []
     if rate is not None or capacity is not None:
-        _check_change(limit, bucket, capacity, limits)
-        before = bucket.capacity, bucket.tokens_per_second
-        bucket.configure(capacity=capacity, tokens_per_second=rate)
+        _check_change(limit, meant, capacity, limits)
+        before = meant[0].capacity, meant[0].tokens_per_second
+        for bucket in meant:
+            bucket.configure(capacity=capacity, tokens_per_second=rate)
         if rate is not None:
             done.append(f"{rate:g} tokens_per_second (was {before[1]:g})")
         if capacity is not None:
             done.append(f"capacity {capacity:g} (was {before[0]:g})")
     if pause is not None:
-        bucket.pause(pause)
-        done.append(f"paused for {pause:g} s")
+        for bucket in meant:
+            bucket.pause(pause)
+        left = max(getattr(each, "pause_left", pause) for bucket in meant for each in _single(bucket))
+        longer = f" (an earlier pause ends in {left:.3g} s)" if left > pause else ""
+        done.append(f"paused for {pause:g} s{longer}")
     if order.resume:
-        for member in _single(bucket):
-            member.resume()
+        for bucket in meant:
+            for member in _single(bucket):
+                member.resume()
         done.append("resumed")
     what = ", ".join(done) + ("" if order.key is None else f", for key {order.key}")
     at = datetime.now(UTC).isoformat(timespec="seconds")
@@ -149,17 +156,16 @@ def _named(when_limited: Any) -> str:
     return when_limited if isinstance(when_limited, str) else "fallback"
 
 
-def _meant(limit: Limit, order: Order) -> Any:
-    """Return the bucket, the `AllOf` or the `BucketPerKey` that an order is for."""
+def _meant(limit: Limit, order: Order) -> list[Any]:
+    """Return what an order is for: the bucket, the `AllOf`, the `BucketPerKey`, or the buckets of a key."""
     whose = f"limit {record_of(limit).name}"
     bucket: Any = limit.bucket
     if isinstance(bucket, BucketPerKey):
         if order.key is not None:
-            # A key may be a number or a UUID. Here it is text.
-            return bucket[next((each for each in bucket if str(each) == order.key), order.key)]
+            return _of_key(bucket, order.key, whose)
         if order.pause is not None or order.resume:
             raise ValueError(f"{whose} has a bucket for each key: give the key to pause or to resume")
-        return bucket
+        return [bucket]
     if order.key is not None:
         raise ValueError(f"{whose} has no keys, so key={order.key!r} means nothing")
     if not limit.has_bucket:
@@ -168,13 +174,37 @@ def _meant(limit: Limit, order: Order) -> Any:
         bucket = limit.buckets[0]
     if order.resume and not all(hasattr(member, "resume") for member in _single(bucket)):
         raise ValueError(f"{whose}: a pause of {bucket!r} cannot be ended")
-    return bucket
+    return [bucket]
 
 
-def _check_change(limit: Limit, bucket: Any, capacity: float | None, limits: Iterable[Limit]) -> None:
+def _of_key(buckets: BucketPerKey, text: str, whose: str) -> list[Any]:
+    """Return the buckets of the key that is meant: here it is text, but it may be a number or a UUID.
+
+    A key that came up before may have no bucket now: full buckets are forgotten. So all keys that are
+    written like this get one.
+    """
+    keys: list[Any] = [key for key in buckets if str(key) == text]
+    if not keys:
+        keys = [text]
+        for kind in int, UUID:
+            with contextlib.suppress(ValueError):
+                if str(key := kind(text)) == text:
+                    keys.append(key)
+    try:
+        found = [buckets[key] for key in keys]
+    except Exception as error:
+        raise ValueError(f"{whose}, key {text!r}: {error!r}") from error
+    if any(each is buckets.buckets()[-1] for each in found):
+        raise ValueError(f"{whose} has no bucket for key {text!r} alone: it is at max_keys")
+    return found
+
+
+def _check_change(
+    limit: Limit, meant: list[Any], capacity: float | None, limits: Iterable[Limit]
+) -> None:
     """Refuse what no bucket could do, and a capacity below what a job is declared to cost."""
     name = record_of(limit).name
-    if isinstance(bucket, AllOf):
+    if isinstance(meant[0], AllOf):
         raise ValueError(
             f"limit {name} takes from several buckets at once: rate and capacity are those of one bucket, "
             "so change a limit that has that bucket alone"

@@ -118,6 +118,7 @@ class Gate:
             max_wait: The most seconds that a message is held: 0 or more. If its tokens come later, it ends as
                 ``when_limited`` says, with ``"wait"`` as with ``"raise"``; at once if the forecast says so.
             shadow: With ``True`` the limit holds and refuses no message, and only counts those that it would have.
+                Its bucket must not be that of a limit without ``shadow``.
             name: The name of the limit in logs and errors. Each limit needs another. By default the names
                 or patterns of its queues.
             max_held: For this limit, instead of the gate's.

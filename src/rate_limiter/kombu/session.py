@@ -292,7 +292,7 @@ class Session(Host[_Job]):
         if limit.when_limited == "retry":
             if not job.can_return:
                 return False
-            if job.copy and self._engine.has_room(limit):
+            if job.copy and self._engine.can_hold(limit, delay):
                 return False  # it was sent back before and comes at its turn: a few tokens are missing
             self._engine.keep(job, limit)
             self._enter(job)
