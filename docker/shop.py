@@ -1,6 +1,7 @@
 """The app of compose.yaml: two workers with limits, and a producer that reports what ran.
 
-Each of the two workers sends emails at 1/s and uploads at 10 MB/s. Pictures are not limited.
+Each of the two workers sends emails at 1/s and uploads at 10 MB/s. News are dropped beyond 1 in 2 s. Pictures are
+not limited: a limit of 1/s is tried on them, which only counts.
 """
 
 import itertools
@@ -21,7 +22,8 @@ app.conf.broker_connection_retry_on_startup = True
 logger = get_task_logger(__name__)
 counters = redis.Redis.from_url(os.environ["REDIS_URL"], decode_responses=True)
 
-Gate(app)
+gate = Gate(app)
+gate.limit("shop.resize", bucket="1/s", shadow=True, name="tried")
 
 
 @app.task
@@ -37,6 +39,12 @@ def upload(name, megabytes):
     logger.info("Uploaded %s, %s MB", name, megabytes)
     counters.hincrby("done", "uploads")
     counters.hincrby("done", "megabytes", megabytes)
+
+
+@app.task
+@throttle("30/m", when_limited="drop")
+def send_news(to):
+    logger.info("News to %s", to)
 
 
 @app.task
@@ -76,6 +84,7 @@ def produce():
         while uploads < done["uploads"] + BACKLOG:
             upload.delay(f"video{uploads}.mp4", SIZES[uploads % len(SIZES)])
             uploads += 1
+        send_news.delay("everybody@example.com")
         for number in range(4):
             resize.delay(f"cat{second}.{number}.png")
         if second % INTERVAL == 0:

@@ -1,14 +1,14 @@
-"""The README's code runs as written."""
+"""The code of the README and of the recipes runs as written."""
 
 from pathlib import Path
 
 import pytest
 from code_blocks import params
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("block", params(README))
+@pytest.mark.parametrize("block", [*params(ROOT / "README.md"), *params(ROOT / "docs" / "recipes.md")])
 def test_code_block(block):
     """Each block runs, after those before it."""
     block.run()

@@ -20,6 +20,7 @@ from celery.app.task import Context
 from celery.contrib.testing.app import setup_default_app
 from celery.contrib.testing.worker import start_worker
 from celery.exceptions import ImproperlyConfigured
+from celery.utils.dispatch import Signal
 from celery.worker import state
 from celery.worker.consumer import Consumer
 from celery.worker.consumer.tasks import Tasks
@@ -493,3 +494,11 @@ def test_gossip_that_is_off_has_no_state():
     app = make_app("memory://")
     assert not hasattr(app.WorkController(pool="solo").consumer.gossip, "update_state")
     app.close()
+
+
+def test_the_receivers_of_a_signal():
+    """A signal can be asked for the receivers that are to be called for a sender."""
+    one, other = Signal(), Signal()
+    one.connect(print, sender="job")
+    assert (one._live_receivers("job"), one._live_receivers("other")) == ([print], [])
+    assert other._live_receivers("job") == []

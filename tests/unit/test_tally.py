@@ -1,14 +1,17 @@
 """What is counted under each limit, in one process and in several."""
 
 import gc
+import logging
 import os
 import signal
 import tempfile
+import time
 import weakref
 
 import pytest
 
 from rate_limiter import TokenBucket
+from rate_limiter.gating import tally
 from rate_limiter.gating.limit import Demand, Limit
 from rate_limiter.gating.tally import Observer, observers, share_tallies, tally_of
 
@@ -131,3 +134,31 @@ def test_a_descriptor_that_belongs_to_another_file_now_is_let_alone():
         assert table() is None
         assert os.path.sameopenfile(theirs.fileno(), number)
     os.close(number)
+
+
+def test_an_observer_that_fails_or_is_slow_is_logged_once(caplog):
+    """Not at each job; and the others are told all the same."""
+    caplog.set_level(logging.WARNING, "rate_limiter")
+    told = []
+
+    class Bad(Observer):
+        def skipped(self, job, limit):
+            time.sleep(0.06)
+            raise ValueError(job)
+
+    class Good(Observer):
+        def skipped(self, job, limit):
+            told.append(job)
+
+    bad, good = Bad(), Good()
+    observers.extend([bad, good])
+    try:
+        for number in range(3):
+            tally.tell("skipped", number, Limit(TokenBucket(1, 1), name="limit"))
+    finally:
+        observers.remove(bad)
+        observers.remove(good)
+    assert told == [0, 1, 2]
+    failed, slow = [record.getMessage() for record in caplog.records]
+    assert "failed. Further failures are not logged" in failed
+    assert "holds up all jobs" in slow

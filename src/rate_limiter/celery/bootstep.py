@@ -28,6 +28,7 @@ from ..gating.tally import tally_of
 from . import receipt
 from .declarations import parameters_of
 from .ending import refuse_at_gate
+from .events import send_together
 from .loop import Loop
 from .prefork import is_spawned, share_all, share_the_rest
 from .returning import Returning
@@ -123,6 +124,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self.returning = Returning(
             consumer, self.engine.lock, self.loop.has_timer, self._sent, self._end_later
         )
+        send_together(consumer.event_dispatcher)
         self.sharing = Sharing(consumer, self._counts, self._share)
         self.open = True
 

@@ -6,7 +6,7 @@
     def count(sender, task_id, limit, delay, **_): ...
 
 Importing this module begins to send them. A receiver runs in the loop of the worker, or in the task's own
-thread where the decorator pays: keep it quick. Celery logs what a receiver raises, and nothing else happens.
+thread where the decorator pays: keep it quick. What it raises is logged once, and nothing else happens.
 
 - ``task_throttled``: a job begins to wait at the gate. ``delay``: the seconds until its tokens are there, as
   forecast now; 0.0 if it waits for a free slot of the pool.
@@ -23,6 +23,7 @@ The sender of the first three is the name of the task. ``task_id`` is ``None`` f
 ``limit`` the name of the limit.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,11 +37,36 @@ from ..gating.tally import Observer, observers
 
 __all__ = ["limit_changed", "task_admitted", "task_refused", "task_shadowed", "task_throttled"]
 
-task_throttled = Signal(name="task_throttled", providing_args={"task_id", "limit", "delay"})
-task_admitted = Signal(name="task_admitted", providing_args={"task_id", "limit", "waited"})
-task_refused = Signal(name="task_refused", providing_args={"task_id", "limit", "delay", "how"})
-task_shadowed = Signal(name="task_shadowed", providing_args={"delay"})
-limit_changed = Signal(name="limit_changed", providing_args={"what", "reason"})
+logger = logging.getLogger("rate_limiter")
+
+
+class _Signal(Signal):
+    """Logs the first exception of a receiver, not one for each job."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._failed: set[Any] = set()
+
+    def send(self, sender: Any, **named: Any) -> None:
+        """Call the receivers."""
+        for receiver in self._live_receivers(sender):
+            try:
+                receiver(signal=self, sender=sender, **named)
+            except Exception:
+                if receiver not in self._failed:
+                    self._failed.add(receiver)
+                    logger.exception(
+                        "The receiver %r of %s failed. Further failures are not logged",
+                        receiver,
+                        self.name,
+                    )
+
+
+task_throttled = _Signal(name="task_throttled", providing_args={"task_id", "limit", "delay"})
+task_admitted = _Signal(name="task_admitted", providing_args={"task_id", "limit", "waited"})
+task_refused = _Signal(name="task_refused", providing_args={"task_id", "limit", "delay", "how"})
+task_shadowed = _Signal(name="task_shadowed", providing_args={"delay"})
+limit_changed = _Signal(name="limit_changed", providing_args={"what", "reason"})
 
 
 class _Sending(Observer):
@@ -66,7 +92,7 @@ class _Sending(Observer):
         limit_changed.send(sender=record_of(limit).name, what=what, reason=reason)
 
 
-def _send(signal: Signal, job: Any, limit: Limit, **details: Any) -> None:
+def _send(signal: _Signal, job: Any, limit: Limit, **details: Any) -> None:
     if isinstance(job, str):  # the decorator pays, in the task
         name, task_id = job, current_task.request.id if current_task else None
     elif isinstance(job, Request):

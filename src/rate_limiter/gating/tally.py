@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from mmap import mmap
+from time import perf_counter
 from typing import Any, Final
 
 from ..private_file import is_open, open_private_file
@@ -105,12 +106,21 @@ class Observer:
         """
 
 
+#: An observer that takes longer, in seconds, is logged.
+_SLOW: Final = 0.05
+
+#: The observers that the log has told of.
+_failed: Final[weakref.WeakSet[Observer]] = weakref.WeakSet()
+_slow: Final[weakref.WeakSet[Observer]] = weakref.WeakSet()
+
 #: All observers, in the order in which they are called.
 observers: Final[list[Observer]] = []
 
 
 def tell(outcome: str, *details: Any) -> None:
-    """Call all observers. An exception of an observer is logged, and changes nothing else.
+    """Call all observers.
+
+    What an observer raises changes nothing else. It is logged, as is one that takes long: once each.
 
     Args:
         outcome: The name of a method of `Observer`.
@@ -118,10 +128,17 @@ def tell(outcome: str, *details: Any) -> None:
 
     """
     for observer in observers:
+        began = perf_counter()
         try:
             getattr(observer, outcome)(*details)
         except Exception:
-            logger.exception("The observer %r failed", observer)
+            if observer not in _failed:
+                _failed.add(observer)
+                logger.exception("The observer %r failed. Further failures are not logged", observer)
+        if perf_counter() - began > _SLOW and observer not in _slow:
+            _slow.add(observer)
+            took = (perf_counter() - began) * 1000
+            logger.warning("The observer %r took %.0f ms, and holds up all jobs", observer, took)
 
 
 _NAMES: Final = (
