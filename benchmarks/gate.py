@@ -32,6 +32,7 @@ import psutil
 from celery import Celery
 from celery.worker.consumer.tasks import Tasks
 from gate_lab import BROKERS, LabError, Ran, Run, Server, wait_until
+from gate_operate import operate
 from gate_outage import outage
 
 from rate_limiter import TokenBucket
@@ -885,6 +886,7 @@ def fake_consumer(app: Celery) -> Any:
         timer=SimpleNamespace(call_at=nothing, call_after=nothing, cancel=nothing),
         pool=SimpleNamespace(is_green=False),
         controller=None,
+        event_dispatcher=None,
         qos=FakeQoS(),
         steps=[FakeTasks()],
         initial_prefetch_count=8,
@@ -1037,7 +1039,7 @@ PARTS: Final[dict[str, Callable[[Bench], None]]] = {
     part.__name__: part
     for part in (
         *(rates, behind, starts, decorator, tenants, asks, workers, longest),
-        *(tally, memory, kills, leases, outage, overhead),
+        *(tally, memory, kills, leases, operate, outage, overhead),
     )
 }
 

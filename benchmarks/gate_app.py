@@ -11,8 +11,10 @@ from typing import Any
 
 from celery import Celery, signals
 from kombu.asynchronous.hub import Hub
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
-from rate_limiter import BucketPerKey, RetryAfter, TokenBucket
+from rate_limiter import BucketPerKey, RetryAfter, TokenBucket, otel
 from rate_limiter.celery import Gate, throttle
 
 OPTIONS = json.loads(os.environ["GATE_BENCH"])
@@ -92,7 +94,29 @@ def limit() -> Callable[[Any], Any]:
     return throttle(bucket(OPTIONS["capacity"], OPTIONS["rate"]), when_limited=OPTIONS["when_limited"])
 
 
+def second() -> Callable[[Any], Any]:
+    """Return what declares a second limit, if there is one."""
+    if OPTIONS["second"] is None:
+        return lambda function: function
+    return throttle(TokenBucket(max(1, OPTIONS["second"] / 10), OPTIONS["second"]), name="second")
+
+
+def watch() -> None:
+    """Receive each signal, and measure through OpenTelemetry; or send signals that nobody receives."""
+    from rate_limiter.celery import signals as ours  # noqa: PLC0415 - importing it begins to send
+
+    if OPTIONS["watched"] == "all":
+        for name in ours.__all__:
+            getattr(ours, name).connect(lambda **_: None, weak=False)
+        otel.instrument(MeterProvider([InMemoryMetricReader()]))
+
+
+if OPTIONS["watched"]:
+    watch()
+
+
 @app.task(name="limited", rate_limit=OPTIONS["native"])
+@second()
 @limit()
 def limited(number: int) -> None:
     note("limited", number, time.monotonic())

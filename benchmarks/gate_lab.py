@@ -247,6 +247,8 @@ class Run:
         native: Celery's own ``rate_limit``, instead of the gate.
         grants: Whether the bucket notes each grant.
         sleep: How long a limited job runs.
+        second: The rate of a second limit of that task.
+        watched: ``"all"``: receivers of all signals, and metrics. ``"none"``: signals without receivers.
         keyed: How many numbers in a row have a bucket of their own. 0: all have the same bucket.
         asks: Whether to note how often buckets are asked, in each turn of the event loop.
         when_limited: What becomes of a limited job that has to wait.
@@ -271,6 +273,8 @@ class Run:
         native: str | None = None,
         grants: bool = False,
         sleep: float = 0.0,
+        second: float | None = None,
+        watched: str | None = None,
         keyed: int = 0,
         asks: bool = False,
         when_limited: str = "wait",
@@ -304,6 +308,8 @@ class Run:
             "broker": server.url,
             "log": str(self.path),
             "gate": gate if not native else False,
+            "second": second,
+            "watched": watched,
             "keyed": keyed,
             "asks": asks,
             "rate": rate,
@@ -331,18 +337,20 @@ class Run:
         with self.app.connection_for_write() as connection:
             connection.default_channel.queue_delete(self.queue)
 
-    def send(self, task: str, count: int, first: int = 0) -> None:
-        """Send jobs, numbered in order."""
-        self.send_each(task, range(first, first + count))
+    def send(self, task: str, count: int, first: int = 0) -> list[str]:
+        """Send jobs, numbered in order. Return their ids."""
+        return self.send_each(task, range(first, first + count))
 
-    def send_each(self, task: str, numbers: Iterable[int]) -> None:
-        """Send jobs with these numbers."""
+    def send_each(self, task: str, numbers: Iterable[int]) -> list[str]:
+        """Send jobs with these numbers. Return their ids."""
+        ids = []
         amqp = self.app.amqp
         with self.app.connection_for_write() as connection:
             amqp.queues[self.queue](connection.default_channel).declare()
             producer = amqp.Producer(connection)
             for number in numbers:
-                message = amqp.as_task_v2(uuid(), task, (number,), {})
+                ids.append(uuid())
+                message = amqp.as_task_v2(ids[-1], task, (number,), {})
                 producer.publish(
                     message.body,
                     exchange="",
@@ -352,6 +360,7 @@ class Run:
                     delivery_mode=2,
                     **message.properties,
                 )
+        return ids
 
     def start(self, name: str = "w", queue: str | None = None) -> None:
         """Start a worker.

@@ -1,11 +1,14 @@
 """How the tests of the gate's features start a worker, and what they ask of it."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from typing import Any
 
 import redis
-from harness import Lab, Worker, wait_for
+from harness import ROOT, Lab, Worker, wait_for
 from queue_specs import QueueSpec, entity
 
 #: Held jobs that were not renewed, or those of a killed worker, come back soon.
@@ -52,6 +55,51 @@ def limit(name: str = "job", capacity: float = 1, rate: float = 20, **options: A
     """Return a limit for `start`, of the task or the queue that it is named for."""
     selector = {} if "queue" in options else {"tasks": [name]}
     return {**selector, "bucket": [name, capacity, rate], **options}
+
+
+def environment(
+    lab: Lab, limits: tuple[dict[str, Any], ...], gate: bool, **settings: Any
+) -> dict[str, str]:
+    """Return the environment of a ``celery`` program for ``limits_app``."""
+    config = {
+        "settings": lab.settings | settings,
+        "log": str(lab.run_log),
+        "gate": gate,
+        "pool": "threads",
+        "limits": limits,
+        "queues": (),
+    }
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    return {**os.environ, "PYTHONPATH": path, "LAB": json.dumps(config), "COLUMNS": "200"}
+
+
+def celery(
+    lab: Lab,
+    *arguments: str,
+    limits: tuple[dict[str, Any], ...] = (),
+    gate: bool = True,
+    **settings: Any,
+) -> tuple[int, str]:
+    """Run `celery limits`; return its exit status and what it printed."""
+    command = [
+        sys.executable,
+        "-m",
+        "celery",
+        "-A",
+        "tests.integration.limits_app",
+        "limits",
+        *arguments,
+    ]
+    done = subprocess.run(
+        command,
+        env=environment(lab, limits, gate, **settings),
+        cwd=lab.folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
 
 
 def declare(lab: Lab, *queues: QueueSpec) -> None:

@@ -11,44 +11,8 @@ import sys
 import time
 
 import pytest
-from harness import ROOT, Lab, wait_for
-from limits import limit, start, stats
-
-
-def environment(lab, limits, gate, **settings):
-    config = {
-        "settings": lab.settings | settings,
-        "log": str(lab.run_log),
-        "gate": gate,
-        "pool": "threads",
-        "limits": limits,
-        "queues": (),
-    }
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
-    return {**os.environ, "PYTHONPATH": path, "LAB": json.dumps(config), "COLUMNS": "200"}
-
-
-def celery(lab, *arguments, limits=(), gate=True, **settings):
-    """Run `celery limits`; return its exit status and what it printed."""
-    command = [
-        sys.executable,
-        "-m",
-        "celery",
-        "-A",
-        "tests.integration.limits_app",
-        "limits",
-        *arguments,
-    ]
-    done = subprocess.run(
-        command,
-        env=environment(lab, limits, gate, **settings),
-        cwd=lab.folder,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    return done.returncode, done.stdout + done.stderr
+from harness import Lab, wait_for
+from limits import celery, environment, limit, start, stats
 
 
 @pytest.fixture(scope="module")

@@ -224,7 +224,7 @@ class Engine(Generic[Job]):
     def bound(self, limit: Limit) -> int:
         """Return how many jobs are held for a limit before the broker is to keep the rest."""
         bound = limit.bound(self.window(limit), self._max_held)
-        return int(min(bound, self._leaving.most(limit)))
+        return int(min(bound, self._leaving.share_of(limit)))
 
     def has_room(self, limit: Limit) -> bool:
         """Tell whether one more job may be held for a limit."""

@@ -221,13 +221,13 @@ class Holding(Generic[Job]):
         """Return the jobs that are held, bucket by bucket."""
         return [held for queue in self._queues.values() for held in queue.jobs]
 
-    def late(self, since: float, longest: float, now: float) -> list[Held[Job]]:
+    def late(self, longest: float, at_most: float, now: float) -> list[Held[Job]]:
         """Return the jobs, in order, that have waited for long, and whose turn does not come soon.
 
         Args:
-            since: Those that came by this moment have waited for long.
-            longest: For a job that came at ``since``, the moment until which its turn may come: as
-                forecast now, if no other job comes before it.
+            longest: Those that have waited for so many seconds.
+            at_most: A job that has, and whose turn comes within so many seconds of its arrival, is none of
+                them: as forecast now, if no other job comes before it.
             now: The caller's clock.
 
         """
@@ -238,10 +238,8 @@ class Holding(Generic[Job]):
             for held in queue.jobs:
                 if held is not queue.jobs[0]:
                     turn += queue.takes(held) / rate
-                if held.since > since:
-                    continue
-                end = held.since + longest - since
-                if turn > end or now >= end:
+                end = held.since + at_most
+                if held.since + longest <= now and (turn > end or now >= end):
                     late.append(held)
         return sorted(late, key=lambda held: held.arrival)
 

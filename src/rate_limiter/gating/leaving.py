@@ -73,25 +73,26 @@ class Leaving(Generic[Job]):
         #: For how many seconds a job is held. Infinite: for as long as it takes.
         self.longest_hold = math.inf
         self._look_at = math.inf
-        #: The most that each limit holds until a moment, and whether what it held before that leaves.
-        self._most: dict[Limit, int] = {}
-        self._until = math.inf
-        self._shared_at = -math.inf
+        #: The most that limits may hold, because other workers are to have the rest, and until when.
+        self._shares: dict[Limit, int] = {}
+        self._shared_until = math.inf
+        #: Jobs beyond that, which came by this moment, are to be sent back.
+        self._beyond_came_by = -math.inf
 
     @property
     def next_due(self) -> float:
         """The moment at which `work` is to be called."""
         end = self._ends[0][0] if self._ends else math.inf
-        return min(self._look_at, self._until, end)
+        return min(self._look_at, self._shared_until, end)
 
     def begin(self, held: Held[Job]) -> None:
         """Take note of a job that begins to wait."""
         self._look_at = min(self._look_at, held.since + self.longest_hold)
         self._end_after(held.since, held)
 
-    def most(self, limit: Limit) -> float:
+    def share_of(self, limit: Limit) -> float:
         """Return the most jobs that a limit may hold now."""
-        return self._most.get(limit, math.inf)
+        return self._shares.get(limit, math.inf)
 
     def share(
         self, most: Mapping[Limit, int], now: float, seconds: float, *, send_back: bool
@@ -109,11 +110,11 @@ class Leaving(Generic[Job]):
             back to the broker.
 
         """
-        self._most.update(most)
-        self._until = now + seconds
-        self._holding.changed.update(self._most)
+        self._shares.update(most)
+        self._shared_until = now + seconds
+        self._holding.changed.update(self._shares)
         if send_back:
-            self._shared_at = self._look_at = now
+            self._beyond_came_by = self._look_at = now
             return []
         leaving = self._beyond(now)
         for held in reversed(leaving):
@@ -126,26 +127,25 @@ class Leaving(Generic[Job]):
             held = heapq.heappop(self._ends)[2]
             if not held.left:
                 self._end(held, now)
-        if now >= self._until:
-            self._holding.changed.update(self._most)
-            self._most, self._until, self._shared_at = {}, math.inf, -math.inf
+        if now >= self._shared_until:
+            self._holding.changed.update(self._shares)
+            self._shares, self._shared_until, self._beyond_came_by = {}, math.inf, -math.inf
         if now < self._look_at:
             return
         self._look_at = math.inf
-        if self._shared_at > -math.inf and self._go(self._beyond(self._shared_at), now):
+        if self._beyond_came_by > -math.inf and self._go(self._beyond(self._beyond_came_by), now):
             self._look_at = now + _LOOK_AT_SHARE
         if self.longest_hold == math.inf:
             return
-        oldest = now - self.longest_hold
-        self._go(self._holding.late(oldest, oldest + self.longest_hold * _AT_MOST, now), now)
+        self._go(self._holding.late(self.longest_hold, self.longest_hold * _AT_MOST, now), now)
         since = min((held.since for held in self._holding.all()), default=math.inf)
         look = max(since + self.longest_hold, now + self.longest_hold * _LOOK)
         self._look_at = min(self._look_at, look)
 
     def clear(self) -> None:
         """Forget everything: nothing is held any more."""
-        self._look_at = self._until = math.inf
-        self._most, self._shared_at = {}, -math.inf
+        self._look_at = self._shared_until = math.inf
+        self._shares, self._beyond_came_by = {}, -math.inf
         self._ends.clear()
         self._sweep_at = _MANY
 
@@ -186,7 +186,7 @@ class Leaving(Generic[Job]):
 
     def _beyond(self, since: float) -> list[Held[Job]]:
         """Return the jobs, in order, that limits hold beyond what they may, and held at a moment."""
-        room = dict(self._most)
+        room = dict(self._shares)
         beyond = []
         for held in sorted(self._holding.all(), key=lambda held: held.arrival):
             if held.limit in room:
