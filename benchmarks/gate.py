@@ -930,9 +930,13 @@ def gate_alone(bench: Bench) -> None:
     step.start(consumer)
     handle = consumer.on_task_request
 
+    message = SimpleNamespace(delivery_info={"routing_key": "celery"}, properties={"priority": 0})
+
     def requests(task: Any) -> list[Any]:
         return [
-            FakeRequest(task=task, id=str(i), request_dict={}, eta=None, revoked=lambda: False)
+            FakeRequest(
+                task=task, id=str(i), request_dict={}, eta=None, revoked=lambda: False, message=message
+            )
             for i in range(calls)
         ]
 
