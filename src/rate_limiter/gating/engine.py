@@ -205,12 +205,12 @@ class Engine(Generic[Job]):
     @property
     def next_due(self) -> float:
         """The moment, by the clock, at which `release` is to be called next. It may be infinite."""
-        with self.lock:
+        with self.lock:  # without min(): it is asked several times for each job
             due = self._holding.next_due
             look = self._leaving.next_due
-            if self._checks:
-                look = min(look, self._checks[0][0])
-        return look if due is None else min(due, look)
+            if self._checks and self._checks[0][0] < look:
+                look = self._checks[0][0]
+        return look if due is None or look < due else due
 
     def plan(self, *kind: Hashable) -> Plan:
         """Return what is done with the jobs of a kind. Worked out at the first of them."""

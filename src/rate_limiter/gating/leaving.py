@@ -82,8 +82,8 @@ class Leaving(Generic[Job]):
     @property
     def next_due(self) -> float:
         """The moment at which `work` is to be called."""
-        end = self._ends[0][0] if self._ends else math.inf
-        return min(self._look_at, self._shared_until, end)
+        due = min(self._look_at, self._shared_until)
+        return self._ends[0][0] if self._ends and self._ends[0][0] < due else due
 
     def begin(self, held: Held[Job]) -> None:
         """Take note of a job that begins to wait."""
@@ -151,6 +151,8 @@ class Leaving(Generic[Job]):
 
     def _end_after(self, moment: float, held: Held[Job]) -> None:
         """Note when, after a moment, a job has waited for as long as one of its limits lets it."""
+        if len(held.demands) == 1 and held.limit.patience == math.inf:
+            return  # the usual case, quickly
         ends = [held.since + demand.limit.patience for demand in held.demands]
         if (end := min((end for end in ends if end > moment), default=math.inf)) < math.inf:
             self._end_at(end, held)

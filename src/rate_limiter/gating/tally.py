@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from mmap import mmap
 from time import perf_counter
 from typing import Any, Final
@@ -116,6 +116,10 @@ _slow: Final[weakref.WeakSet[Observer]] = weakref.WeakSet()
 #: All observers, in the order in which they are called.
 observers: Final[list[Observer]] = []
 
+#: For each outcome: the observers that do something with it, as long as all observers are those known here.
+_hearing: Final[dict[str, list[tuple[Observer, Callable[..., None]]]]] = {}
+_known: Final[list[Observer]] = []
+
 
 def tell(outcome: str, *details: Any) -> None:
     """Call all observers.
@@ -127,10 +131,10 @@ def tell(outcome: str, *details: Any) -> None:
         details: Its arguments.
 
     """
-    for observer in observers:
+    for observer, method in _hearers(outcome):
         began = perf_counter()
         try:
-            getattr(observer, outcome)(*details)
+            method(*details)
         except Exception:
             if observer not in _failed:
                 _failed.add(observer)
@@ -139,6 +143,22 @@ def tell(outcome: str, *details: Any) -> None:
             _slow.add(observer)
             took = (perf_counter() - began) * 1000
             logger.warning("The observer %r took %.0f ms, and holds up all jobs", observer, took)
+
+
+def _hearers(outcome: str) -> list[tuple[Observer, Callable[..., None]]]:
+    """Return the observers that do something with an outcome, and their methods for it."""
+    if _known != observers:
+        _known[:] = observers
+        _hearing.clear()
+    hearers = _hearing.get(outcome)
+    if hearers is None:
+        idle = getattr(Observer, outcome)
+        hearers = _hearing[outcome] = [
+            (each, getattr(each, outcome))
+            for each in observers
+            if getattr(type(each), outcome) is not idle
+        ]
+    return hearers
 
 
 _NAMES: Final = (
