@@ -1,0 +1,124 @@
+"""What a bucket does while its server does not answer: ``"open"``, ``"closed"`` or ``"local"``."""
+
+import logging
+import threading
+from collections.abc import Callable
+from time import monotonic
+from typing import Final, Literal, get_args
+
+from .token_bucket import TokenBucket
+
+__all__ = ["POLICIES", "Outages", "Policy", "StandIn"]
+
+logger = logging.getLogger("rate_limiter")
+
+Policy = Literal["open", "closed", "local"]
+POLICIES: Final[tuple[str, ...]] = get_args(Policy)
+
+#: Seconds until a server that has not answered is asked again, at first and at most.
+_PAUSE: Final = 0.5
+_LONGEST_PAUSE: Final = 1.0
+
+
+class Outages:
+    """Whether a server answers, for all buckets of a process that are there.
+
+    Args:
+        server: What to call it in the log.
+
+    """
+
+    def __init__(self, server: str) -> None:
+        self._server = server
+        self._lock = threading.Lock()
+        self._pause = _PAUSE
+        #: Until when it is not asked. ``None``: it answers.
+        self._until: float | None = None
+
+    @property
+    def left(self) -> float:
+        """The seconds until it is asked again; 0.0: it may be asked now."""
+        until = self._until
+        return 0.0 if until is None else max(0.0, until - monotonic())
+
+    @property
+    def is_down(self) -> bool:
+        """Whether it has not answered the last time."""
+        return self._until is not None
+
+    def failed(self, error: Exception) -> None:
+        """Take note that it has not answered. The first time is logged."""
+        with self._lock:
+            first = self._until is None
+            self._pause = _PAUSE if first else min(2 * self._pause, _LONGEST_PAUSE)
+            self._until = monotonic() + self._pause
+        if first:
+            logger.error(
+                "%s does not answer: %s. Until it does, each bucket there does what its on_outage says",
+                self._server,
+                error,
+            )
+
+    def answered(self) -> None:
+        """Take note that it has answered. The first time after an outage is logged."""
+        if self._until is None:
+            return
+        with self._lock:
+            was_down, self._until = self._until is not None, None
+        if was_down:
+            logger.info("%s answers again", self._server)
+
+
+class StandIn:
+    """Answers for one bucket during an outage.
+
+    Args:
+        policy: ``"open"``: all is granted. ``"closed"``: nothing is. ``"local"``: this process has its
+            share of the rate.
+        outages: Of the bucket's server.
+
+    """
+
+    def __init__(self, policy: Policy, outages: Outages) -> None:
+        self._policy = policy
+        self._outages = outages
+        self._bucket: TokenBucket | None = None
+        #: The tokens granted since the outage began.
+        self.granted = 0.0
+        self._lock = threading.Lock()
+
+    def take_or_delay(self, tokens: float, share: Callable[[], TokenBucket]) -> float:
+        """Take tokens, or return the seconds until that makes sense.
+
+        Args:
+            tokens: How many.
+            share: Makes the bucket of this process's share, from the last known level.
+
+        """
+        if self._policy == "closed":
+            return max(self._outages.left, 0.01)
+        with self._lock:
+            if self._policy == "local":
+                if self._bucket is None:
+                    self._bucket = share()
+                if tokens <= self._bucket.capacity:
+                    delay = self._bucket.take_or_delay(tokens)
+                elif not (delay := max(0.0, -self._bucket.tokens) / self._bucket.tokens_per_second):
+                    self._bucket.charge(tokens)  # more than a share holds at once: in its turn, in debt
+                if delay:
+                    return delay
+            self.granted += tokens
+        return 0.0
+
+    def pause(self, seconds: float, share: Callable[[], TokenBucket]) -> None:
+        """Grant nothing for some seconds, if it grants a share."""
+        if self._policy == "local":
+            with self._lock:
+                if self._bucket is None:
+                    self._bucket = share()
+                self._bucket.pause(seconds)
+
+    def end(self) -> None:
+        """Begin anew with the next outage."""
+        with self._lock:
+            self.granted, self._bucket = 0.0, None

@@ -1,0 +1,454 @@
+"""RedisTokenBucket: one bucket for all processes that name it, on a real Redis."""
+
+import contextlib
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from uuid import uuid4
+
+import pytest
+import redis
+from harness import DEADLINE, ROOT, wait_for
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from port_for import get_port
+
+from rate_limiter import AllOf, Bucket, RateLimitExceeded, TokenBucket, redis_bucket
+from rate_limiter.celery import throttle
+from rate_limiter.redis_bucket import RedisTokenBucket
+from rate_limiter.testing import ManualClock
+
+pytestmark = pytest.mark.usefixtures("forget_servers")
+
+
+@pytest.fixture(autouse=True)
+def forget_servers():
+    """Let each test begin without the servers that another one has used."""
+    redis_bucket._servers.clear()
+
+
+@pytest.fixture
+def url(redis_url):
+    return redis_url()
+
+
+@pytest.fixture
+def make(url):
+    """Return what makes a bucket that nobody else uses."""
+    return lambda *numbers, **options: RedisTokenBucket(uuid4().hex, *numbers, url=url, **options)
+
+
+class OwnRedis:
+    """A Redis that may be stopped."""
+
+    def __init__(self, folder, executable):
+        self.port = get_port(None)
+        self.folder, self.executable = folder, executable
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self):
+        """Start it, empty."""
+        command = [self.executable, "--port", str(self.port), "--save", "", "--dir", str(self.folder)]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        client = redis.Redis.from_url(self.url)
+
+        def answers():
+            with contextlib.suppress(redis.RedisError):
+                return client.ping()
+
+        wait_for(answers)
+        client.close()
+
+    def kill(self):
+        """End it at once."""
+        self.process.send_signal(signal.SIGCONT)
+        self.process.kill()
+        self.process.wait(DEADLINE)
+
+
+@pytest.fixture
+def own(tmp_path, redis_url):
+    """Yield a Redis for this test alone."""
+    from conftest import REDIS  # noqa: PLC0415
+
+    server = OwnRedis(tmp_path, REDIS)
+    yield server
+    server.kill()
+
+
+# -- what a bucket does -----------------------------------------------------------------------------
+
+
+def test_it_is_a_bucket(make):
+    """It has the contract of all buckets, and asking that speaks to no server."""
+    bucket = RedisTokenBucket("b", 5, 2, url="redis://nobody.invalid")
+    assert isinstance(bucket, Bucket)
+    assert repr(bucket) == (
+        "<RedisTokenBucket 'b': capacity 5, 2 tokens_per_second, on nobody.invalid:6379/0>"
+    )
+
+
+def test_the_burst_and_then_the_rate(make):
+    """All of the capacity at once; then the seconds until the next one, and it is there then."""
+    bucket = make(3, 5)
+    assert [bucket.allow() for _ in range(4)] == [True, True, True, False]
+    delay = bucket.take_or_delay()
+    assert 0.1 < delay <= 0.2
+    time.sleep(delay)
+    assert bucket.take_or_delay() == 0.0
+    assert bucket.take_or_delay() > 0.1
+
+
+def test_weights_and_more_than_the_capacity(make):
+    """A cost above the capacity is False or an error at once, as in every bucket."""
+    bucket = make(5, 1)
+    assert bucket.allow(4.5)
+    assert not bucket.allow(1)
+    assert not bucket.allow(6)
+    for ask in bucket.wait, bucket.take_or_delay:
+        with pytest.raises(ValueError, match="tokens must be at most the capacity 5, not 6"):
+            ask(6)
+    for wrong in 0, -1, math.nan, math.inf:
+        with pytest.raises(ValueError, match="tokens must be"):
+            bucket.allow(wrong)
+
+
+def test_debt_refund_and_pause(make):
+    """A charge may go below 0; a refund ends at the capacity; a pause starts from empty."""
+    bucket = make(10, 1000)
+    bucket.charge(1000)
+    assert -1000 <= bucket.tokens < -900
+    bucket.refund(5000)
+    assert bucket.tokens == 10
+    bucket.pause(0.2)
+    assert 0.1 < bucket.pause_left <= 0.2
+    assert not bucket.allow()
+    assert 0.1 < bucket.take_or_delay() <= 0.21
+    bucket.pause(0.05)
+    assert bucket.pause_left > 0.1
+    bucket.resume()
+    assert bucket.pause_left == 0
+    assert bucket.tokens < 10
+
+
+def test_equal_objects_are_one_bucket(url):
+    """Wherever they are made; and other numbers for the name are an error where they are written."""
+    name = uuid4().hex
+    one = RedisTokenBucket(name, 2, 0.001, url=url)
+    other = RedisTokenBucket(name, 2, 0.001, client=redis.Redis.from_url(url))
+    assert one == other
+    assert len({one, other}) == 1
+    assert (one.allow(), other.allow(), one.allow()) == (True, True, False)
+    with pytest.raises(ValueError, match="elsewhere in this process"):
+        RedisTokenBucket(name, 2, 5, url=url)
+    with pytest.raises(ValueError, match="the same bucket twice"):
+        AllOf(one, other)
+    assert RedisTokenBucket("another", 2, 5, url=url) != one
+
+
+def test_a_bucket_that_is_full_is_gone(make, url):
+    """Its key expires a second after it is full."""
+    bucket = make(2, 10)
+    bucket.allow(2)
+    with redis.Redis.from_url(url) as client:
+        (key,) = client.keys("rate_limiter:bucket:*")
+        assert 1000 < client.pttl(key) <= 1201
+        wait_for(lambda: not client.exists(key))
+    assert bucket.tokens == 2
+
+
+def test_waiters_are_served_in_turn(make):
+    """Each at its own moment, first come, first served; a heavy one is not overtaken for ever."""
+    bucket, order = make(4, 20), []
+    bucket.allow(4)
+
+    def wait(name, tokens):
+        bucket.wait(tokens)
+        order.append(name)
+
+    with ThreadPoolExecutor(8) as threads:
+        for name, tokens in ("a", 1), ("heavy", 4), ("b", 1), ("c", 1):
+            threads.submit(wait, name, tokens)
+            time.sleep(0.02)
+    assert order == ["a", "heavy", "b", "c"]
+
+
+def test_a_wait_ends_in_time(make):
+    """At once if the forecast is too long; what it was promised is given up."""
+    bucket = make(1, 2)
+    bucket.allow()
+    with pytest.raises(RateLimitExceeded) as error:
+        bucket.wait(timeout=0.1)
+    assert 0.3 < error.value.retry_after <= 0.5
+    began = time.monotonic()
+    bucket.wait()
+    assert time.monotonic() - began < 1
+
+
+SCRIPT = """
+import sys, time
+from rate_limiter.redis_bucket import RedisTokenBucket
+bucket = RedisTokenBucket("together", 5, 40, url=sys.argv[1])
+until = time.monotonic() + 3
+while time.monotonic() < until:
+    bucket.wait()
+    print(time.monotonic(), flush=True)
+"""
+
+
+def test_processes_share_one_rate(url):
+    """Four of them, each waiting again and again: never more than capacity + rate × t, in equal shares."""
+    command = [sys.executable, "-c", SCRIPT, url]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    processes = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    each = [[float(line) for line in process.communicate()[0].split()] for process in processes]
+    granted = sorted(moment for moments in each for moment in moments)
+    assert len(granted) > 60
+    late = 0.1  # a process notes its moment later than the server grants
+    for number, moment in enumerate(granted):
+        within = [other for other in granted[number:] if other <= moment + 1]
+        assert len(within) <= 5 + 40 * (1 + late) + 1
+    last = [[moment for moment in moments if moment > granted[-1] - 1.5] for moments in each]
+    assert max(map(len, last)) <= 2 * min(map(len, last)) + 2
+
+
+def test_numbers_are_changed_for_all(url):
+    """By any process, for those that start later too, until they are restored."""
+    name = uuid4().hex
+    one = RedisTokenBucket(name, 10, 1, url=url)
+    one.allow(10)
+    one.configure(capacity=20, tokens_per_second=50, reason="a test")
+    redis_bucket._servers.clear()  # another process
+    other = RedisTokenBucket(name, 10, 1, url=url)
+    assert (other.capacity, other.tokens_per_second) == (10, 1)
+    wait_for(lambda: other.tokens > 10)
+    assert (other.capacity, other.tokens_per_second) == (20, 50)
+    with redis.Redis.from_url(url, decode_responses=True) as client:
+        key = f"rate_limiter:bucket:{name}"
+        assert (client.hget(key, "y"), client.pttl(key)) == ("a test", -1)
+    other.restore()
+    assert one.tokens <= 10
+    assert (one.capacity, one.tokens_per_second) == (10, 1)
+    with pytest.raises(ValueError, match="tokens_per_second must be positive"):
+        one.configure(tokens_per_second=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"name": ""}, ValueError, "name must have 1 to 200 characters, not 0"),
+        ({"name": "x" * 201}, ValueError, "name must have 1 to 200 characters, not 201"),
+        ({"name": 5}, TypeError, "name must be text, not 5"),
+        ({"capacity": 0}, ValueError, "capacity must be positive, not 0"),
+        ({"tokens_per_second": math.nan}, ValueError, "tokens_per_second must be a finite number"),
+        ({"on_outage": "wait"}, ValueError, "on_outage must be one of 'open', 'closed', 'local'"),
+        ({"timeout": 0}, ValueError, "timeout must be positive"),
+        ({"url": "http://localhost"}, ValueError, "scheme"),
+        ({"url": None}, TypeError, "one of client=… and url=…"),
+        ({"client": object(), "url": None}, TypeError, "client must be a redis.Redis"),
+    ],
+)
+def test_wrong_arguments(arguments, error, says):
+    """The error names the argument, the value and what was expected, where it is written."""
+    right = {"name": "b", "capacity": 1, "tokens_per_second": 1, "url": "redis://localhost"}
+    with pytest.raises(error, match=says):
+        RedisTokenBucket(**right | arguments)
+
+
+# -- exactness --------------------------------------------------------------------------------------
+
+TAKE = st.tuples(st.just("take"), st.floats(0.1, 8))
+CHARGE = st.tuples(st.just("charge"), st.floats(0.1, 20))
+REFUND = st.tuples(st.just("refund"), st.floats(0.1, 20))
+PAUSE = st.tuples(st.just("pause"), st.floats(0, 5))
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.floats(1, 8),
+    st.floats(0.1, 50),
+    st.lists(st.tuples(st.integers(0, 3_000_000), TAKE | CHARGE | REFUND | PAUSE), max_size=30),
+)
+def test_the_script_decides_as_a_token_bucket_does(redis_url, capacity, rate, steps):
+    """On one clock: the same grants, the same levels, and delays that differ by a microsecond at most."""
+    timed = redis_bucket._SCRIPT.replace("redis.call('TIME')", "{0, ARGV[#ARGV]}")
+    timed = timed.replace("redis.call('PEXPIRE'", "tostring('PEXPIRE'")
+    client = redis.Redis.from_url(URLS.setdefault("url", redis_url()))
+    script, key = client.register_script(timed), uuid4().hex
+    clock, now = ManualClock(1.0), 1_000_000
+    bucket = TokenBucket(capacity, rate, clock=clock)
+
+    def run(command, *arguments):
+        numbers = [command, repr(capacity), repr(rate), *map(repr, map(float, arguments))]
+        return [float(each or 0) for each in script(keys=[key], args=[*numbers, now])[4:]]
+
+    for gap, (what, amount) in steps:
+        now += gap
+        clock.now = now / 1e6
+        if what == "take":
+            if amount > capacity:
+                continue
+            given, wait, _, level = run("take", 0, 0, amount, amount, 0)
+            delay = bucket.take_or_delay(amount)
+            if abs(bucket.tokens + (amount if not delay else 0) - amount) < 1e-9:
+                return  # which of the two grants it is up to rounding
+            assert bool(given) is not bool(delay)
+            assert wait * 1e-6 == pytest.approx(delay, abs=2e-6)
+        elif what == "pause":
+            run("pause", amount * 1e6)
+            bucket.pause(amount)
+        else:
+            run("take", amount if what == "refund" else -amount, 0, 0, 0, 0)
+            getattr(bucket, what)(amount)
+        (level, _) = run("look")
+        if not bucket.pause_left:
+            assert level == pytest.approx(bucket.tokens, abs=1e-6)
+    client.delete(key)
+    client.close()
+
+
+URLS = {}
+
+
+# -- outages ----------------------------------------------------------------------------------------
+
+
+def test_an_outage_fails_nothing(own, caplog):
+    """Each policy holds while the server is killed, and it is logged once; then the bucket is asked again."""
+    caplog.set_level("INFO", "rate_limiter")
+    buckets = {
+        policy: RedisTokenBucket(policy, 4, 0.001, url=own.url, on_outage=policy)
+        for policy in ("open", "closed", "local")
+    }
+    for bucket in buckets.values():
+        bucket.allow(2)
+    own.kill()
+    granted = {name: [bucket.allow() for _ in range(6)] for name, bucket in buckets.items()}
+    assert granted["open"] == [True] * 6
+    assert granted["closed"] == [False] * 6
+    assert granted["local"] == [True, True, False, False, False, False]  # from the last known level
+    assert 0 < buckets["closed"].take_or_delay() <= 1
+    with pytest.raises(RateLimitExceeded):
+        buckets["closed"].wait(timeout=0.01)
+    buckets["open"].refund(1)
+    buckets["local"].charge(3)
+    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
+    own.start()
+    for bucket in buckets.values():
+        wait_for(lambda bucket=bucket: bucket.tokens >= 0 and not bucket._shared.server.outages.is_down)
+        bucket.allow(0.5)
+    assert buckets["open"].tokens <= 0.01  # what was granted without it is charged, up to the capacity
+    assert buckets["closed"].tokens == pytest.approx(3.5, abs=0.01)
+    assert buckets["local"].tokens == pytest.approx(4 - 2 - 3, abs=0.6)
+    assert "answers again" in caplog.text
+
+
+def test_a_pause_during_an_outage_reaches_the_server(own):
+    """It counts here at once, and for the others once the server answers."""
+    bucket = RedisTokenBucket("b", 4, 100, url=own.url)
+    assert bucket.allow()
+    own.kill()
+    bucket.pause(30)
+    assert not bucket.allow()
+    own.start()
+    wait_for(lambda: bucket.take_or_delay() and bucket.pause_left > 20)
+
+
+def test_a_server_that_does_not_answer(own):
+    """A call ends after the timeout, and the next ones do not wait for it."""
+    bucket = RedisTokenBucket("b", 4, 100, url=own.url, on_outage="closed", timeout=0.1)
+    assert bucket.allow()
+    own.process.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    assert [bucket.allow() for _ in range(50)] == [False] * 50
+    assert time.monotonic() - began < 1
+    own.process.send_signal(signal.SIGCONT)
+    wait_for(bucket.allow)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda client, key: client.set(key, "text"), "WRONGTYPE"),
+        (
+            lambda client, key: client.hset(key, mapping={"l": "?", "t": "?", "p": 0, "o": 0, "m": 0}),
+            "",
+        ),
+        (lambda client, key: client.script_flush(), None),
+    ],
+    ids=["another type", "garbage", "no script"],
+)
+def test_what_may_be_under_the_key(make, url, spoil, says, caplog):
+    """Nothing of it raises; a script that is gone is loaded again; the rest is logged once."""
+    bucket = make(4, 0.001, on_outage="closed")
+    assert bucket.allow()
+    with redis.Redis.from_url(url) as client:
+        (key,) = client.keys("rate_limiter:bucket:*")
+        spoil(client, key)
+    assert [bucket.allow(), bucket.allow()] == [says is None] * 2
+    assert len(caplog.records) == (says is not None)
+    assert says is None or says in caplog.text
+
+
+def test_passwords_are_shown_nowhere(caplog):
+    """Neither in the repr nor in the log."""
+    bucket = RedisTokenBucket("b", 1, 1, url="redis://user:secret@127.0.0.1:1/0", on_outage="open")
+    assert bucket.allow()
+    assert "does not answer" in caplog.text
+    assert "secret" not in caplog.text + repr(bucket)
+
+
+# -- beside the rest --------------------------------------------------------------------------------
+
+
+def test_it_limits_a_function(make):
+    """In the decorator, with the policies there."""
+    bucket = make(2, 0.001)
+
+    @throttle(bucket, when_limited="raise", name="limit")
+    def call():
+        return "done"
+
+    assert [call(), call()] == ["done", "done"]
+    with pytest.raises(RateLimitExceeded):
+        call()
+
+
+def test_all_or_none(make):
+    """In an AllOf, beside a local bucket."""
+    bucket, local = make(5, 0.001), TokenBucket(1, 0.001)
+    both = AllOf(bucket, local)
+    assert (both.allow(), both.allow()) == (True, False)
+    assert bucket.tokens == pytest.approx(4, abs=0.01)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_uses_it(make):
+    """While another thread of the parent does, too."""
+    bucket, stop = make(1e9, 1), threading.Event()
+
+    def hammer():
+        while not stop.is_set():
+            bucket.allow()
+
+    thread = threading.Thread(target=hammer)
+    thread.start()
+    try:
+        for _ in range(5):
+            child = os.fork()
+            if not child:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(20)
+                os._exit(0 if bucket.allow() else 1)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        stop.set()
+        thread.join()
