@@ -52,11 +52,11 @@ _BEAT_EVERY: Final = 5.0
 _GONE_AFTER: Final = 15
 
 #: What fails if a server does not answer, or does not answer as it should.
-_ERRORS: Final = (redis.RedisError, OSError, UnicodeError)
+ERRORS: Final = (redis.RedisError, OSError, UnicodeError)
 
 _LONGEST_NAME: Final = 200
 
-_MICRO: Final = 1e-6
+MICRO: Final = 1e-6
 
 
 class ServerDownError(Exception):
@@ -234,6 +234,17 @@ class RedisTokenBucket:
         """
         self._shared.order("clear")
 
+    @property
+    def workers(self) -> int:
+        """How many processes use the server now, as far as known."""
+        return self._shared.server.workers
+
+    def for_gate(self) -> Any:
+        """Return what a gate takes from instead: it never waits for the server. See `redis_asker`."""
+        from .redis_asker import asked  # noqa: PLC0415 - only where there is a gate
+
+        return asked(self._shared)
+
     def _checked(self, tokens: float) -> float:
         if tokens > self.capacity:
             raise ValueError(
@@ -272,6 +283,8 @@ class Shared:
         #: What the server has missed: tokens to charge, and until when it is paused.
         self._owed = 0.0
         self._paused_until = 0.0
+        #: What the gates of this process take from, see `redis_asker`.
+        self.asked: Any = None
 
     def take(self, tokens: float, *, held: float = 0.0, promise: float = 0.0) -> float:
         """Take tokens and return 0.0, or return the seconds until they are there.
@@ -293,7 +306,7 @@ class Shared:
             raise ValueError(
                 f"tokens must be at most the capacity {self.capacity:g}, not {tokens:.15g}"
             )
-        return 0.0 if given > 0.0 else max(wait * _MICRO, _MICRO)
+        return 0.0 if given > 0.0 else max(wait * MICRO, MICRO)
 
     def forget(self, held: float) -> None:
         """Give up what a caller was promised."""
@@ -310,7 +323,7 @@ class Shared:
     def pause(self, seconds: float) -> None:
         """Grant nothing for some seconds."""
         try:
-            self.call("pause", seconds / _MICRO)
+            self.call("pause", seconds / MICRO)
         except ServerDownError:
             self._paused_until = max(self._paused_until, time.monotonic() + seconds)
             self.stand_in.pause(seconds, self.share)
@@ -331,7 +344,7 @@ class Shared:
             level, paused = self.call("look")
         except ServerDownError:
             return self.level, 0.0
-        return level, paused * _MICRO
+        return level, paused * MICRO
 
     def call(self, command: str, *arguments: float) -> list[float]:
         """Run a command of the script, and return what it gives.
@@ -353,6 +366,11 @@ class Shared:
             self.level, self._known_at = answer[3], time.monotonic()
         return answer
 
+    @property
+    def has_missed(self) -> bool:
+        """Whether the server has missed something during an outage."""
+        return bool(self._owed or self._paused_until or self.stand_in.granted)
+
     def owed(self) -> float:
         """Return what is to be charged once the server answers: what was granted without it, up to a share."""
         share = self.server.workers if self.declared[2] == "local" else 1
@@ -368,7 +386,7 @@ class Shared:
 
     def _take(self, back: float, *arguments: float) -> tuple[float, float]:
         given, wait, *_ = self.call("take", back - self.owed(), *arguments)
-        if self._owed or self._paused_until or self.stand_in.granted:
+        if self.has_missed:
             self.paid()
         return given, wait
 
@@ -406,7 +424,6 @@ class Server:
         self.outages = Outages(f"Redis at {where}")
         #: How many processes use it, as far as known.
         self.workers = 1
-        self._beat_at = 0.0
         self._buckets: weakref.WeakValueDictionary[str, Shared] = weakref.WeakValueDictionary()
         self.begin()
 
@@ -414,6 +431,9 @@ class Server:
         """Begin in a new process: with connections and locks of its own."""
         self._lock = threading.Lock()
         self._member = uuid.uuid4().hex
+        self._beat_at = 0.0
+        #: What asks for the gates of this process, see `redis_asker`.
+        self.asker: Any = None
         self.client = client = self._connect()
         self.script = client.register_script(_SCRIPT)
         self.beat = client.register_script(_BEAT)
@@ -436,6 +456,13 @@ class Server:
             )
         return shared
 
+    def show_life(self) -> None:
+        """Tell the server now and then that this process lives, and learn how many do."""
+        if (now := time.monotonic()) >= self._beat_at:
+            self._beat_at = now + _BEAT_EVERY
+            signs = [self._member, _GONE_AFTER]
+            self.workers = max(1, int(self.beat(keys=[f"{PREFIX}workers"], args=signs)))
+
     def run(self, key: str, arguments: list[Any]) -> Any:
         """Run the script once.
 
@@ -447,11 +474,8 @@ class Server:
             raise ServerDownError
         try:
             reply = self.script(keys=[key], args=arguments)
-            if (now := time.monotonic()) >= self._beat_at:
-                self._beat_at = now + _BEAT_EVERY
-                signs = [self._member, _GONE_AFTER]
-                self.workers = max(1, int(self.beat(keys=[f"{PREFIX}workers"], args=signs)))
-        except _ERRORS as error:
+            self.show_life()
+        except ERRORS as error:
             self.outages.failed(error)
             raise ServerDownError from error
         self.outages.answered()

@@ -1,13 +1,18 @@
 """Servers for the whole session, and a fresh place on them for each test."""
 
+import contextlib
 import itertools
 import os
 import shutil
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
-from harness import Lab, workers
+import redis
+from harness import DEADLINE, Lab, wait_for, workers
 from kombu_lab import Broker
+from port_for import get_port
 from pytest_rabbitmq.factories import rabbitmq_proc
 from pytest_redis.factories import redis_proc
 
@@ -127,3 +132,42 @@ def pytest_runtest_makereport(item, call):
         for worker in workers:
             report.sections.append((f"output of {worker.node}", worker.output[-6000:]))
     return report
+
+
+class OwnRedis:
+    """A Redis that may be stopped."""
+
+    def __init__(self, folder, executable):
+        self.port = get_port(None)
+        self.folder, self.executable = folder, executable
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self):
+        """Start it, empty."""
+        command = [self.executable, "--port", str(self.port), "--save", "", "--dir", str(self.folder)]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        client = redis.Redis.from_url(self.url)
+
+        def answers():
+            with contextlib.suppress(redis.RedisError):
+                return client.ping()
+
+        wait_for(answers)
+        client.close()
+
+    def kill(self):
+        """End it at once."""
+        self.process.send_signal(signal.SIGCONT)
+        self.process.kill()
+        self.process.wait(DEADLINE)
+
+
+@pytest.fixture
+def own(request, tmp_path):
+    """Yield a Redis for this test alone."""
+    if not REDIS:
+        _server(request, "redis_server", REDIS)
+    server = OwnRedis(tmp_path, REDIS)
+    yield server
+    server.kill()

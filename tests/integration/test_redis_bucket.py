@@ -1,6 +1,5 @@
 """RedisTokenBucket: one bucket for all processes that name it, on a real Redis."""
 
-import contextlib
 import math
 import os
 import signal
@@ -13,10 +12,9 @@ from uuid import uuid4
 
 import pytest
 import redis
-from harness import DEADLINE, ROOT, wait_for
+from harness import ROOT, wait_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from port_for import get_port
 
 from rate_limiter import AllOf, Bucket, RateLimitExceeded, TokenBucket, redis_bucket
 from rate_limiter.celery import throttle
@@ -41,45 +39,6 @@ def url(redis_url):
 def make(url):
     """Return what makes a bucket that nobody else uses."""
     return lambda *numbers, **options: RedisTokenBucket(uuid4().hex, *numbers, url=url, **options)
-
-
-class OwnRedis:
-    """A Redis that may be stopped."""
-
-    def __init__(self, folder, executable):
-        self.port = get_port(None)
-        self.folder, self.executable = folder, executable
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self.start()
-
-    def start(self):
-        """Start it, empty."""
-        command = [self.executable, "--port", str(self.port), "--save", "", "--dir", str(self.folder)]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        client = redis.Redis.from_url(self.url)
-
-        def answers():
-            with contextlib.suppress(redis.RedisError):
-                return client.ping()
-
-        wait_for(answers)
-        client.close()
-
-    def kill(self):
-        """End it at once."""
-        self.process.send_signal(signal.SIGCONT)
-        self.process.kill()
-        self.process.wait(DEADLINE)
-
-
-@pytest.fixture
-def own(tmp_path, redis_url):
-    """Yield a Redis for this test alone."""
-    from conftest import REDIS  # noqa: PLC0415
-
-    server = OwnRedis(tmp_path, REDIS)
-    yield server
-    server.kill()
 
 
 # -- what a bucket does -----------------------------------------------------------------------------

@@ -16,6 +16,8 @@ FENCES = {
     "": {"celery", "kombu", "redis"} | OURS,
     "otel.py": {"celery", "kombu", "redis"} | OURS - {"rate_limiter.gating"},
     "pytest_plugin.py": {"celery", "kombu", "redis"} | OURS - {"rate_limiter.gating"},
+    "redis_bucket.py": {"celery", "kombu"} | OURS,
+    "redis_asker.py": {"celery", "kombu"} | OURS,
     "testing.py": {"celery", "kombu", "redis"} | OURS - {"rate_limiter.celery"},
     "gating": {"celery", "kombu", "redis"} | OURS - {"rate_limiter.gating"},
     "broker": {"celery"} | OURS - {"rate_limiter.broker"},

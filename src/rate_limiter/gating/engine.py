@@ -60,7 +60,8 @@ class Plan:
         #: What each job is to take, where that is the same for all.
         self.demands: tuple[Demand, ...] = ()
         if all(limit.fixed for limit in limits):
-            self.demands = tuple(demand for limit in self.limits for demand in limit.fixed)
+            demands = [demand for limit in self.limits for demand in limit.fixed]
+            self.demands = tuple(_for_gate(demands))
 
 
 class Host(Generic[Job]):
@@ -135,6 +136,7 @@ class Engine(Generic[Job]):
             fail=self._fail_held,
             skip=self._skip,
             hold=self._on_hold,
+            known=self._tell_held,
             poked=host.wake,
             is_unstarted=host.unstarted if host.has_slots else None,
         )
@@ -274,6 +276,7 @@ class Engine(Generic[Job]):
                 for limit in plan.limits:
                     demands = [*demands, *self._price(call, limit)]
                 refuse_to_pay_twice([demand.bucket for demand in demands], call.job)
+                demands = _for_gate(demands)
             with self.lock:
                 self._has_held = False
                 goes = self._holding.offer(job, demands, self._clock(), steps_behind)
@@ -462,8 +465,13 @@ class Engine(Generic[Job]):
     # -- what follows from a change ---------------------------------------------------------------
 
     def _on_hold(self, held: Held[Job], demand: Demand, delay: float) -> None:
-        limit = demand.limit
         self._has_held = True
+        self._leaving.begin(held)
+        if not math.isnan(delay):
+            self._tell_held(held, demand, delay)
+
+    def _tell_held(self, held: Held[Job], demand: Demand, delay: float) -> None:
+        limit = demand.limit
         name = record_of(limit).name
         if limit not in self._waiting:
             self._check_at(held.since + _QUIET, limit)
@@ -475,7 +483,6 @@ class Engine(Generic[Job]):
                 logger.debug("Held %s: limit %s has tokens for it in %.3g s", held.job, name, delay)
             else:
                 logger.debug("Held %s: jobs of limit %s wait for a free slot", held.job, name)
-        self._leaving.begin(held)
         tell("held", held.job, demand, delay)
 
     def _check_at(self, moment: float, limit: Limit) -> None:
@@ -532,6 +539,18 @@ class Engine(Generic[Job]):
                 if self._number(limit) <= self.bound(limit) // 2:
                     del self.paused[queue]
                     self._host.resume(queue)
+
+
+def _for_gate(demands: Sequence[Demand]) -> Sequence[Demand]:
+    """Return demands of the same tokens from buckets that never wait for a server."""
+    if any(hasattr(demand.bucket, "for_gate") for demand in demands):
+        return [
+            demand._replace(bucket=demand.bucket.for_gate())
+            if hasattr(demand.bucket, "for_gate")
+            else demand
+            for demand in demands
+        ]
+    return demands
 
 
 def _blamed(demands: Sequence[Demand], limit: Limit) -> Limit:

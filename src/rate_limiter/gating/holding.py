@@ -60,7 +60,10 @@ Arrival = tuple[float, int]
 class Held(Generic[Job]):
     """A job that waits."""
 
-    __slots__ = ("arrival", "asked", "claims", "demands", "job", "left", "limit", "queue", "since")
+    __slots__ = (
+        *("arrival", "asked", "claims", "demands", "job"),
+        *("left", "limit", "queue", "since", "told"),
+    )
 
     queue: "_Queue[Job]"
 
@@ -79,6 +82,8 @@ class Held(Generic[Job]):
         self.asked = True
         #: Whether it waits no more.
         self.left = False
+        #: Whether `Holding` has told for how long it waits.
+        self.told = True
 
 
 class _Queue(Generic[Job]):
@@ -94,6 +99,7 @@ class _Queue(Generic[Job]):
         "sees_all",
         "shared",
         "stopped",
+        "tells",
         "tokens",
     )
 
@@ -109,6 +115,8 @@ class _Queue(Generic[Job]):
         self.shared = is_shared(bucket)
         #: Whether the bucket tells this process of every change.
         self.sees_all = hasattr(bucket, "subscribe") and not self.shared
+        #: What the bucket wants to be told of: how many tokens all its jobs take.
+        self.tells: Callable[[float], None] | None = getattr(bucket, "jobs_wait", None)
         #: Whether its first job waits for the start of one that was let go. Then ``due`` is when to ask
         #: whether that has ended; minus infinity: it has started.
         self.stopped = False
@@ -123,6 +131,8 @@ class _Queue(Generic[Job]):
         self.jobs.extend(reversed(later))
         self.tokens += self.takes(held)
         held.queue, held.left = self, False
+        if self.tells is not None:
+            self.tells(self.tokens)
 
     def remove(self, held: Held[Job]) -> None:
         if self.jobs[0] is held:
@@ -131,6 +141,8 @@ class _Queue(Generic[Job]):
             self.jobs.remove(held)
         self.tokens = self.tokens - self.takes(held) if self.jobs else 0.0
         held.left = True
+        if self.tells is not None:
+            self.tells(self.tokens)
 
     def takes(self, held: Held[Job]) -> float:
         """Return the tokens that a job takes from the bucket."""
@@ -179,7 +191,8 @@ class Holding(Generic[Job]):
         skip: Called with a job when its turn has come, before it takes tokens. ``True``: it is gone
             (revoked, expired) and costs nothing.
         hold: Called with a job that begins to wait, the demand that makes it wait, and the delay; 0.0:
-            until a job that was let go before has started.
+            until a job that was let go before has started. ``nan``: not known yet.
+        known: Called with such a job, the demand and the delay when that is known and the job still waits.
         poked: Called when a bucket that jobs wait for was changed, in the thread that changed it.
         is_unstarted: Tells of a job that was let go whether it is still to start. ``None``: jobs start when
             they are let go.
@@ -193,6 +206,7 @@ class Holding(Generic[Job]):
         fail: Callable[["Held[Job]", Exception], None],
         skip: Callable[["Held[Job]"], bool] = lambda _held: False,
         hold: Callable[["Held[Job]", Demand, float], None] = lambda *_: None,
+        known: Callable[["Held[Job]", Demand, float], None] = lambda *_: None,
         poked: Callable[[], None] = lambda: None,
         is_unstarted: Callable[[Job], bool] | None = None,
     ) -> None:
@@ -200,6 +214,7 @@ class Holding(Generic[Job]):
         self._fail = fail
         self._skip = skip
         self._on_hold = hold
+        self._on_known = known
         self._on_poke = poked
         self._unstarted = None if is_unstarted is None else Unstarted(is_unstarted)
         self._count = itertools.count()
@@ -355,6 +370,9 @@ class Holding(Generic[Job]):
                 else:
                     queue.changes = changes
                     self._wait(queue, now, delay)
+                    if delay and not held.told:
+                        held.told = True
+                        self._on_known(held, demand, delay)
                     self._give_up_claims(held, now, delay)
                     break
             self._drop_if_empty(queue)
@@ -433,12 +451,15 @@ class Holding(Generic[Job]):
         changes: float = math.nan,
     ) -> None:
         """Hold a job that has just come, or refuse it."""
-        asked = delay != _UNTIL_A_START
+        told = delay
+        if math.isnan(delay):  # an answer is out; it is looked at again when that has come
+            delay = _UNTIL_A_START
         if delay <= demand.limit.patience or not self._refuse(job, demand, delay):
             held = Held(arrival, job, demands, now)
-            held.asked = asked
+            held.asked = delay != _UNTIL_A_START
+            held.told = not math.isnan(told)
             self._enqueue(held, demand, now, delay, changes)
-            self._on_hold(held, demand, delay)
+            self._on_hold(held, demand, told)
 
     def _take(self, held: Held[Job], now: float) -> tuple[float | None, Demand, float]:
         """Take the tokens of a job whose turn has come; or return the delay, and who refused.
@@ -456,6 +477,8 @@ class Holding(Generic[Job]):
                 if self._unstarted.stops(demand):
                     return _UNTIL_A_START, demand, math.nan
         delay, refused, changes = self._take_all(held.demands)
+        if math.isnan(delay):
+            return _UNTIL_A_START, held.demands[refused], changes
         return delay or None, held.demands[refused], changes
 
     def _refused(self, held: Held[Job], demand: Demand, delay: float, now: float) -> bool:

@@ -204,7 +204,8 @@ class Limit:
         if bound is None:
             bound = _HOLD_MOST
             if self.has_bucket:
-                jobs = _HOLD_SECONDS * self.bucket.tokens_per_second / (self.cost or 1.0)  # type: ignore[union-attr]
+                rate = self.bucket.tokens_per_second / getattr(self.bucket, "workers", 1)  # type: ignore[union-attr]
+                jobs = _HOLD_SECONDS * rate / (self.cost or 1.0)
                 bound = math.ceil(min(jobs, _HOLD_MOST))
             bound = max(bound, window)
         return bound

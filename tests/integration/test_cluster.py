@@ -1,0 +1,173 @@
+"""Several workers on one RedisTokenBucket: one rate for all, and nothing that waits for its server."""
+
+import contextlib
+
+import pytest
+import redis
+from harness import DEADLINE, wait_for
+from limits import start, stats
+
+from rate_limiter import RateLimitExceeded
+
+POOLS = ["prefork", "threads", "gevent", "solo"]
+
+
+@pytest.fixture
+def cluster(lab, redis_url):
+    """Return a lab whose limits are in a Redis of their own database."""
+    lab.settings["limits_url"] = redis_url()
+    return lab
+
+
+def worker(lab, **options):
+    return start(lab, **{"pool": "threads", "module": "cluster_app", **options})
+
+
+def assert_bound(entries, capacity, rate, late=0.15):
+    """Never more than capacity + rate × t, by the tasks' clock: each notes its start a little late."""
+    moments = sorted(entry.at for entry in entries)
+    for first, begin in enumerate(moments):
+        for last in range(first, len(moments)):
+            allowed = capacity + rate * (moments[last] - begin + late) + 1
+            assert last - first + 1 <= allowed
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_two_workers_share_one_rate(cluster, pool):
+    """All jobs run, once each, at the rate of the bucket, and both workers have a part in it."""
+    with worker(cluster, pool=pool), worker(cluster, pool=pool):
+        for number in range(90):
+            cluster.send("shared", number)
+        assert sorted(cluster.wait_for_runs("shared", 90)) == list(range(90))
+    assert_bound(cluster.log("shared"), 3, 30)
+    runs = cluster.runs("shared by")
+    assert len(set(runs)) == 2
+
+
+def test_one_worker_keeps_the_order_and_lets_others_pass(cluster):
+    """As with a bucket of its own."""
+    for number in range(30):
+        cluster.send("shared", number)
+    for number in range(20):
+        cluster.send("free", number)
+    with worker(cluster, concurrency=1):
+        assert cluster.wait_for_runs("shared", 30) == list(range(30))
+    free = cluster.log("free")
+    assert free[-1].at < cluster.log("shared")[15].at
+
+
+def test_weights(cluster):
+    """Heavy jobs get their tokens, and what they cost is charged."""
+    costs = [1, 8, 2, 10, 1, 1, 8, 3]
+    for number, cost in enumerate(costs):
+        cluster.send("heavy", number, cost)
+    with worker(cluster, concurrency=1):
+        assert cluster.wait_for_runs("heavy", len(costs)) == list(range(len(costs)))
+    moments = [entry.at for entry in cluster.log("heavy")]
+    assert moments[-1] - moments[0] > (sum(costs) - 10 - 3) / 40
+
+
+def test_beside_a_local_bucket(cluster):
+    """In an AllOf: the slower one of both counts."""
+    for number in range(30):
+        cluster.send("both", number)
+    with worker(cluster, concurrency=1):
+        assert cluster.wait_for_runs("both", 30) == list(range(30))
+    assert_bound(cluster.log("both"), 1, 20)
+
+
+def test_a_job_that_is_not_to_wait_is_refused(redis_lab, redis_url):
+    """The gate waits for the server's answer before it refuses."""
+    redis_lab.settings["limits_url"] = redis_url()
+    with worker(redis_lab):
+        results = [redis_lab.send("refused", number) for number in range(5)]
+        outcomes = []
+        for result in results:
+            try:
+                outcomes.append(result.get(DEADLINE))
+            except RateLimitExceeded as error:
+                outcomes.append(error.retry_after)
+    assert outcomes[:2] == [0, 1]
+    assert all(100 < each <= 3000 for each in outcomes[2:])
+
+
+def test_what_is_not_used_goes_back(cluster):
+    """Of a worker that ends, and of jobs that were revoked: the others get it."""
+    with worker(cluster, concurrency=1) as one:
+        for number in range(40):
+            cluster.send("shared", number)
+        cluster.wait_for_runs("shared", 5)
+        wait_for(lambda: stats(cluster, one)["rate_limiter"]["held"].get("shared", 0) > 5)
+        one.stop()
+    with worker(cluster):
+        wait_for(lambda: set(cluster.runs("shared")) == set(range(40)))
+        with redis.Redis.from_url(cluster.settings["limits_url"], decode_responses=True) as client:
+            key = "rate_limiter:bucket:shared"
+            wait_for(lambda: not client.exists(key))  # it is full, and nothing is promised
+
+
+@pytest.mark.parametrize("pool", ["prefork", "gevent"])
+def test_an_outage_fails_no_job(cluster, own, pool):
+    """Redis is killed and started empty: local jobs go on, closed ones wait, open ones all go; none is lost."""
+    cluster.settings["limits_url"] = own.url
+    with worker(cluster, pool=pool) as one:
+        for number in range(60):
+            cluster.send("shared", number)
+        cluster.wait_for_runs("shared", 10)
+        own.kill()
+        ran = len(cluster.runs("shared"))
+        for number in range(5):
+            cluster.send("closed", number)
+            cluster.send("open", number)
+        cluster.wait_for_runs("open", 5)
+        cluster.wait_for_runs("shared", ran + 10)
+        assert len(cluster.runs("closed")) <= 1
+        own.start()
+        assert sorted(cluster.wait_for_runs("shared", 60)) == list(range(60))
+        assert sorted(cluster.wait_for_runs("closed", 5)) == list(range(5))
+        assert one.running
+    assert one.output.count("does not answer") <= 2  # one for each process that asks
+    assert "answers again" in one.output
+    assert "Traceback" not in one.output
+
+
+def test_a_change_reaches_held_jobs(cluster):
+    """From anywhere, within a second or so: a rate, and a pause."""
+    with worker(cluster, concurrency=1) as one:
+        control = cluster.inspect(one).app.control
+        node = [one.node]
+        control.broadcast("limit", arguments={"name": "shared", "rate": 0.01}, destination=node)
+        for number in range(30):
+            cluster.send("shared", number)
+        wait_for(lambda: stats(cluster, one)["rate_limiter"]["held"].get("shared", 0) > 3)
+        from rate_limiter.redis_bucket import RedisTokenBucket  # noqa: PLC0415
+
+        other = RedisTokenBucket("shared", 3, 30, url=cluster.settings["limits_url"])
+        other.configure(tokens_per_second=100)
+        assert cluster.wait_for_runs("shared", 30) == list(range(30))
+        other.restore()
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_in_the_decorator(cluster, pool):
+    """Without a gate the processes of a pool share it, and so do workers."""
+    for number in range(60):
+        cluster.send("shared", number)
+    with worker(cluster, pool=pool, gate=False), worker(cluster, pool=pool, gate=False):
+        assert sorted(cluster.wait_for_runs("shared", 60)) == list(range(60))
+    assert_bound(cluster.log("shared"), 3, 30)
+
+
+def test_a_server_that_is_not_there(cluster):
+    """The worker starts, and its jobs go as on_outage says."""
+    cluster.settings["limits_url"] = "redis://127.0.0.1:1/0"
+    with worker(cluster) as one:
+        for number in range(3):
+            cluster.send("shared", number)
+            cluster.send("open", number)
+        cluster.wait_for_runs("open", 3)
+        cluster.wait_for_runs("shared", 3)
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: cluster.runs("closed"), 0.5)
+        assert one.running
+    assert one.output.count("does not answer") == 1
