@@ -31,6 +31,7 @@ from typing import Any, Final
 import psutil
 from celery import Celery
 from celery.worker.consumer.tasks import Tasks
+from gate_cluster import cluster
 from gate_lab import BROKERS, LabError, Ran, Run, Server, wait_until
 from gate_operate import operate
 from gate_outage import outage
@@ -1042,7 +1043,7 @@ def overhead(bench: Bench) -> None:
 PARTS: Final[dict[str, Callable[[Bench], None]]] = {
     part.__name__: part
     for part in (
-        *(rates, behind, starts, decorator, tenants, asks, workers, longest),
+        *(rates, behind, starts, decorator, tenants, asks, workers, cluster, longest),
         *(tally, memory, kills, leases, operate, outage, overhead),
     )
 }

@@ -16,6 +16,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from rate_limiter import BucketPerKey, RetryAfter, TokenBucket, otel
 from rate_limiter.celery import Gate, throttle
+from rate_limiter.redis_bucket import RedisTokenBucket
 
 OPTIONS = json.loads(os.environ["GATE_BENCH"])
 
@@ -90,6 +91,16 @@ def limit() -> Callable[[Any], Any]:
     if OPTIONS["keyed"]:
         per_key = BucketPerKey(OPTIONS["capacity"], OPTIONS["rate"])
         return throttle(per_key, key=lambda number: number // OPTIONS["keyed"])
+    if OPTIONS["cluster"]:
+        return throttle(
+            RedisTokenBucket(
+                OPTIONS["conf"]["task_default_queue"],
+                OPTIONS["capacity"],
+                OPTIONS["rate"],
+                url=OPTIONS["cluster"],
+                on_outage=OPTIONS["on_outage"],
+            )
+        )
     bucket = NotedBucket if OPTIONS["grants"] else TokenBucket
     return throttle(bucket(OPTIONS["capacity"], OPTIONS["rate"]), when_limited=OPTIONS["when_limited"])
 

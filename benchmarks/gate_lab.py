@@ -249,6 +249,8 @@ class Run:
         sleep: How long a limited job runs.
         second: The rate of a second limit of that task.
         watched: ``"all"``: receivers of all signals, and metrics. ``"none"``: signals without receivers.
+        cluster: The URL of a Redis that has the bucket, for all workers of this run.
+        on_outage: What they do while that is away.
         keyed: How many numbers in a row have a bucket of their own. 0: all have the same bucket.
         asks: Whether to note how often buckets are asked, in each turn of the event loop.
         when_limited: What becomes of a limited job that has to wait.
@@ -275,6 +277,8 @@ class Run:
         sleep: float = 0.0,
         second: float | None = None,
         watched: str | None = None,
+        cluster: str | None = None,
+        on_outage: str = "local",
         keyed: int = 0,
         asks: bool = False,
         when_limited: str = "wait",
@@ -310,6 +314,8 @@ class Run:
             "gate": gate if not native else False,
             "second": second,
             "watched": watched,
+            "cluster": cluster,
+            "on_outage": on_outage,
             "keyed": keyed,
             "asks": asks,
             "rate": rate,

@@ -42,7 +42,7 @@ _SLACK: Final = 1e-9
 
 
 class Asked:
-    """One bucket, as the gates of this process take from it. Made by `asked`.
+    """One bucket, as one gate takes from it. Made by `asked`.
 
     It has the part of `Bucket` that a gate needs; ``take_or_delay`` returns ``nan`` while an answer is out.
 
@@ -66,6 +66,7 @@ class Asked:
         #: What the server has promised, and when that is there.
         self._held = 0.0
         self._next = 0.0
+        self._look_at = math.inf
         self._is_out = False
         self._version = ""
 
@@ -81,7 +82,7 @@ class Asked:
 
     @property
     def tokens(self) -> float:
-        """The tokens that were granted to this process and that no job has taken yet."""
+        """The tokens that were granted to this gate and that no job has taken yet."""
         return self._stash
 
     def subscribe(self, listener: Callable[[Any], None]) -> None:
@@ -154,7 +155,7 @@ class Asked:
             unit, waits = self._unit, self._waiting > 0.0
             if waits and self._held and now < self._next:
                 if not back:
-                    return shared.arguments("look")
+                    return shared.arguments("look") if now >= self._look_at else None
                 unit = 0.0
             elif not (waits and unit):
                 unit = 0.0
@@ -182,7 +183,7 @@ class Asked:
                 if changed:
                     self._next = 0.0  # it is asked anew, in its place
                 else:
-                    self._asker.need_at(min(self._next, sent + _LOOK), self)
+                    self._look_again(sent)
                     return
             else:
                 self._version = version
@@ -193,10 +194,15 @@ class Asked:
                     self._asker.need_at(self._stashed_until, self)
                 self._next = sent + wait * MICRO
                 if self._held:
-                    self._asker.need_at(min(self._next, sent + _LOOK), self)
+                    self._look_again(sent)
         if len(given) > 2 and self._shared.has_missed:
             self._shared.paid()
         self.tell()
+
+    def _look_again(self, now: float) -> None:
+        """Have it asked for when its tokens are there; or looked at, if that is long."""
+        self._look_at = now + _LOOK
+        self._asker.need_at(min(self._next, self._look_at), self)
 
     def failed(self) -> None:
         """Take note that no reply came. What was asked for counts as taken."""
@@ -316,10 +322,8 @@ _OVERDUE: Final = 0.55
 
 
 def asked(shared: Shared) -> Asked:
-    """Return what the gates of this process take from."""
+    """Return what one gate takes from."""
     server = shared.server
     if server.asker is None:
         server.asker = Asker(server)
-    if shared.asked is None or shared.asked._asker is not server.asker:  # or this is a forked child
-        shared.asked = Asked(shared, server.asker)
-    return shared.asked  # type: ignore[no-any-return]
+    return Asked(shared, server.asker)

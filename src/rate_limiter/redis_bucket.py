@@ -240,7 +240,7 @@ class RedisTokenBucket:
         return self._shared.server.workers
 
     def for_gate(self) -> Any:
-        """Return what a gate takes from instead: it never waits for the server. See `redis_asker`."""
+        """Return what one gate takes from instead: it never waits for the server. See `redis_asker`."""
         from .redis_asker import asked  # noqa: PLC0415 - only where there is a gate
 
         return asked(self._shared)
@@ -283,8 +283,6 @@ class Shared:
         #: What the server has missed: tokens to charge, and until when it is paused.
         self._owed = 0.0
         self._paused_until = 0.0
-        #: What the gates of this process take from, see `redis_asker`.
-        self.asked: Any = None
 
     def take(self, tokens: float, *, held: float = 0.0, promise: float = 0.0) -> float:
         """Take tokens and return 0.0, or return the seconds until they are there.

@@ -4,10 +4,13 @@ import contextlib
 
 import pytest
 import redis
-from harness import DEADLINE, wait_for
-from limits import start, stats
+from harness import DEADLINE, Lab, wait_for
+from kombu_lab import Worker, running
+from limits import fail_at_start, start, stats
 
 from rate_limiter import RateLimitExceeded
+from rate_limiter.kombu import Gate
+from rate_limiter.redis_bucket import RedisTokenBucket
 
 POOLS = ["prefork", "threads", "gevent", "solo"]
 
@@ -140,8 +143,6 @@ def test_a_change_reaches_held_jobs(cluster):
         for number in range(30):
             cluster.send("shared", number)
         wait_for(lambda: stats(cluster, one)["rate_limiter"]["held"].get("shared", 0) > 3)
-        from rate_limiter.redis_bucket import RedisTokenBucket  # noqa: PLC0415
-
         other = RedisTokenBucket("shared", 3, 30, url=cluster.settings["limits_url"])
         other.configure(tokens_per_second=100)
         assert cluster.wait_for_runs("shared", 30) == list(range(30))
@@ -171,3 +172,65 @@ def test_a_server_that_is_not_there(cluster):
             wait_for(lambda: cluster.runs("closed"), 0.5)
         assert one.running
     assert one.output.count("does not answer") == 1
+
+
+def test_in_the_settings(redis_lab):
+    """Two lines: per="cluster" for a limit, on the Redis of the broker."""
+    options = {"rate_limiter_limits": {"free": {"rate": "20/s", "burst": 2, "per": "cluster"}}}
+    redis_lab.settings["limits_url"] = redis_lab.settings["broker_url"]
+    with worker(redis_lab, **options), worker(redis_lab, **options):
+        for number in range(50):
+            redis_lab.send("free", number)
+        assert sorted(redis_lab.wait_for_runs("free", 50)) == list(range(50))
+    assert_bound(redis_lab.log("free"), 2, 20)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"rate_limiter_limits": {"free": {"rate": 1, "per": "world"}}}, "per must be one of 'worker'"),
+        (
+            {"rate_limiter_limits": {"free": {"rate": 1, "per": "cluster", "key": "number"}}},
+            "per='cluster' goes without key",
+        ),
+        (
+            {"rate_limiter_limits": {"free": "1/s"}, "rate_limiter_per": "cluster"},
+            "per='cluster' needs a Redis: set rate_limiter_redis",
+        ),
+        (
+            {
+                "rate_limiter_limits": {"free": {"rate": 1, "per": "cluster"}},
+                "rate_limiter_redis": "x://",
+            },
+            "scheme",
+        ),
+    ],
+)
+def test_wrong_settings(tmp_path, settings, says):
+    """The worker does not start, and says which setting is wrong."""
+    lab = Lab(tmp_path, "amqp://nobody.invalid")
+    lab.settings["limits_url"] = "redis://nobody.invalid"
+    output = fail_at_start(worker(lab, **settings))
+    assert "rate_limiter_limits['free']: " in output
+    assert says in output
+
+
+def test_in_a_kombu_consumer(broker, redis_url):
+    """Two consumers share the rate; messages without a limit do not wait for Redis."""
+    queue, other = broker.queue(), broker.queue("other")
+    bucket = RedisTokenBucket("consumers", 3, 40, url=redis_url())
+
+    def gated():
+        gate = Gate()
+        gate.limit(queue.name, bucket=bucket, name="limit")
+        return running(Worker(broker, gate, queue, other))
+
+    with gated() as one, gated() as two:
+        broker.send(queue, *range(60))
+        broker.send(other, "passes")
+        wait_for(lambda: len(one.ran + two.ran) == 61)
+        assert sorted(each for each in one.ran + two.ran if each != "passes") == list(range(60))
+    moments = sorted(one.at + two.at)
+    for first, begin in enumerate(moments):
+        for last in range(first, len(moments)):
+            assert last - first + 1 <= 3 + 40 * (moments[last] - begin + 0.15) + 2

@@ -249,7 +249,7 @@ class Gate:
         limit = self._attributes.get(task.name)
         if limit is None:
             setting = f"{ATTRIBUTE} of {task.name}"
-            limit = limit_from(setting, value)
+            limit = limit_from(self.app, setting, task.name, value)
             try:
                 names_of(self.app).add(limit, task.name)
             except ValueError as error:

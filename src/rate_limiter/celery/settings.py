@@ -17,6 +17,9 @@ A value is a rate, or a mapping with a ``rate`` and any of these:
   ``burst``. Or ``"module:callable"``, which is called with a key, as in `BucketPerKey`.
 - ``when_limited``, ``max_wait``, ``shadow``, ``name``, ``max_held``, ``overflow``: as in ``Gate.limit``.
 - ``queue``: as in ``Gate.limit``; in the settings only.
+- ``per``: ``"worker"``, or ``"cluster"``: one rate for all workers, in a `RedisTokenBucket` of the Redis at
+  ``app.conf.rate_limiter_redis``. By default that is the broker or the result backend, if it is a Redis.
+  ``app.conf.rate_limiter_per`` is the default for all limits of the settings and of task attributes.
 
 A callable is given the job's arguments.
 """
@@ -38,7 +41,9 @@ __all__ = ["controlled", "declare_settings", "enabled", "limit_from", "longest_h
 _LIMITS: Final = "rate_limiter_limits"
 _LONGEST_HOLD: Final = "rate_limiter_longest_hold"
 _CONTROL: Final = "rate_limiter_control"
-_SETTINGS: Final = frozenset({"rate_limiter_enabled", _LIMITS, _LONGEST_HOLD, _CONTROL})
+_PER: Final = "rate_limiter_per"
+_REDIS: Final = "rate_limiter_redis"
+_SETTINGS: Final = frozenset({"rate_limiter_enabled", _LIMITS, _LONGEST_HOLD, _CONTROL, _PER, _REDIS})
 
 #: The options that may name a callable, as ``"module:callable"``.
 _CALLABLES: Final = ("tokens", "key", "limits")
@@ -52,7 +57,10 @@ _OPTIONS: Final = (
     "name",
     "max_held",
     "overflow",
+    "per",
 )
+
+_SCOPES: Final = ("worker", "cluster")
 
 
 def enabled(app: Celery) -> bool:
@@ -99,18 +107,20 @@ def declare_settings(app: Celery, declarations: Declarations) -> None:
         setting = f"{_LIMITS}[{pattern!r}]"
         options = dict(value) if isinstance(value, Mapping) else {"rate": value}
         queue = options.pop("queue", None)
-        limit = limit_from(setting, options, ("queue",))
+        limit = limit_from(app, setting, pattern, options, ("queue",))
         try:
             declarations.add((pattern,), limit, queue)
         except (ValueError, TypeError) as error:
             raise ImproperlyConfigured(f"{setting}: {error}") from error
 
 
-def limit_from(setting: str, value: Any, others: tuple[str, ...] = ()) -> Limit:
+def limit_from(app: Celery, setting: str, what: str, value: Any, others: tuple[str, ...] = ()) -> Limit:
     """Make the limit that a setting describes.
 
     Args:
+        app: The app.
         setting: What to call it in errors.
+        what: The task or pattern that it is for.
         value: A rate, or a mapping of options.
         others: Further known options, for the error about an unknown one.
 
@@ -125,6 +135,37 @@ def limit_from(setting: str, value: Any, others: tuple[str, ...] = ()) -> Limit:
             text = options.get(option)
             if isinstance(text, str) and (":" in text or "." in text):
                 options[option] = symbol_by_name(text)
+        per = options.pop("per", app.conf.get(_PER) or "worker")
+        if per not in _SCOPES:
+            raise ValueError(f"per must be one of {', '.join(map(repr, _SCOPES))}, not {per!r}")
+        if per == "cluster":
+            return _for_cluster(app, what, options)
         return new_limit(**options)
     except (ValueError, TypeError, ImportError, AttributeError) as error:
         raise ImproperlyConfigured(f"{setting}: {error}") from error
+
+
+def _for_cluster(app: Celery, what: str, options: dict[str, Any]) -> Limit:
+    """Make a limit whose bucket is in Redis."""
+    if "key" in options or "limits" in options:
+        raise ValueError(
+            "per='cluster' goes without key: give a callable for bucket in Gate.limit instead"
+        )
+    from ..redis_bucket import RedisTokenBucket  # noqa: PLC0415 - it needs the package redis
+
+    local: Any = new_limit(**options).bucket
+    name = f"{app.main}:{options.get('name') or what}"
+    bucket = RedisTokenBucket(name, local.capacity, local.tokens_per_second, url=_redis_url(app))
+    others = {option: value for option, value in options.items() if option not in ("rate", "burst")}
+    return new_limit(bucket, **others)
+
+
+def _redis_url(app: Celery) -> str:
+    if url := app.conf.get(_REDIS):
+        return str(url)
+    for url in app.conf.broker_url, app.conf.result_backend:
+        if isinstance(url, str) and url.startswith(("redis://", "rediss://")):
+            return url
+    raise ValueError(
+        f"per='cluster' needs a Redis: set {_REDIS}, for neither the broker nor the result backend is one"
+    )

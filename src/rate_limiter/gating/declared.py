@@ -147,6 +147,8 @@ def new_limit(
         overflow=overflow or "hold",
     )
     _refuse_shadow_of_others(limit)
+    if shadow and hasattr(bucket, "for_gate"):
+        raise ValueError(f"shadow is for a bucket in this process, not for {bucket!r}")
     return limit
 
 

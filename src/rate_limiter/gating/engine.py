@@ -14,8 +14,10 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from time import monotonic, perf_counter
-from typing import Final, Generic, Literal, TypeVar
+from typing import Any, Final, Generic, Literal, TypeVar
+from weakref import WeakValueDictionary
 
+from ..bucket import Bucket
 from . import limit as limits
 from .forecast import Forecast, forecasts
 from .holding import Held, Holding
@@ -52,7 +54,9 @@ class Plan:
 
     __slots__ = ("asks_headers", "demands", "limits")
 
-    def __init__(self, limits: Sequence[Limit]) -> None:
+    def __init__(
+        self, limits: Sequence[Limit], for_gate: Callable[[Sequence[Demand]], Sequence[Demand]]
+    ) -> None:
         # A shadow comes last: it counts a job when all others let it go, and not each time one is asked.
         self.limits = tuple(sorted(limits, key=lambda limit: limit.shadow))
         #: Whether the price of its jobs may depend on their headers.
@@ -61,7 +65,7 @@ class Plan:
         self.demands: tuple[Demand, ...] = ()
         if all(limit.fixed for limit in limits):
             demands = [demand for limit in self.limits for demand in limit.fixed]
-            self.demands = tuple(_for_gate(demands))
+            self.demands = tuple(for_gate(demands))
 
 
 class Host(Generic[Job]):
@@ -165,6 +169,8 @@ class Engine(Generic[Job]):
         self._checks: list[tuple[float, int, Limit]] = []
         self._count = itertools.count()
         self._has_held = False
+        #: For each bucket that speaks to a server: what this gate takes from instead.
+        self._buckets: WeakValueDictionary[Bucket, Any] = WeakValueDictionary()
         #: Celery fires timers from a second thread while a warm shutdown waits for the pool.
         self.lock = threading.RLock()
 
@@ -220,7 +226,7 @@ class Engine(Generic[Job]):
         if plan is None:
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
-            plan = self._plans[kind] = Plan(self._limits_for(*kind))
+            plan = self._plans[kind] = Plan(self._limits_for(*kind), self._for_gate)
         return plan
 
     def bound(self, limit: Limit) -> int:
@@ -276,7 +282,7 @@ class Engine(Generic[Job]):
                 for limit in plan.limits:
                     demands = [*demands, *self._price(call, limit)]
                 refuse_to_pay_twice([demand.bucket for demand in demands], call.job)
-                demands = _for_gate(demands)
+                demands = self._for_gate(demands)
             with self.lock:
                 self._has_held = False
                 goes = self._holding.offer(job, demands, self._clock(), steps_behind)
@@ -415,6 +421,21 @@ class Engine(Generic[Job]):
             )
         return demands
 
+    def _for_gate(self, demands: Sequence[Demand]) -> Sequence[Demand]:
+        """Return demands of the same tokens from buckets that never wait for a server."""
+        if not any(hasattr(demand.bucket, "for_gate") for demand in demands):
+            return demands
+        return [demand._replace(bucket=self._bucket_for_gate(demand.bucket)) for demand in demands]
+
+    def _bucket_for_gate(self, bucket: Any) -> Bucket:
+        if not hasattr(bucket, "for_gate"):
+            return bucket  # type: ignore[no-any-return]
+        with self.lock:
+            own: Bucket | None = self._buckets.get(bucket)
+            if own is None:
+                own = self._buckets[bucket] = bucket.for_gate()
+        return own
+
     # What a host raises is logged and ends here: one job is not to take others with it.
 
     def _refuse(self, job: Job, demand: Demand, delay: float) -> bool:
@@ -539,18 +560,6 @@ class Engine(Generic[Job]):
                 if self._number(limit) <= self.bound(limit) // 2:
                     del self.paused[queue]
                     self._host.resume(queue)
-
-
-def _for_gate(demands: Sequence[Demand]) -> Sequence[Demand]:
-    """Return demands of the same tokens from buckets that never wait for a server."""
-    if any(hasattr(demand.bucket, "for_gate") for demand in demands):
-        return [
-            demand._replace(bucket=demand.bucket.for_gate())
-            if hasattr(demand.bucket, "for_gate")
-            else demand
-            for demand in demands
-        ]
-    return demands
 
 
 def _blamed(demands: Sequence[Demand], limit: Limit) -> Limit:

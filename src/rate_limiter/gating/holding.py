@@ -39,6 +39,9 @@ Job = TypeVar("Job")
 #: Seconds after which a bucket is looked at again that cannot tell this process of every change.
 _LOOK_AGAIN: Final = 0.5
 
+#: Seconds after which a bucket is looked at again while its answer is out, where nothing wakes the caller.
+_ANSWER: Final = 0.02
+
 #: The "delay" of a job that waits until one that was let go before it has started.
 _UNTIL_A_START: Final = 0.0
 
@@ -595,7 +598,7 @@ class Holding(Generic[Job]):
         """Let a queue's first job wait for so long, or until a job that was let go has started."""
         if delay == _UNTIL_A_START:
             queue.stopped = True
-            queue.due = now + _LOOK_AGAIN
+            queue.due = now + (_LOOK_AGAIN if queue.tells is None else _ANSWER)
             self._look(queue, queue.due)
         else:
             self._schedule(queue, now, delay)

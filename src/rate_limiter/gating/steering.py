@@ -86,7 +86,7 @@ def carry_out(order: Order, limit: Limit, limits: Iterable[Limit]) -> str:
         _check_change(limit, meant, capacity, limits)
         before = meant[0].capacity, meant[0].tokens_per_second
         for bucket in meant:
-            bucket.configure(capacity=capacity, tokens_per_second=rate)
+            _configure(bucket, capacity, rate)
         if rate is not None:
             done.append(f"{rate:g} tokens_per_second (was {before[1]:g})")
         if capacity is not None:
@@ -216,6 +216,13 @@ def _check_change(
                 f"capacity {capacity:g} is below the {each.cost:g} tokens that a job of limit "
                 f"{record_of(each).name} costs"
             )
+
+
+def _configure(bucket: Any, capacity: float | None, rate: float | None) -> None:
+    try:
+        bucket.configure(capacity=capacity, tokens_per_second=rate)
+    except Exception as error:  # a server that does not answer; or of a bucket of the user's
+        raise ValueError(f"{bucket!r} could not be changed: {error!r}") from error
 
 
 def _number(value: float | str) -> float:

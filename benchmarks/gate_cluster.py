@@ -1,0 +1,147 @@
+"""The part of gate.py with several workers on one RedisTokenBucket: its rate, its shares, its calls, an outage."""
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, Final
+
+import redis
+from gate_lab import Redis, Run
+
+__all__ = ["cluster"]
+
+#: Seconds from the start of the workers until the measurement, so that all of them take part.
+SETTLED: Final = 3.0
+
+#: Workers, rate, capacity, jobs; by how many percent their shares may differ; calls for each job.
+SETUPS: Final = (
+    (3, 60.0, 6.0, 1_500, 10, 1.3),
+    (3, 60.0, 3.0, 1_500, 10, 1.3),
+    (3, 60.0, 1.0, 1_200, 20, 4.5),
+    (4, 400.0, 20.0, 6_000, 15, 0.4),
+)
+
+
+def cluster(bench: Any) -> None:
+    """Run several workers on one bucket in a Redis of its own."""
+    if "redis" not in bench.brokers:
+        return
+    broker = bench.server("redis")
+    with Redis(bench.directory) as limits:
+        for setup in SETUPS[:1] if bench.short else SETUPS:
+            together(bench, broker, limits, *setup)
+        for policy in ("local",) if bench.short else ("local", "closed"):
+            away(bench, broker, limits, policy)
+
+
+def together(
+    bench: Any,
+    broker: Any,
+    limits: Redis,
+    count: int,
+    rate: float,
+    capacity: float,
+    jobs: int,
+    apart: int,
+    calls_each: float,
+) -> None:
+    """Measure workers that start together, with a backlog for all of them."""
+    forget(limits)
+    with Run(broker, rate=rate, capacity=capacity, pool="threads", slots=4, cluster=limits.url) as run:
+        names = [f"w{number}" for number in range(count)]
+        for name in names:
+            run.start(name)
+        run.ready(count)
+        client = redis.Redis.from_url(limits.url)
+        before = calls(client)
+        run.send("limited", jobs)
+        run.wait("limited", jobs, 60 + jobs / rate, "the jobs did not all run")
+        asked = calls(client) - before
+        client.close()
+        ran = run.ran("limited")
+        moments = [each.moment for each in ran]
+        window = [each for each in ran if moments[0] + SETTLED <= each.moment <= moments[-1] - SETTLED]
+        measured = (len(window) - 1) / (window[-1].moment - window[0].moment)
+        shares = Counter(each.worker for each in window)
+        least, most = min(shares[name] for name in names), max(shares.values())
+        lowest, worst = float("inf"), 0.0
+        for number, moment in enumerate(moments):
+            lowest = min(lowest, number - rate * moment)
+            worst = max(worst, number - rate * moment - lowest + 1 - capacity)
+        twice = jobs - len({each.number for each in ran})
+        name = f"cluster: {count} workers, {rate:g}/s, capacity {capacity:g}"
+        near = 0.98 if capacity >= 3 else 0.95
+        bench.report(
+            f"{name}: rate",
+            f"{measured:.2f}/s, {worst:+.2f} jobs beyond the bound",
+            f"{near * rate:g} .. {1.0034 * rate:g}/s",
+            near * rate <= measured <= 1.0034 * rate and not twice,
+        )
+        bench.report(
+            f"{name}: shares",
+            "/".join(str(shares[each]) for each in names),
+            f"within {apart} %",
+            most <= least * (1 + apart / 100),
+        )
+        bench.report(
+            f"{name}: calls for each job",
+            f"{asked / jobs:.2f}",
+            f"<= {calls_each}",
+            asked <= calls_each * jobs,
+        )
+
+
+def away(bench: Any, broker: Any, limits: Redis, policy: str) -> None:
+    """Stop the limits' Redis for 10 s, and start it again, empty."""
+    rate, capacity, count = 60.0, 6.0, 3
+    forget(limits)
+    with Run(
+        broker,
+        rate=rate,
+        capacity=capacity,
+        pool="threads",
+        slots=4,
+        cluster=limits.url,
+        on_outage=policy,
+        max_held=1000,
+    ) as run:
+        for number in range(count):
+            run.start(f"w{number}")
+        run.ready(count)
+        run.send("limited", 2_000)
+        # Until each has heard of the others: they tell every 5 s that they live.
+        run.wait("limited", 420, 60, "no jobs ran")
+        gone = time.monotonic()
+        limits.kill()
+        time.sleep(10)
+        limits.start()
+        back = time.monotonic()
+        time.sleep(6)
+        moments = run.moments("limited")
+
+        def between(first: float, last: float) -> float:
+            return sum(first <= moment < last for moment in moments) / (last - first) / rate
+
+        during = between(gone + 2, gone + 10)
+        after = between(back + 2, back + 5)
+        errors = sum("Traceback" in Path(f"{run.path}.w{n}.log").read_text() for n in range(count))
+        bench.report(
+            f"cluster: Redis away for 10 s, {policy}",
+            f"x {during:.2f} of the rate, x {after:.2f} from 2 s after, {errors} errors",
+            {"local": "0.9 .. 1.05", "closed": "0"}[policy] + ", >= 0.98",
+            (0.9 <= during <= 1.05 if policy == "local" else during == 0)
+            and after >= 0.98
+            and not errors,
+        )
+
+
+def forget(limits: Redis) -> None:
+    """Empty it: workers of a run before count as alive for 15 s."""
+    with redis.Redis.from_url(limits.url) as client:
+        client.flushall()
+
+
+def calls(client: Any) -> int:
+    """Return how many commands of the buckets a Redis has run."""
+    stats = client.info("commandstats")
+    return int(stats.get("cmdstat_evalsha", {}).get("calls", 0))
