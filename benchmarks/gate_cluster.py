@@ -30,6 +30,7 @@ def cluster(bench: Any) -> None:
     with Redis(bench.directory) as limits:
         for setup in SETUPS[:1] if bench.short else SETUPS:
             together(bench, broker, limits, *setup)
+        killed(bench, broker, limits)
         for policy in ("local",) if bench.short else ("local", "closed"):
             away(bench, broker, limits, policy)
 
@@ -88,6 +89,33 @@ def together(
             f"{asked / jobs:.2f}",
             f"<= {calls_each}",
             asked <= calls_each * jobs,
+        )
+
+
+def killed(bench: Any, broker: Any, limits: Redis) -> None:
+    """Kill two of four workers at once, with what they hold and were promised."""
+    rate, count = 60.0, 4
+    forget(limits)
+    with Run(broker, rate=rate, capacity=6.0, pool="threads", slots=4, cluster=limits.url) as run:
+        for number in range(count):
+            run.start(f"w{number}")
+        run.ready(count)
+        run.send("limited", 2_000)
+        run.wait("limited", 420, 60, "no jobs ran")
+        for name in "w0", "w1":
+            run.kill(name)
+        gone = time.monotonic()
+        time.sleep(7)
+        moments = run.moments("limited")
+
+        def between(first: float, last: float) -> float:
+            return sum(gone + first <= m < gone + last for m in moments) / (last - first) / rate
+
+        bench.report(
+            "cluster: 2 of 4 workers killed -9",
+            f"x {between(0, 1):.2f}, {between(1, 3):.2f}, {between(3, 6):.2f} of the rate in s 0-1, 1-3, 3-6",
+            ">= 0.95, 0.98",
+            between(1, 3) >= 0.95 and between(3, 6) >= 0.98,
         )
 
 

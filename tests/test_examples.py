@@ -18,8 +18,8 @@ FOLDERS = [
     folder for folder in sorted(EXAMPLES.iterdir()) if (folder.is_dir() and folder.name[0] != "_")
 ]
 
-#: These need two terminals, and a test of their own.
-APART = {"two_terminals"}
+#: These need two terminals, or a Redis, and a test of their own.
+APART = {"cluster", "two_terminals"}
 
 
 def script(folder):

@@ -68,7 +68,8 @@ class Asked:
         self._next = 0.0
         self._look_at = math.inf
         self._is_out = False
-        self._version = ""
+        #: The version of the numbers that was last seen, and whether it was paused at the last look.
+        self._seen = "", False
 
     @property
     def capacity(self) -> float:
@@ -178,15 +179,15 @@ class Asked:
         with self._lock:
             self._is_out = False
             if len(given) == 2:  # a look
-                changed = version != self._version or given[1] > 0.0
-                self._version = version
+                seen = version, given[1] > 0.0
+                changed, self._seen = seen != self._seen, seen
                 if changed:
                     self._next = 0.0  # it is asked anew, in its place
                 else:
                     self._look_again(sent)
                     return
             else:
-                self._version = version
+                self._seen = version, self._seen[1]
                 tokens, wait, self._held, _ = given
                 if tokens:
                     self._stash += tokens

@@ -1,10 +1,14 @@
 """Several workers on one RedisTokenBucket: one rate for all, and nothing that waits for its server."""
 
 import contextlib
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 import redis
-from harness import DEADLINE, Lab, wait_for
+from harness import DEADLINE, ROOT, Lab, wait_for
 from kombu_lab import Worker, running
 from limits import fail_at_start, start, stats
 
@@ -149,6 +153,25 @@ def test_a_change_reaches_held_jobs(cluster):
         other.restore()
 
 
+def test_a_pause_reaches_all_workers(cluster):
+    """Whoever pauses the bucket, and whatever the workers hold; and they go on when it is over."""
+    with worker(cluster) as one, worker(cluster) as two:
+        for number in range(100):
+            cluster.send("shared", number)
+        wait_for(lambda: len(set(cluster.runs("shared by"))) == 2)
+        bucket = RedisTokenBucket("shared", 3, 30, url=cluster.settings["limits_url"])
+        bucket.pause(600)
+        time.sleep(1.5)  # those that were granted before
+        ran = len(cluster.runs("shared"))
+        assert ran < 100
+        time.sleep(1)
+        assert len(cluster.runs("shared")) == ran
+        bucket.resume()
+        assert sorted(cluster.wait_for_runs("shared", 100)) == list(range(100))
+        assert one.running
+        assert two.running
+
+
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_in_the_decorator(cluster, pool):
     """Without a gate the processes of a pool share it, and so do workers."""
@@ -172,6 +195,20 @@ def test_a_server_that_is_not_there(cluster):
             wait_for(lambda: cluster.runs("closed"), 0.5)
         assert one.running
     assert one.output.count("does not answer") == 1
+
+
+def test_the_example(redis_url):
+    """Three workers send all emails together, at one rate."""
+    command = [sys.executable, str(ROOT / "examples" / "cluster" / "run.py")]
+    environment = {**os.environ, "REDIS_URL": redis_url(), "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=90, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    *workers, total = done.stdout.splitlines()[-4:]
+    assert sum(int(line.split()[1]) for line in workers) == 100
+    assert total.endswith("the limit is 10/s")
+    assert float(total.split()[4].removesuffix("/s;")) < 10.5
 
 
 def test_in_the_settings(redis_lab):
