@@ -32,6 +32,8 @@ class Outages:
         self._server = server
         self._lock = threading.Lock()
         self._pause = _PAUSE
+        #: How many outages there were.
+        self.count = 0
         #: Until when it is not asked. ``None``: it answers.
         self._until: float | None = None
 
@@ -50,6 +52,7 @@ class Outages:
         """Take note that it has not answered. The first time is logged."""
         with self._lock:
             first = self._until is None
+            self.count += first
             self._pause = _PAUSE if first else min(2 * self._pause, _LONGEST_PAUSE)
             self._until = monotonic() + self._pause
         if first:
@@ -58,6 +61,10 @@ class Outages:
                 self._server,
                 error,
             )
+
+    def after_fork(self) -> None:
+        """Forget the other threads of the parent, one of which may have held the lock."""
+        self._lock = threading.Lock()
 
     def answered(self) -> None:
         """Take note that it has answered. The first time after an outage is logged."""
@@ -82,9 +89,11 @@ class StandIn:
     def __init__(self, policy: Policy, outages: Outages) -> None:
         self._policy = policy
         self._outages = outages
+        #: The share, and the outage that it is for.
         self._bucket: TokenBucket | None = None
-        #: The tokens granted since the outage began.
-        self.granted = 0.0
+        self._outage = 0
+        #: The tokens that were granted and that the server does not know of.
+        self._granted = 0.0
         self._lock = threading.Lock()
 
     def take_or_delay(self, tokens: float, share: Callable[[], TokenBucket]) -> float:
@@ -99,26 +108,46 @@ class StandIn:
             return max(self._outages.left, 0.01)
         with self._lock:
             if self._policy == "local":
-                if self._bucket is None:
-                    self._bucket = share()
-                if tokens <= self._bucket.capacity:
-                    delay = self._bucket.take_or_delay(tokens)
-                elif not (delay := max(0.0, -self._bucket.tokens) / self._bucket.tokens_per_second):
-                    self._bucket.charge(tokens)  # more than a share holds at once: in its turn, in debt
+                bucket = self._share(share)
+                if tokens <= bucket.capacity:
+                    delay = bucket.take_or_delay(tokens)
+                elif not (delay := max(0.0, -bucket.tokens) / bucket.tokens_per_second):
+                    bucket.charge(tokens)  # more than a share holds at once: in its turn, in debt
                 if delay:
                     return delay
-            self.granted += tokens
+            self._granted += tokens
         return 0.0
 
     def pause(self, seconds: float, share: Callable[[], TokenBucket]) -> None:
         """Grant nothing for some seconds, if it grants a share."""
         if self._policy == "local":
             with self._lock:
-                if self._bucket is None:
-                    self._bucket = share()
-                self._bucket.pause(seconds)
+                self._share(share).pause(seconds)
 
-    def end(self) -> None:
-        """Begin anew with the next outage."""
+    def resume(self) -> None:
+        """End a pause."""
         with self._lock:
-            self.granted, self._bucket = 0.0, None
+            if self._bucket is not None:
+                self._bucket.resume()
+
+    @property
+    def has_granted(self) -> bool:
+        """Whether the server does not know of tokens that were granted."""
+        return self._granted > 0.0
+
+    def take_granted(self) -> float:
+        """Return the tokens that were granted and that the server does not know of; forget them."""
+        with self._lock:
+            granted, self._granted = self._granted, 0.0
+        return granted
+
+    def after_fork(self) -> None:
+        """Begin in a forked child: the parent tells the server what it has granted."""
+        self._lock = threading.Lock()
+        self._granted, self._bucket = 0.0, None
+
+    def _share(self, share: Callable[[], TokenBucket]) -> TokenBucket:
+        if self._bucket is None or self._outage != self._outages.count:
+            self._outage = self._outages.count
+            self._bucket = share()
+        return self._bucket

@@ -5,6 +5,7 @@ what all held jobs need next, bucket by bucket, with the moment at which there w
 only if a job is here that takes them. What no job has taken within 50 ms goes back.
 """
 
+import contextlib
 import heapq
 import itertools
 import logging
@@ -34,6 +35,12 @@ _SPAN: Final = 0.05
 #: Seconds after which a bucket is looked at, though its next tokens come later: somebody may have changed it.
 _LOOK: Final = 1.0
 
+#: The most buckets that are looked at in one second.
+_LOOKS: Final = 50
+
+#: Seconds for which a capacity counts as known, once the server has told it.
+_KNOWN: Final = 1.0
+
 #: The most buckets in one call.
 _MOST: Final = 100
 
@@ -48,28 +55,31 @@ class Asked:
 
     Args:
         shared: The bucket's state in this process.
-        asker: Asks the server.
 
     """
 
-    def __init__(self, shared: Shared, asker: "Asker") -> None:
+    def __init__(self, shared: Shared) -> None:
         self._shared = shared
-        self._asker = asker
-        self._lock = threading.Lock()
         self._listeners: list[Callable[[Any], None]] = []
+        #: The tokens of all jobs that wait here, and of the next one.
+        self._waiting = 0.0
+        self._unit = 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._asker = asker_of(self._shared.server)
+        self._lock = threading.Lock()
         #: Tokens that were granted and not taken yet, and when they go back.
         self._stash = 0.0
         self._stashed_until = math.inf
-        #: The tokens of all jobs that wait here, and of the next one, if it is to be asked for.
-        self._waiting = 0.0
-        self._unit = 0.0
-        #: What the server has promised, and when that is there.
+        #: What the server has promised, and when that is there; when to look whether that has changed.
         self._held = 0.0
         self._next = 0.0
         self._look_at = math.inf
         self._is_out = False
-        #: The version of the numbers that was last seen, and whether it was paused at the last look.
-        self._seen = "", False
+        #: Whether what is out only gives tokens back: the promise stays.
+        self._keeps = False
+        self._seen = self._shared.seen
 
     @property
     def capacity(self) -> float:
@@ -101,29 +111,32 @@ class Asked:
             0.0: they were taken. The seconds until they come, if that is known; else ``nan``.
 
         Raises:
-            ValueError: They are more than the capacity.
+            ValueError: They are more than the capacity, as the server has said just now.
 
         """
-        shared = self._shared
-        if tokens > shared.capacity:
-            raise ValueError(
-                f"tokens must be at most the capacity {shared.capacity:g}, not {tokens:.15g}"
-            )
+        shared, server = self._shared, self._shared.server
+        if server.asker is not self._asker:  # this is a forked child
+            self._begin()
+        now = time.monotonic()
         with self._lock:
             if self._stash >= tokens * (1 - _SLACK):
                 self._stash = max(0.0, self._stash - tokens)
                 return 0.0
             self._unit = tokens
-            now = time.monotonic()
             delay = self._next - now if self._held else _UNKNOWN
             is_out = self._is_out
+        if tokens > shared.capacity and now - shared.known_at < _KNOWN:
+            raise shared.too_many(tokens)
         if self._asker.is_stuck(now):
             self._asker.need(self)
+            if tokens > shared.capacity:
+                raise shared.too_many(tokens)
             return shared.stand_in.take_or_delay(tokens, shared.share)
-        if not is_out and not delay > 0.0:
+        if delay > 0.0:
+            return max(delay, 1e-3)
+        if not is_out:
             self._asker.need(self)
-            return _UNKNOWN
-        return _UNKNOWN if is_out and not delay > 0.0 else max(delay, 1e-3)
+        return _UNKNOWN
 
     def refund(self, tokens: float) -> None:
         """Put back what was taken from here."""
@@ -146,67 +159,71 @@ class Asked:
 
     # -- for the asker's thread -------------------------------------------------------------------
 
-    def question(self, span: float) -> list[Any] | None:
-        """Return the arguments of the script for what is to be asked now; ``None``: nothing."""
+    def question(self, span: float) -> tuple[list[Any], float] | None:
+        """Return the arguments of the script for what is to be asked now, and the debt in it.
+
+        ``None``: nothing is to be asked.
+        """
         shared, now = self._shared, time.monotonic()
         with self._lock:
             back = 0.0
-            if self._stash and (now >= self._stashed_until or self._stash < self._unit):
+            waits = self._waiting > 0.0
+            if self._stash and (now >= self._stashed_until or (waits and self._stash < self._unit)):
                 back, self._stash = self._stash, 0.0
-            unit, waits = self._unit, self._waiting > 0.0
-            if waits and self._held and now < self._next:
-                if not back:
-                    return shared.arguments("look") if now >= self._look_at else None
-                unit = 0.0
-            elif not (waits and unit):
-                unit = 0.0
-            if not unit and not back and not (self._held and not waits):
-                return None
-            want = promise = 0.0
-            if unit:
+            asks = waits and self._unit > 0.0 and not (self._held and now < self._next)
+            missed = shared.server.outages.is_down or shared.has_missed
+            gives_up = self._held > 0.0 and not waits
+            if not (asks or back or missed or gives_up):
+                if not (waits and self._held and now >= self._look_at):
+                    return None
+                self._is_out = True
+                return shared.arguments("look"), 0.0
+            unit = want = promise = 0.0
+            if asks:
+                unit = self._unit
                 most = max(unit, min(self._waiting, shared.capacity))
                 want = math.floor(most / unit * (1 + _SLACK)) * unit
                 batch = min(want, shared.capacity / 2, shared.rate / shared.server.workers * span)
                 promise = max(1, math.floor(batch / unit)) * unit
-            held = self._held if unit or not waits else 0.0
+            held = self._held if asks or gives_up else 0.0
+            self._keeps = not (asks or gives_up)
             self._is_out = True
-        return shared.arguments("take", back - shared.owed(), held, unit, want, promise)
+        debt = shared.take_debt()
+        return shared.arguments("take", back - debt, held, unit, want, promise), debt
 
     def answer(self, sent: float, reply: list[Any]) -> None:
         """Take note of a reply, and tell who waits."""
         given = self._shared.learn(reply)
-        version = str(reply[0])
         with self._lock:
             self._is_out = False
             if len(given) == 2:  # a look
-                seen = version, given[1] > 0.0
+                seen = self._shared.seen[0], given[1] > 0.0
                 changed, self._seen = seen != self._seen, seen
                 if changed:
                     self._next = 0.0  # it is asked anew, in its place
-                else:
+                elif self._held:
                     self._look_again(sent)
-                    return
             else:
-                self._seen = version, self._seen[1]
-                tokens, wait, self._held, _ = given
-                if tokens:
-                    self._stash += tokens
-                    self._stashed_until = time.monotonic() + _STASHED
-                    self._asker.need_at(self._stashed_until, self)
-                self._next = sent + wait * MICRO
+                self._seen = self._shared.seen[0], self._seen[1]
+                if not self._keeps:
+                    tokens, wait, self._held, _ = given
+                    self._next = sent + max(0.0, wait) * MICRO
+                    if tokens:
+                        self._stash += tokens
+                        self._stashed_until = time.monotonic() + _STASHED
+                        self._asker.need_at(self._stashed_until, self)
                 if self._held:
                     self._look_again(sent)
-        if len(given) > 2 and self._shared.has_missed:
-            self._shared.paid()
         self.tell()
 
     def _look_again(self, now: float) -> None:
         """Have it asked for when its tokens are there; or looked at, if that is long."""
-        self._look_at = now + _LOOK
+        self._look_at = now + self._asker.look_after
         self._asker.need_at(min(self._next, self._look_at), self)
 
-    def failed(self) -> None:
+    def failed(self, debt: float) -> None:
         """Take note that no reply came. What was asked for counts as taken."""
+        self._shared.put_debt(debt)
         with self._lock:
             self._is_out = False
             self._held = self._next = 0.0
@@ -241,6 +258,11 @@ class Asker:
         """Tell whether the server is down, or its answer is overdue: a look-up of its name has no timeout."""
         sent = self._sent
         return self._server.outages.is_down or (sent is not None and now - sent > _OVERDUE)
+
+    @property
+    def look_after(self) -> float:
+        """The seconds until a bucket is looked at: longer if many wait for far moments."""
+        return max(_LOOK, len(self._later) / _LOOKS)
 
     def need(self, bucket: Asked) -> None:
         """Have something asked for a bucket soon."""
@@ -289,42 +311,54 @@ class Asker:
     def _ask(self, due: list[Asked]) -> None:
         server = self._server
         span = max(_SPAN, 2 * self._took)
-        questions = [(bucket, arguments) for bucket in due if (arguments := bucket.question(span))]
+        questions = [(bucket, *asked) for bucket in due if (asked := bucket.question(span))]
         if not questions:
             return
         sent = self._sent = time.monotonic()
+        replies: list[Any]
         try:
             pipeline = server.client.pipeline(transaction=False)
-            for bucket, arguments in questions:
+            for bucket, arguments, _ in questions:
                 pipeline.evalsha(server.script.sha, 1, bucket._shared.key, *arguments)
             replies = pipeline.execute(raise_on_error=False)
             if any(isinstance(reply, redis.exceptions.NoScriptError) for reply in replies):
                 server.client.script_load(server.script.script)
-            server.show_life()
-        except ERRORS as error:
+        except Exception as error:
+            if not isinstance(error, ERRORS):
+                logger.exception("Redis at %s cannot be asked", server.where)
             replies = [error] * len(questions)
         finally:
             self._sent = None
         now = time.monotonic()
         self._took += (min(now - sent, 1.0) - self._took) / 8
-        for (bucket, _), reply in zip(questions, replies, strict=True):
+        for (bucket, _, debt), reply in zip(questions, replies, strict=True):
             if not isinstance(reply, Exception):
                 server.outages.answered()
                 bucket.answer(sent, reply)
                 continue
             if not isinstance(reply, redis.exceptions.NoScriptError):
                 server.outages.failed(reply)
-            bucket.failed()
+            bucket.failed(debt)
             self.need(bucket)
+        for bucket, _, _ in questions:
+            if bucket._shared.has_missed and not server.outages.is_down:
+                bucket._shared.tell_pause()
+        if not server.outages.is_down:
+            with contextlib.suppress(*ERRORS):
+                server.show_life()
 
 
 #: Seconds after which an answer is overdue.
 _OVERDUE: Final = 0.55
 
 
-def asked(shared: Shared) -> Asked:
-    """Return what one gate takes from."""
-    server = shared.server
+def asker_of(server: Server) -> Asker:
+    """Return what asks a server for the gates of this process."""
     if server.asker is None:
         server.asker = Asker(server)
-    return Asked(shared, server.asker)
+    return server.asker  # type: ignore[no-any-return]
+
+
+def asked(shared: Shared) -> Asked:
+    """Return what one gate takes from."""
+    return Asked(shared)

@@ -72,7 +72,7 @@ if command == 'take' then
   promised = math.max(0, promised - held)
   local given, wait, slack = 0, 0, capacity * 1e-12
   if unit > capacity then
-    wait = -1
+    wait, promise = -1, 0
   elseif want > 0 then
     while given + unit <= want + slack and paused <= now do
       local due = given + unit <= held + slack          -- promised before: only the level counts
@@ -83,7 +83,7 @@ if command == 'take' then
     end
     if given + unit > want + slack then
       promise = 0
-    elseif promise > 0 and held > 0 and given == 0 then
+    elseif promise > 0 and held >= unit - slack and given == 0 then
       wait, promise = after(unit - level), held         -- it keeps its place
     else
       wait = after(math.max(promise, unit) - level + promised)

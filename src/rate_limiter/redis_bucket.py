@@ -8,6 +8,7 @@ While the server does not answer, a bucket does what its ``on_outage`` says (`ou
 """
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -21,7 +22,6 @@ from typing import Any, Final
 
 import redis
 from redis.backoff import NoBackoff
-from redis.connection import parse_url
 from redis.retry import Retry
 
 from .checks import not_negative, positive, zero_or_more
@@ -154,7 +154,10 @@ class RedisTokenBucket:
     def allow(self, tokens: float = 1) -> bool:
         """Take tokens now, or none. See `TokenBucket.allow`."""
         number = positive("tokens", tokens, documented=True)
-        return number <= self.capacity and not self._shared.take(number)
+        try:
+            return not self._shared.take(number)
+        except ValueError:  # more than the capacity
+            return False
 
     try_consume = allow
 
@@ -165,23 +168,22 @@ class RedisTokenBucket:
         """
         number = positive("tokens", tokens)
         until = math.inf if timeout is None else time.monotonic() + not_negative(timeout)
-        held = 0.0
+        turn = Turn()
         try:
-            while delay := self._shared.take(self._checked(number), held=held, promise=number):
-                held = number
+            while delay := self._shared.take(number, turn=turn):
                 if delay > until - time.monotonic():
                     raise RateLimitExceeded(
                         f"rate limit exceeded: {number:g} tokens only in {delay:.3g} s", delay
                     )
-                time.sleep(min(delay, _LONGEST_SLEEP))
+                self._sleep(delay)
         except BaseException:
-            if held:
-                self._shared.forget(held)
+            if turn.held:
+                self._shared.forget(turn.held)
             raise
 
     def take_or_delay(self, tokens: float = 1) -> float:
         """Take tokens and return ``0.0``, or return the seconds to wait. See `TokenBucket.take_or_delay`."""
-        return self._shared.take(self._checked(positive("tokens", tokens)))
+        return self._shared.take(positive("tokens", tokens))
 
     def refund(self, tokens: float) -> None:
         """Give back tokens that were not used. During an outage they are lost."""
@@ -245,16 +247,25 @@ class RedisTokenBucket:
 
         return asked(self._shared)
 
-    def _checked(self, tokens: float) -> float:
-        if tokens > self.capacity:
-            raise ValueError(
-                f"tokens must be at most the capacity {self.capacity:g}, not {tokens:.15g}"
-            )
-        return tokens
+    def _sleep(self, seconds: float) -> None:
+        """Sleep until a promised moment, or until somebody has changed the bucket."""
+        end, seen = time.monotonic() + seconds, self._shared.seen
+        while (left := end - time.monotonic()) > 0.0:
+            time.sleep(min(left, _LOOK))
+            if left > _LOOK:  # not earlier: who asks before his moment is refused
+                self._shared.look()
+                if seen != self._shared.seen:
+                    return
 
 
-#: Seconds after which a waiter asks again, though it was promised a later moment: the numbers may have changed.
-_LONGEST_SLEEP: Final = 30.0
+#: Seconds between two looks of a waiter whether somebody has changed the numbers, or has paused the bucket.
+_LOOK: Final = 2.0
+
+
+class Turn:
+    """The place of a caller that waits: what the server has promised it."""
+
+    held = 0.0
 
 
 class Shared:
@@ -278,33 +289,45 @@ class Shared:
         #: As last known; an operator may have changed them.
         self.capacity, self.rate = capacity, rate
         self.level = 0.0
-        self._known_at = 0.0
+        #: When the server has last told the level and the numbers; 0.0: never.
+        self.known_at = 0.0
+        #: The version of the numbers, and whether it is paused, as last seen.
+        self.seen = "", False
         self.stand_in = StandIn(policy, server.outages)
         #: What the server has missed: tokens to charge, and until when it is paused.
         self._owed = 0.0
         self._paused_until = 0.0
+        self._lock = threading.Lock()
 
-    def take(self, tokens: float, *, held: float = 0.0, promise: float = 0.0) -> float:
+    def take(self, tokens: float, *, turn: Turn | None = None) -> float:
         """Take tokens and return 0.0, or return the seconds until they are there.
 
         Args:
             tokens: How many.
-            held: What this caller was promised.
-            promise: What it wants to be promised if it has to wait.
+            turn: The place of the caller, if it waits.
 
         Raises:
-            ValueError: They are more than the capacity, which somebody has changed.
+            ValueError: They are more than the capacity.
 
         """
+        held, promise = (0.0, 0.0) if turn is None else (turn.held, tokens)
         try:
-            given, wait = self._take(0.0, held, tokens, tokens, promise)
+            given, wait, promised, _ = self._take(0.0, held, tokens, tokens, promise)
         except ServerDownError:
+            if turn is not None:
+                turn.held = 0.0
+            if tokens > self.capacity:
+                raise self.too_many(tokens) from None
             return self.stand_in.take_or_delay(tokens, self.share)
+        if turn is not None:
+            turn.held = promised
         if wait < 0.0:
-            raise ValueError(
-                f"tokens must be at most the capacity {self.capacity:g}, not {tokens:.15g}"
-            )
+            raise self.too_many(tokens)
         return 0.0 if given > 0.0 else max(wait * MICRO, MICRO)
+
+    def too_many(self, tokens: float) -> ValueError:
+        """Return the error for more tokens than the capacity."""
+        return ValueError(f"tokens must be at most the capacity {self.capacity:g}, not {tokens:.15g}")
 
     def forget(self, held: float) -> None:
         """Give up what a caller was promised."""
@@ -316,7 +339,7 @@ class Shared:
         try:
             self._take(tokens, 0.0, 0.0, 0.0, 0.0)
         except ServerDownError:
-            self._owed += max(0.0, -tokens)
+            self.put_debt(max(0.0, -tokens))
 
     def pause(self, seconds: float) -> None:
         """Grant nothing for some seconds."""
@@ -329,6 +352,7 @@ class Shared:
     def resume(self) -> None:
         """End a pause."""
         self._paused_until = 0.0
+        self.stand_in.resume()
         with contextlib.suppress(ServerDownError):
             self.call("resume")
 
@@ -342,6 +366,7 @@ class Shared:
             level, paused = self.call("look")
         except ServerDownError:
             return self.level, 0.0
+        self.seen = self.seen[0], paused > 0.0
         return level, paused * MICRO
 
     def call(self, command: str, *arguments: float) -> list[float]:
@@ -361,39 +386,56 @@ class Shared:
         """Take note of what the server has replied to a command; return what it gives."""
         answer = self._learn(reply)
         if len(answer) > 3:  # of "take"
-            self.level, self._known_at = answer[3], time.monotonic()
+            self.level, self.known_at = answer[3], time.monotonic()
         return answer
 
     @property
     def has_missed(self) -> bool:
         """Whether the server has missed something during an outage."""
-        return bool(self._owed or self._paused_until or self.stand_in.granted)
+        return bool(self._owed or self._paused_until or self.stand_in.has_granted)
 
-    def owed(self) -> float:
-        """Return what is to be charged once the server answers: what was granted without it, up to a share."""
+    def take_debt(self) -> float:
+        """Return what is to be charged with the next call, and owe it no more."""
         share = self.server.workers if self.declared[2] == "local" else 1
-        return self._owed + min(self.stand_in.granted, self.capacity / share)
+        granted = min(self.stand_in.take_granted(), self.capacity / share)
+        with self._lock:
+            debt, self._owed = self._owed + granted, 0.0
+        return debt
 
-    def paid(self) -> None:
-        """Take note that what was `owed` is charged, and tell the server of a pause that it has missed."""
-        self._owed = 0.0
-        self.stand_in.end()
+    def put_debt(self, debt: float) -> None:
+        """Owe tokens: the call that was to charge them has failed."""
+        with self._lock:
+            self._owed += debt
+
+    def tell_pause(self) -> None:
+        """Tell the server of a pause that it has missed."""
         left, self._paused_until = self._paused_until - time.monotonic(), 0.0
         if left > 0.0:
             self.pause(left)
 
-    def _take(self, back: float, *arguments: float) -> tuple[float, float]:
-        given, wait, *_ = self.call("take", back - self.owed(), *arguments)
-        if self.has_missed:
-            self.paid()
-        return given, wait
+    def after_fork(self) -> None:
+        """Begin in a forked child: the parent tells the server what it has missed."""
+        self._lock = threading.Lock()
+        self._owed = self._paused_until = 0.0
+        self.stand_in.after_fork()
+
+    def _take(self, back: float, *arguments: float) -> list[float]:
+        debt = self.take_debt() if self.has_missed and not self.server.outages.left else 0.0
+        try:
+            answer = self.call("take", back - debt, *arguments)
+        except BaseException:
+            self.put_debt(debt)
+            raise
+        if self._paused_until:
+            self.tell_pause()
+        return answer
 
     def share(self) -> TokenBucket:
         """Return a bucket with this process's share of the rate, from the last known level."""
         workers = self.server.workers
         bucket = TokenBucket(self.capacity / workers, self.rate / workers)
-        since = time.monotonic() - self._known_at if self._known_at else 0.0
-        level = min(self.capacity, max(0.0, self.level) + since * self.rate) / workers
+        since = time.monotonic() - self.known_at if self.known_at else 0.0
+        level = min(self.capacity, self.level + since * self.rate) / workers
         if (missing := bucket.capacity - level) > 0.0:
             bucket.charge(missing)
         return bucket
@@ -402,8 +444,9 @@ class Shared:
         return repr(self.declared[0]), repr(self.declared[1])
 
     def _learn(self, reply: list[Any]) -> list[float]:
-        _version, capacity, rate, _why, *answer = reply
+        version, capacity, rate, _why, *answer = reply
         self.capacity, self.rate = float(capacity), float(rate)
+        self.seen = str(version), self.seen[1]
         return [float(each) for each in answer]
 
 
@@ -430,6 +473,9 @@ class Server:
         self._lock = threading.Lock()
         self._member = uuid.uuid4().hex
         self._beat_at = 0.0
+        self.outages.after_fork()
+        for shared in list(self._buckets.values()):
+            shared.after_fork()
         #: What asks for the gates of this process, see `redis_asker`.
         self.asker: Any = None
         self.client = client = self._connect()
@@ -492,19 +538,44 @@ def _server_of(client: Any, url: str | None, timeout: float) -> Server:
     if client is None:
         if not isinstance(url, str):
             raise TypeError(f"url must be text, not {url!r}")
-        options = dict(parse_url(url))  # type: ignore[no-untyped-call] # ValueError for a wrong scheme
+        place = _place_of(url)
     else:
         try:
-            options = client.connection_pool.connection_kwargs
+            pool = client.connection_pool
+            options = pool.connection_kwargs
         except AttributeError:
             raise TypeError(f"client must be a redis.Redis, not {client!r}") from None
-    place = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
-    where = f"{place}/{options.get('db') or 0}"
+        place = _place(options, getattr(pool, "service_name", None))
     with _servers_lock:
-        server = _servers.get(where)
+        server = _servers.get(place)
         if server is None:
-            server = _servers[where] = Server(lambda: client or _connect(url, timeout), where)
+            server = _servers[place] = Server(lambda: client or _connect(url, timeout), place)
     return server
+
+
+@functools.lru_cache(maxsize=100)
+def _place_of(url: str) -> str:
+    """Return the address in a URL.
+
+    Raises:
+        ValueError: It is no URL of a Redis, or has an option that its client does not know.
+
+    """
+    try:
+        pool = _connect(url, 1.0).connection_pool
+        pool.connection_class(**pool.connection_kwargs)  # it does not connect
+    except (ValueError, TypeError, redis.RedisError) as error:
+        # The text of other errors may have a part of a password.
+        plain = isinstance(error, TypeError) or "scheme" in str(error)
+        reason = str(error) if plain else "see redis.Redis.from_url"
+        raise ValueError(f"url must be the URL of a Redis: {reason}") from None
+    return _place(pool.connection_kwargs, None)
+
+
+def _place(options: dict[str, Any], service: str | None) -> str:
+    place = (service and f"service {service}") or options.get("path")
+    place = place or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
+    return f"{place}/{options.get('db') or 0}"
 
 
 def _connect(url: str | None, timeout: float) -> Any:

@@ -12,12 +12,15 @@ from uuid import uuid4
 
 import pytest
 import redis
-from harness import ROOT, wait_for
+from harness import DEADLINE, ROOT, wait_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rate_limiter import AllOf, Bucket, RateLimitExceeded, TokenBucket, redis_bucket
 from rate_limiter.celery import throttle
+from rate_limiter.gating import engine as engine_module
+from rate_limiter.gating.engine import Engine
+from rate_limiter.gating.limit import Call, Limit
 from rate_limiter.redis_bucket import RedisTokenBucket
 from rate_limiter.testing import ManualClock
 
@@ -210,7 +213,7 @@ def test_numbers_are_changed_for_all(url):
         ({"tokens_per_second": math.nan}, ValueError, "tokens_per_second must be a finite number"),
         ({"on_outage": "wait"}, ValueError, "on_outage must be one of 'open', 'closed', 'local'"),
         ({"timeout": 0}, ValueError, "timeout must be positive"),
-        ({"url": "http://localhost"}, ValueError, "scheme"),
+        ({"url": "http://localhost"}, ValueError, "url must be the URL of a Redis: .*scheme"),
         ({"url": None}, TypeError, "one of client=… and url=…"),
         ({"client": object(), "url": None}, TypeError, "client must be a redis.Redis"),
     ],
@@ -269,7 +272,8 @@ def test_the_script_decides_as_a_token_bucket_does(redis_url, capacity, rate, st
             getattr(bucket, what)(amount)
         (level, _) = run("look")
         if not bucket.pause_left:
-            assert level == pytest.approx(bucket.tokens, abs=1e-6)
+            # The server counts whole microseconds.
+            assert level == pytest.approx(bucket.tokens, abs=1e-6 + 2e-6 * rate)
     client.delete(key)
     client.close()
 
@@ -363,6 +367,176 @@ def test_passwords_are_shown_nowhere(caplog):
     assert bucket.allow()
     assert "does not answer" in caplog.text
     assert "secret" not in caplog.text + repr(bucket)
+
+
+def test_what_was_granted_is_charged_once(own):
+    """However many callers come at once when the server is back, and whatever a forked child does."""
+    bucket = RedisTokenBucket("b", 10, 0.01, url=own.url, on_outage="open")
+    assert bucket.allow(10)
+    own.kill()
+    assert [bucket.allow() for _ in range(12)] == [True] * 12
+    own.start()
+    wait_for(lambda: not bucket._shared.server.outages.left)
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(lambda _: bucket.allow(), range(16)))
+    # It was full again, 10 were charged, and 10 may have been granted before that.
+    assert -10.1 <= bucket.tokens <= 0.1
+
+
+def test_each_outage_begins_anew(own):
+    """What paused, or refilled, the share of one outage is none of the next one's."""
+    bucket = RedisTokenBucket("b", 10, 0.01, url=own.url)
+    assert bucket.allow(10)
+    own.kill()
+    bucket.pause(60)
+    assert not bucket.allow()
+    bucket.resume()
+    assert bucket.take_or_delay() < 200
+    own.start()
+    wait_for(lambda: bucket.take_or_delay() == 0.0 and not bucket._shared.server.outages.is_down)
+    own.kill()
+    assert [bucket.allow() for _ in range(11)] == [True] * 9 + [False] * 2
+
+
+def test_capacity_that_an_operator_has_raised(url):
+    """A process that starts later learns it from the server, and no call is refused for the old number."""
+    name = uuid4().hex
+    RedisTokenBucket(name, 10, 1000, url=url).configure(capacity=100)
+    redis_bucket._servers.clear()  # another process
+    bucket = RedisTokenBucket(name, 10, 1000, url=url)
+    bucket.wait(50)
+    assert bucket.capacity == 100
+    bucket.configure(capacity=3)
+    redis_bucket._servers.clear()
+    bucket = RedisTokenBucket(name, 10, 1000, url=url)
+    assert not bucket.allow(5)
+    with pytest.raises(ValueError, match="at most the capacity 3, not 5"):
+        bucket.wait(5)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("redis://localhost/0?visibility_timeout=3600", "visibility_timeout"),
+        ("redis://:pa/ss@localhost/0", "see redis.Redis.from_url"),
+        ("redis://localhost:port/0", "see redis.Redis.from_url"),
+    ],
+)
+def test_wrong_urls(url, says):
+    """An error where it is written, which shows no password."""
+    with pytest.raises(ValueError, match="url must be the URL of a Redis: ") as error:
+        RedisTokenBucket("b", 1, 1, url=url)
+    assert says in str(error.value)
+    assert "pa/" not in str(error.value)
+    assert "'pa'" not in str(error.value)
+
+
+def test_long_waits_keep_their_order(make, monkeypatch):
+    """A waiter looks meanwhile whether somebody has changed the bucket, and does not ask before its turn."""
+    monkeypatch.setattr(redis_bucket, "_LOOK", 0.1)
+    bucket, order = make(1, 2.5), []
+    bucket.allow()
+
+    def wait(name):
+        bucket.wait()
+        order.append(name)
+
+    with ThreadPoolExecutor(5) as threads:
+        for name in range(5):
+            threads.submit(wait, name)
+            time.sleep(0.02)
+    assert order == list(range(5))
+
+
+def test_a_change_reaches_waiters(make, monkeypatch):
+    """A higher rate, and the end of a pause."""
+    monkeypatch.setattr(redis_bucket, "_LOOK", 0.1)
+    bucket = make(1, 0.001)
+    bucket.allow()
+    with ThreadPoolExecutor(1) as threads:
+        waiter = threads.submit(bucket.wait)
+        time.sleep(0.2)
+        bucket.configure(tokens_per_second=50)
+        waiter.result(DEADLINE)
+        bucket.pause(600)
+        waiter = threads.submit(bucket.wait)
+        time.sleep(0.3)
+        bucket.resume()
+        waiter.result(DEADLINE)
+    bucket.restore()
+
+
+# -- for a gate -------------------------------------------------------------------------------------
+
+
+def taken(asked, tokens=1):
+    """Take from what a gate takes from, with a job that waits."""
+    asked.jobs_wait(tokens)
+    wait_for(lambda: asked.take_or_delay(tokens) == 0.0)
+    asked.jobs_wait(0)
+
+
+@pytest.mark.parametrize("policy", ["open", "local"])
+def test_a_gate_finds_out_that_the_server_is_back(own, policy):
+    """Also if no job waits meanwhile, for all are granted here."""
+    bucket = RedisTokenBucket("b", 4, 100, url=own.url, on_outage=policy)
+    asked = bucket.for_gate()
+    taken(asked)
+    own.kill()
+    asked.jobs_wait(1)
+    wait_for(lambda: not asked.take_or_delay() and bucket._shared.server.outages.is_down)
+    asked.jobs_wait(0)
+    own.start()
+    wait_for(lambda: not bucket._shared.server.outages.is_down)
+    wait_for(lambda: not bucket._shared.has_missed)
+    taken(asked)
+
+
+def test_a_gate_that_forgets_its_jobs_asks_no_more(make, url):
+    """After a lost connection to the broker: what it was promised and has not used is for the others."""
+    bucket = make(2, 50)
+    clock = time.monotonic
+    engine = Engine(Host(), lambda _: (Limit(bucket, name="limit"),), clock=clock)
+    plan = engine.plan("job")
+    assert {engine.offer(number, plan)[0] for number in range(20)} == {"held"}
+    wait_for(engine.release)
+    engine.clear()
+    time.sleep(0.2)
+    with redis.Redis.from_url(url) as client:
+        before = client.info("commandstats")["cmdstat_evalsha"]["calls"]
+        time.sleep(0.5)
+        assert client.info("commandstats")["cmdstat_evalsha"]["calls"] - before <= 2
+    assert bucket.tokens == 2
+
+
+def test_jobs_of_different_costs(make, url):
+    """Heavy ones are not starved, and the server is asked a few times for each job."""
+    bucket = make(10, 60)
+    with redis.Redis.from_url(url) as client:
+        before = client.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0)
+        engines = []
+        for _ in range(2):
+            limit = Limit(bucket, tokens=lambda job: job[1], name="limit")
+            engine = Engine(Host(), lambda _, limit=limit: (limit,))
+            for number in range(16):
+                engine.offer((number, (1, 1, 1, 7)[number % 4]), engine.plan("job"))
+            engines.append((engine, []))
+        while any(len(went) < 16 for _, went in engines):
+            for engine, went in engines:
+                went += [held.job[0] for held in engine.release()]
+            time.sleep(0.002)
+        for _, went in engines:
+            assert went == list(range(16))
+        calls = client.info("commandstats")["cmdstat_evalsha"]["calls"] - before
+    assert calls < 4 * 32
+
+
+class Host(engine_module.Host):
+    """A gate of the engine, without a worker."""
+
+    def call_of(self, job, asks_headers):
+        """Give what it costs."""
+        return Call("job", (job,), {})
 
 
 # -- beside the rest --------------------------------------------------------------------------------

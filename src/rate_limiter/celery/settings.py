@@ -165,6 +165,11 @@ def _redis_url(app: Celery) -> str:
         return str(url)
     for url in app.conf.broker_url, app.conf.result_backend:
         if isinstance(url, str) and url.startswith(("redis://", "rediss://")):
+            if ";" in url or "?" in url:
+                raise ValueError(
+                    f"per='cluster' needs {_REDIS}: the URL of the broker or of the result backend has several "
+                    "servers, or options of Celery"
+                )
             return url
     raise ValueError(
         f"per='cluster' needs a Redis: set {_REDIS}, for neither the broker nor the result backend is one"

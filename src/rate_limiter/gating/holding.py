@@ -302,7 +302,8 @@ class Holding(Generic[Job]):
                     wait = queue.turn(demand.tokens, arrival) - now
                     if wait > demand.limit.patience and self._refuse(job, demand, wait):
                         return False
-                delay = _UNTIL_A_START if queue.stopped else delay
+                if queue.stopped:
+                    delay = _UNTIL_A_START if queue.tells is None else math.nan
                 self._hold(arrival, job, demands, demand, now, delay)
                 return False
         if self._unstarted is not None:
@@ -591,6 +592,8 @@ class Holding(Generic[Job]):
 
     def _drop(self, queue: _Queue[Job]) -> None:
         del self._queues[queue.bucket]
+        if queue.tells is not None:
+            queue.tells(0.0)
         if hasattr(queue.bucket, "unsubscribe"):
             queue.bucket.unsubscribe(self.poke)
 

@@ -179,7 +179,8 @@ class Limit:
                 raise ValueError(
                     self._complaint("tokens", call.job, tokens, "a number above 0")
                 ) from None
-        if cost > bucket.capacity and not self.shadow:
+        # The capacity of a bucket on a server may have been raised there: it says so itself.
+        if cost > bucket.capacity and not self.shadow and not hasattr(bucket, "for_gate"):
             most = f"at most the capacity {bucket.capacity:g}"
             raise ValueError(self._complaint("tokens", call.job, tokens, most))
         return self._demands(bucket, cost)
