@@ -38,8 +38,8 @@ def ask(run: Run, command: str, **arguments: Any) -> Any:
 
 
 def held(run: Run) -> int:
-    """Return how many jobs the limit of the task ``limited`` holds."""
-    return int(ask(run, "limits")["limited"]["held"])
+    """Return how many jobs all limits hold."""
+    return sum(int(limit["held"]) for limit in ask(run, "limits").values())
 
 
 # -- changes --------------------------------------------------------------------------------------
