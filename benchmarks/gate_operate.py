@@ -13,7 +13,7 @@ from gate_lab import LabError, Run, Server, wait_until
 __all__ = ["operate"]
 
 #: Seconds to wait for a worker's reply.
-REPLY: Final = 10.0
+REPLY: Final = 2.0
 
 
 def operate(bench: Any) -> None:
@@ -29,9 +29,11 @@ def operate(bench: Any) -> None:
 
 def ask(run: Run, command: str, **arguments: Any) -> Any:
     """Return the reply of the worker to a command of remote control."""
-    replies = run.app.control.broadcast(
-        command, arguments=arguments, reply=True, limit=1, timeout=REPLY, destination=[run.node()]
-    )
+    replies: Any = []
+    for _ in range(5):  # on green pools a worker may listen only a while after it is ready
+        replies = replies or run.app.control.broadcast(
+            command, arguments=arguments, reply=True, limit=1, timeout=REPLY, destination=[run.node()]
+        )
     if not replies or "error" in (reply := replies[0][run.node()]):
         raise LabError(f"{command} {arguments}: {replies}")
     return reply
