@@ -71,7 +71,7 @@ def test_no_job_is_lost_with_the_connection(lab, late, request):
         wait_for(lambda: f"Paused queue {queue}" in worker.output)
         after_a_run(lab)
         break_connections(lab, request)
-        wait_for(lambda: "held jobs back to the broker" in worker.output)
+        # While the queue is paused the worker may not notice: its next command connects again.
         wait_for(lambda: set(lab.runs("job")) == set(range(40)))
         assert f"Resumed queue {queue}" in worker.output
         time.sleep(0.3)  # for a second run of one
