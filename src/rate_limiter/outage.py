@@ -141,6 +141,11 @@ class StandIn:
             granted, self._granted = self._granted, 0.0
         return granted
 
+    def put_granted(self, tokens: float) -> None:
+        """Remember granted tokens again: the server was not told of them."""
+        with self._lock:
+            self._granted += tokens
+
     def after_fork(self) -> None:
         """Begin in a forked child: the parent tells the server what it has granted."""
         self._lock = threading.Lock()

@@ -17,9 +17,9 @@ from typing import Any, Final
 
 import redis
 
-from .redis_bucket import ERRORS, MICRO, Server, Shared
+from .redis_bucket import ERRORS, MICRO, Debt, Server, Shared
 
-__all__ = ["Asked", "asked"]
+__all__ = ["Asked"]
 
 logger = logging.getLogger("rate_limiter")
 
@@ -41,6 +41,9 @@ _LOOKS: Final = 50
 #: Seconds for which a capacity counts as known, once the server has told it.
 _KNOWN: Final = 1.0
 
+#: Seconds after which an answer is overdue.
+_OVERDUE: Final = 0.55
+
 #: The most buckets in one call.
 _MOST: Final = 100
 
@@ -49,7 +52,7 @@ _SLACK: Final = 1e-9
 
 
 class Asked:
-    """One bucket, as one gate takes from it. Made by `asked`.
+    """One bucket, as one gate takes from it.
 
     It has the part of `Bucket` that a gate needs; ``take_or_delay`` returns ``nan`` while an answer is out.
 
@@ -159,7 +162,7 @@ class Asked:
 
     # -- for the asker's thread -------------------------------------------------------------------
 
-    def question(self, span: float) -> tuple[list[Any], float] | None:
+    def question(self, span: float) -> tuple[list[Any], Debt] | None:
         """Return the arguments of the script for what is to be asked now, and the debt in it.
 
         ``None``: nothing is to be asked.
@@ -177,7 +180,7 @@ class Asked:
                 if not (waits and self._held and now >= self._look_at):
                     return None
                 self._is_out = True
-                return shared.arguments("look"), 0.0
+                return shared.arguments("look"), Debt()
             unit = want = promise = 0.0
             if asks:
                 unit = self._unit
@@ -189,7 +192,7 @@ class Asked:
             self._keeps = not (asks or gives_up)
             self._is_out = True
         debt = shared.take_debt()
-        return shared.arguments("take", back - debt, held, unit, want, promise), debt
+        return shared.arguments("take", back - debt.tokens, held, unit, want, promise), debt
 
     def answer(self, sent: float, reply: list[Any]) -> None:
         """Take note of a reply, and tell who waits."""
@@ -221,7 +224,7 @@ class Asked:
         self._look_at = now + self._asker.look_after
         self._asker.need_at(min(self._next, self._look_at), self)
 
-    def failed(self, debt: float) -> None:
+    def failed(self, debt: Debt) -> None:
         """Take note that no reply came. What was asked for counts as taken."""
         self._shared.put_debt(debt)
         with self._lock:
@@ -340,16 +343,11 @@ class Asker:
                 server.outages.failed(reply)
             bucket.failed(debt)
             self.need(bucket)
-        for bucket, _, _ in questions:
-            if bucket._shared.has_missed and not server.outages.is_down:
-                bucket._shared.tell_pause()
         if not server.outages.is_down:
+            for bucket, _, _ in questions:
+                bucket._shared.tell_pause()
             with contextlib.suppress(*ERRORS):
                 server.show_life()
-
-
-#: Seconds after which an answer is overdue.
-_OVERDUE: Final = 0.55
 
 
 def asker_of(server: Server) -> Asker:
@@ -357,8 +355,3 @@ def asker_of(server: Server) -> Asker:
     if server.asker is None:
         server.asker = Asker(server)
     return server.asker  # type: ignore[no-any-return]
-
-
-def asked(shared: Shared) -> Asked:
-    """Return what one gate takes from."""
-    return Asked(shared)

@@ -9,7 +9,6 @@ While the server does not answer, a bucket does what its ``on_outage`` says (`ou
 
 import contextlib
 import functools
-import logging
 import math
 import os
 import threading
@@ -18,7 +17,7 @@ import uuid
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import redis
 from redis.backoff import NoBackoff
@@ -30,8 +29,6 @@ from .outage import POLICIES, Outages, Policy, StandIn
 from .token_bucket import TokenBucket
 
 __all__ = ["RedisTokenBucket"]
-
-logger = logging.getLogger("rate_limiter")
 
 _SCRIPT: Final = (Path(__file__).parent / "redis_bucket.lua").read_text()
 
@@ -243,9 +240,9 @@ class RedisTokenBucket:
 
     def for_gate(self) -> Any:
         """Return what one gate takes from instead: it never waits for the server. See `redis_asker`."""
-        from .redis_asker import asked  # noqa: PLC0415 - only where there is a gate
+        from .redis_asker import Asked  # noqa: PLC0415 - only where there is a gate
 
-        return asked(self._shared)
+        return Asked(self._shared)
 
     def _sleep(self, seconds: float) -> None:
         """Sleep until a promised moment, or until somebody has changed the bucket."""
@@ -266,6 +263,21 @@ class Turn:
     """The place of a caller that waits: what the server has promised it."""
 
     held = 0.0
+
+
+class Debt(NamedTuple):
+    """What the server is to charge: tokens taken without it."""
+
+    #: By `RedisTokenBucket.charge`.
+    charged: float = 0.0
+    #: By the stand-in, and how many of them are charged at most.
+    granted: float = 0.0
+    most: float = 0.0
+
+    @property
+    def tokens(self) -> float:
+        """How many are charged."""
+        return self.charged + min(self.granted, self.most)
 
 
 class Shared:
@@ -339,7 +351,7 @@ class Shared:
         try:
             self._take(tokens, 0.0, 0.0, 0.0, 0.0)
         except ServerDownError:
-            self.put_debt(max(0.0, -tokens))
+            self.put_debt(Debt(charged=max(0.0, -tokens)))
 
     def pause(self, seconds: float) -> None:
         """Grant nothing for some seconds."""
@@ -358,7 +370,7 @@ class Shared:
 
     def order(self, command: str, *arguments: str) -> None:
         """Change the numbers, or raise what the server's client raises."""
-        self._learn(self.server.script(keys=[self.key], args=[command, *self._numbers(), *arguments]))
+        self.learn(self.server.script(keys=[self.key], args=[command, *self._numbers(), *arguments]))
 
     def look(self) -> tuple[float, float]:
         """Return the level, and the seconds of a pause that are left."""
@@ -384,7 +396,10 @@ class Shared:
 
     def learn(self, reply: list[Any]) -> list[float]:
         """Take note of what the server has replied to a command; return what it gives."""
-        answer = self._learn(reply)
+        version, capacity, rate, _why, *texts = reply
+        self.capacity, self.rate = float(capacity), float(rate)
+        self.seen = str(version), self.seen[1]
+        answer = [float(text) for text in texts]
         if len(answer) > 3:  # of "take"
             self.level, self.known_at = answer[3], time.monotonic()
         return answer
@@ -394,21 +409,21 @@ class Shared:
         """Whether the server has missed something during an outage."""
         return bool(self._owed or self._paused_until or self.stand_in.has_granted)
 
-    def take_debt(self) -> float:
+    def take_debt(self) -> Debt:
         """Return what is to be charged with the next call, and owe it no more."""
         share = self.server.workers if self.declared[2] == "local" else 1
-        granted = min(self.stand_in.take_granted(), self.capacity / share)
         with self._lock:
-            debt, self._owed = self._owed + granted, 0.0
-        return debt
+            charged, self._owed = self._owed, 0.0
+        return Debt(charged, self.stand_in.take_granted(), self.capacity / share)
 
-    def put_debt(self, debt: float) -> None:
+    def put_debt(self, debt: Debt) -> None:
         """Owe tokens: the call that was to charge them has failed."""
         with self._lock:
-            self._owed += debt
+            self._owed += debt.charged
+        self.stand_in.put_granted(debt.granted)
 
     def tell_pause(self) -> None:
-        """Tell the server of a pause that it has missed."""
+        """Tell the server of a pause, if it has missed one."""
         left, self._paused_until = self._paused_until - time.monotonic(), 0.0
         if left > 0.0:
             self.pause(left)
@@ -420,14 +435,13 @@ class Shared:
         self.stand_in.after_fork()
 
     def _take(self, back: float, *arguments: float) -> list[float]:
-        debt = self.take_debt() if self.has_missed and not self.server.outages.left else 0.0
+        debt = self.take_debt()
         try:
-            answer = self.call("take", back - debt, *arguments)
+            answer = self.call("take", back - debt.tokens, *arguments)
         except BaseException:
             self.put_debt(debt)
             raise
-        if self._paused_until:
-            self.tell_pause()
+        self.tell_pause()
         return answer
 
     def share(self) -> TokenBucket:
@@ -442,12 +456,6 @@ class Shared:
 
     def _numbers(self) -> tuple[str, str]:
         return repr(self.declared[0]), repr(self.declared[1])
-
-    def _learn(self, reply: list[Any]) -> list[float]:
-        version, capacity, rate, _why, *answer = reply
-        self.capacity, self.rate = float(capacity), float(rate)
-        self.seen = str(version), self.seen[1]
-        return [float(each) for each in answer]
 
 
 class Server:

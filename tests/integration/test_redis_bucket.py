@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from rate_limiter import AllOf, Bucket, RateLimitExceeded, TokenBucket, redis_bucket
 from rate_limiter.celery import throttle
 from rate_limiter.gating import engine as engine_module
+from rate_limiter.gating.declared import new_limit
 from rate_limiter.gating.engine import Engine
 from rate_limiter.gating.limit import Call, Limit
 from rate_limiter.redis_bucket import RedisTokenBucket
@@ -381,6 +382,28 @@ def test_what_was_granted_is_charged_once(own):
         list(threads.map(lambda _: bucket.allow(), range(16)))
     # It was full again, 10 were charged, and 10 may have been granted before that.
     assert -10.1 <= bucket.tokens <= 0.1
+
+
+def test_a_long_outage_is_charged_up_to_the_capacity(own):
+    """However often the server was asked in vain meanwhile; what a task charges itself is charged whole."""
+    bucket = RedisTokenBucket("b", 10, 0.01, url=own.url, on_outage="open")
+    assert bucket.allow()
+    own.kill()
+    for _ in range(3):
+        assert [bucket.allow() for _ in range(12)] == [True] * 12
+        wait_for(lambda: not bucket._shared.server.outages.left)
+    bucket.charge(5)
+    own.start()
+    wait_for(lambda: not bucket._shared.server.outages.left)
+    bucket.allow(0.5)
+    assert -5.6 <= bucket.tokens <= -4.9  # it was full again
+
+
+def test_a_shadow_is_refused(make):
+    """Its bucket would be asked in a worker's loop; also within an AllOf."""
+    for bucket in make(1, 1), AllOf(TokenBucket(1, 1), make(1, 1)):
+        with pytest.raises(ValueError, match="shadow is for a bucket in this process"):
+            new_limit(bucket, shadow=True)
 
 
 def test_each_outage_begins_anew(own):

@@ -147,8 +147,6 @@ def new_limit(
         overflow=overflow or "hold",
     )
     _refuse_shadow_of_others(limit)
-    if shadow and hasattr(bucket, "for_gate"):
-        raise ValueError(f"shadow is for a bucket in this process, not for {bucket!r}")
     return limit
 
 
@@ -177,9 +175,11 @@ def check_parameters(limit: Limit, function: Callable[..., Any] | Parameters, wh
 
 
 def _refuse_shadow_of_others(limit: Limit) -> None:
-    """Refuse a bucket that a shadow and a real limit share: the shadow's debt would make real jobs wait."""
+    """Refuse a shadow's bucket that others take from: its debt would make real jobs wait."""
     for named in (limit.bucket, *limit.buckets):
         for bucket in members(named):  # type: ignore[arg-type] # a callable is its own only member
+            if limit.shadow and hasattr(bucket, "for_gate"):
+                raise ValueError(f"shadow is for a bucket in this process, not for {bucket!r}")
             with contextlib.suppress(TypeError):  # it cannot be referenced weakly
                 others = _limits_of.setdefault(bucket, WeakSet())
                 if any(other.shadow is not limit.shadow for other in others):
