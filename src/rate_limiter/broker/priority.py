@@ -29,12 +29,12 @@ class Priorities:
         """Return how many steps a message stands behind one without a priority. Below 0: it is in front.
 
         Args:
-            message: A kombu message with a priority.
+            message: A kombu message.
             queue: The name of the queue that it came from.
 
         """
-        priority = message.properties["priority"]
-        if not isinstance(priority, int):
+        priority = message.properties.get("priority")
+        if not priority or not isinstance(priority, int):
             return 0
         channel = message.channel
         if (steps := getattr(channel, "priority_steps", None)) is not None:  # Redis

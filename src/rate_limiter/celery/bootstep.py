@@ -239,9 +239,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             # here, beside the job that the consumer runs.
             self.consumer.call_soon(self.on_task_request, request)
             return
-        steps = 0
-        if request.message.properties.get("priority"):
-            steps = self.priorities.steps_behind(request.message, self.queues.of(request))
+        steps = self.priorities.steps_behind(request.message, self.queues.of(request))
         decision, demands = self.engine.offer(request, plan, queue, steps)
         if decision == "go":
             receipt.issue(request.task, request.request_dict, demands)

@@ -16,11 +16,10 @@ from celery.concurrency.prefork import TaskPool
 from celery.worker import state as worker_state
 from celery.worker.control import Panel
 
-from ..all_of import members
 from ..bucket_per_key import BucketPerKey
 from ..gating.limit import Limit
 from ..gating.record import listed, record_of
-from ..gating.steering import Order, carry_out, shown
+from ..gating.steering import Order, buckets_of, carry_out, shown
 from ..shared_bucket import is_shared
 from ..token_bucket import TokenBucket
 from .bootstep import GateStep
@@ -187,20 +186,19 @@ def _all_limits(state: Any) -> dict[str, _Known]:
             found[limit] = _Known(limit, tasks, step.queue_of(limit), step)
     for name, task in sorted(state.app.tasks.items()):
         for limit in limits_of(task):
-            alone = _is_in_pool_processes_alone(state.consumer, limit)
-            each = found.setdefault(limit, _Known(limit, [], None, None, alone))
-            if name not in each.tasks:
-                each.tasks.append(name)
+            if limit not in found:
+                alone = _is_in_pool_processes_alone(state.consumer, limit)
+                found[limit] = _Known(limit, [], None, None, alone)
+            if name not in found[limit].tasks:
+                found[limit].tasks.append(name)
     return {record_of(each.limit).name: each for each in found.values()}
 
 
 def _is_in_pool_processes_alone(consumer: Any, limit: Limit) -> bool:
     """Tell whether a bucket that a task takes from cannot be shared by the processes of a pool."""
-    buckets = limit.buckets or (limit.bucket,)
     return isinstance(consumer.pool, TaskPool) and any(
-        isinstance(each, TokenBucket | BucketPerKey) and not is_shared(each)
-        for bucket in buckets
-        for each in members(bucket)  # type: ignore[arg-type] # a callable is none of them
+        isinstance(bucket, TokenBucket | BucketPerKey) and not is_shared(bucket)
+        for bucket in buckets_of(limit)
     )
 
 

@@ -19,7 +19,7 @@ from .limit import Limit
 from .record import record_of
 from .tally import tally_of, tell
 
-__all__ = ["Order", "carry_out", "seconds_of", "shown"]
+__all__ = ["Order", "buckets_of", "carry_out", "seconds_of", "shown"]
 
 
 class Order(NamedTuple):
@@ -48,7 +48,7 @@ def shown(limit: Limit) -> dict[str, Any]:
     ``buckets=…`` does not name what it may return.
     """
     return {
-        "buckets": [_shown(bucket) for bucket in _buckets(limit)],
+        "buckets": [_shown(bucket) for bucket in buckets_of(limit)],
         "when_limited": _named(limit.when_limited),
         "shadow": limit.shadow,
         **tally_of(limit).snapshot(),
@@ -130,7 +130,8 @@ def seconds_of(argument: str, value: float | str) -> float:
     return seconds
 
 
-def _buckets(limit: Limit) -> Sequence[Any]:
+def buckets_of(limit: Limit) -> Sequence[Any]:
+    """Return the buckets that a limit takes from, as far as known without a job; of an `AllOf` each."""
     if limit.has_bucket or isinstance(limit.bucket, BucketPerKey):
         return _single(limit.bucket)
     return limit.buckets
@@ -210,7 +211,7 @@ def _check_change(
             "so change a limit that has that bucket alone"
         )
     for each in limits:
-        shares = any(one is other for one in _buckets(each) for other in _buckets(limit))
+        shares = any(one is other for one in buckets_of(each) for other in buckets_of(limit))
         if shares and capacity is not None and each.cost is not None and each.cost > capacity:
             raise ValueError(
                 f"capacity {capacity:g} is below the {each.cost:g} tokens that a job of limit "

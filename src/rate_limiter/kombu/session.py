@@ -237,9 +237,7 @@ class Session(Host[_Job]):
         if not self.open:
             return  # the consumers are stopping; the broker has the message
         with self._occupied():
-            steps = 0
-            if job.message.properties.get("priority"):
-                steps = self._priorities.steps_behind(job.message, job.queue)
+            steps = self._priorities.steps_behind(job.message, job.queue)
             decision, _ = self._engine.offer(job, plan, job.queue, steps)
             if decision == "held":
                 self._enter(job)
