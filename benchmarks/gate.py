@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +32,18 @@ import psutil
 from celery import Celery
 from celery.worker.consumer.tasks import Tasks
 from gate_cluster import cluster
-from gate_lab import BROKERS, LabError, Ran, Run, Server, wait_until
+from gate_lab import (
+    BROKERS,
+    WARM_UP,
+    LabError,
+    Ran,
+    Run,
+    Server,
+    cost,
+    excess,
+    rate_of,
+    wait_until,
+)
 from gate_operate import operate
 from gate_outage import outage
 
@@ -45,9 +56,6 @@ from rate_limiter.testing import ManualClock
 
 #: Seconds by which a task may note its start late: the gate lets a job go, and the pool starts it later.
 LATE: Final = 0.05
-
-#: Jobs that run before the measurement, so that the pool's processes are warm.
-WARM_UP: Final = 20
 
 
 class Bench:
@@ -94,21 +102,6 @@ class Bench:
 
 
 # -- rates ----------------------------------------------------------------------------------------
-
-
-def rate_of(moments: Sequence[float]) -> float:
-    """Return the rate between the first moment and the last."""
-    return (len(moments) - 1) / (moments[-1] - moments[0]) if len(moments) > 1 else 0.0
-
-
-def excess(moments: Iterable[float], rate: float) -> float:
-    """Return the least ``c`` for which no window has more than ``c + rate * t`` jobs."""
-    lowest, worst = math.inf, 0.0
-    for number, moment in enumerate(moments):
-        level = number - rate * moment
-        lowest = min(lowest, level)
-        worst = max(worst, level - lowest + 1)
-    return worst
 
 
 def ungated_rate(bench: Bench, server: Server) -> float:
@@ -971,31 +964,6 @@ def gate_alone(bench: Bench) -> None:
             micro <= target,
             microseconds=micro,
         )
-
-
-def cpu_of(run: Run) -> float:
-    """Return the CPU seconds that a worker's main process has used."""
-    times = psutil.Process(run.workers["w"].pid).cpu_times()
-    return times.user + times.system
-
-
-def cost(server: Server, jobs: int, task: str, **options: Any) -> tuple[float, float]:
-    """Return the CPU seconds of the main process per job, and the jobs per second."""
-    with Run(server, **options) as run:
-        run.send("free", WARM_UP)
-        run.send(task, jobs)
-        # It starts beside the queue, so that its own start does not count.
-        run.start(queue=f"{run.queue}-none")
-        run.ready()
-        before = cpu_of(run)
-        add_consumer = run.app.control.add_consumer  # to which a worker may not listen yet
-        if not wait_until(lambda: add_consumer(run.queue, destination=[run.node()], reply=True), 20):
-            raise LabError("the worker did not answer `add_consumer`")
-        total = jobs + (WARM_UP if task == "free" else 0)
-        run.wait(task, total, 180, "the jobs did not all run")
-        time.sleep(0.3)
-        cpu = cpu_of(run) - before
-        return cpu / jobs, rate_of(run.moments(task))
 
 
 #: What a job costs at most in the main process, as a ratio to a worker without a gate; which job; the

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import redis
-from gate_lab import Redis, Run
+from gate_lab import Redis, Run, excess, rate_of
 
 __all__ = ["cluster"]
 
@@ -62,19 +62,16 @@ def together(
         ran = run.ran("limited")
         moments = [each.moment for each in ran]
         window = [each for each in ran if moments[0] + SETTLED <= each.moment <= moments[-1] - SETTLED]
-        measured = (len(window) - 1) / (window[-1].moment - window[0].moment)
+        measured = rate_of([each.moment for each in window])
         shares = Counter(each.worker for each in window)
         least, most = min(shares[name] for name in names), max(shares.values())
-        lowest, worst = float("inf"), 0.0
-        for number, moment in enumerate(moments):
-            lowest = min(lowest, number - rate * moment)
-            worst = max(worst, number - rate * moment - lowest + 1 - capacity)
+        beyond = excess(moments, rate) - capacity
         twice = jobs - len({each.number for each in ran})
         name = f"cluster: {count} workers, {rate:g}/s, capacity {capacity:g}"
         near = 0.98 if capacity >= 3 else 0.95
         bench.report(
             f"{name}: rate",
-            f"{measured:.2f}/s, {worst:+.2f} jobs beyond the bound",
+            f"{measured:.2f}/s, {beyond:+.2f} jobs beyond the bound",
             f"{near * rate:g} .. {1.0034 * rate:g}/s",
             near * rate <= measured <= 1.0034 * rate and not twice,
         )

@@ -1,8 +1,9 @@
-"""Brokers and workers for gate.py, all of its own and in a temporary directory."""
+"""Brokers and workers for gate.py, all of its own and in a temporary directory; and what to make of their runs."""
 
 import contextlib
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -10,15 +11,31 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 import kombu
+import psutil
 import redis
 from celery import Celery, uuid
 
-__all__ = ["BROKERS", "LabError", "RabbitMQ", "Ran", "Redis", "Run"]
+__all__ = [
+    "BROKERS",
+    "WARM_UP",
+    "LabError",
+    "RabbitMQ",
+    "Ran",
+    "Redis",
+    "Run",
+    "cost",
+    "cpu_of",
+    "excess",
+    "rate_of",
+]
+
+#: Jobs that run before the measurement, so that the pool's processes are warm.
+WARM_UP: Final = 20
 
 #: The length of a line that gate_app writes.
 LINE = 8 + 1 + 8 + 1 + 20 + 1
@@ -459,3 +476,43 @@ class Run:
     def ended(self) -> list[str]:
         """Return the workers that have ended by themselves."""
         return [name for name, worker in self.workers.items() if worker.poll() is not None]
+
+
+def rate_of(moments: Sequence[float]) -> float:
+    """Return the rate between the first moment and the last."""
+    return (len(moments) - 1) / (moments[-1] - moments[0]) if len(moments) > 1 else 0.0
+
+
+def excess(moments: Iterable[float], rate: float) -> float:
+    """Return the least ``c`` for which no window has more than ``c + rate * t`` jobs."""
+    lowest, worst = math.inf, 0.0
+    for number, moment in enumerate(moments):
+        level = number - rate * moment
+        lowest = min(lowest, level)
+        worst = max(worst, level - lowest + 1)
+    return worst
+
+
+def cpu_of(run: Run) -> float:
+    """Return the CPU seconds that a worker's main process has used."""
+    times = psutil.Process(run.workers["w"].pid).cpu_times()
+    return times.user + times.system
+
+
+def cost(server: Server, jobs: int, task: str, **options: Any) -> tuple[float, float]:
+    """Return the CPU seconds of the main process per job, and the jobs per second."""
+    with Run(server, **options) as run:
+        run.send("free", WARM_UP)
+        run.send(task, jobs)
+        # It starts beside the queue, so that its own start does not count.
+        run.start(queue=f"{run.queue}-none")
+        run.ready()
+        before = cpu_of(run)
+        add_consumer = run.app.control.add_consumer  # to which a worker may not listen yet
+        if not wait_until(lambda: add_consumer(run.queue, destination=[run.node()], reply=True), 20):
+            raise LabError("the worker did not answer `add_consumer`")
+        total = jobs + (WARM_UP if task == "free" else 0)
+        run.wait(task, total, 180, "the jobs did not all run")
+        time.sleep(0.3)
+        cpu = cpu_of(run) - before
+        return cpu / jobs, rate_of(run.moments(task))

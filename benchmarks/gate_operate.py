@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Final
 
-from gate_lab import LabError, Run, Server, wait_until
+from gate_lab import LabError, Run, Server, cost, rate_of, wait_until
 
 __all__ = ["operate"]
 
@@ -65,7 +65,7 @@ def steer(bench: Any, server: Server, pool: str) -> None:
         moments = run.moments("limited")
         first = [moment for moment in moments if raised <= moment < raised + 1]
         after = [moment for moment in moments if raised + 1 <= moment < lowered]
-        rate = (len(after) - 1) / (after[-1] - after[0])
+        rate = rate_of(after)
         then = [moment for moment in moments if answered <= moment < answered + 1]
         bench.report(
             f"operate {server.name}, {pool}: 1/s to 50/s",
@@ -133,7 +133,11 @@ def looked_at(bench: Any, server: Server) -> None:
             ratios = []
             for number in range(pairs):
                 both = [off, on] if number % 2 else [on, off]
-                rates = [throughput(server, jobs, **options) for options in both]
+                # under a limit that never makes a job wait
+                rates = [
+                    cost(server, jobs, "limited", rate=1e6, capacity=1e6, **options)[1]
+                    for options in both
+                ]
                 without, with_all = rates if number % 2 else rates[::-1]
                 ratios.append(with_all / without)
             ratio = statistics.median(ratios)
@@ -157,17 +161,3 @@ def listener(server: Server) -> Iterator[None]:
         finally:
             receiver.should_stop = True
             thread.join()
-
-
-def throughput(server: Server, jobs: int, **options: Any) -> float:
-    """Return how many empty jobs a second run under a limit that never makes one wait."""
-    with Run(server, rate=1e6, capacity=1e6, **options) as run:
-        run.send("limited", jobs)
-        run.start(queue=f"{run.queue}-none")
-        run.ready()
-        add_consumer = run.app.control.add_consumer
-        if not wait_until(lambda: add_consumer(run.queue, destination=[run.node()], reply=True), 20):
-            raise LabError("the worker did not answer `add_consumer`")
-        run.wait("limited", jobs, 180, "the jobs did not all run")
-        moments = run.moments("limited")
-        return (jobs - 1) / (moments[-1] - moments[0])

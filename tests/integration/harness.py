@@ -3,12 +3,13 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,15 @@ def wait_for(condition: Callable[[], Any], deadline: float = DEADLINE) -> Any:
         assert time.monotonic() < end, f"not within {deadline} s"
         time.sleep(0.03)
     return value
+
+
+def excess(moments: Iterable[float], rate: float) -> float:
+    """Return the least ``c`` for which no span of time has more than ``c + rate * t`` starts."""
+    lowest, worst = math.inf, 0.0
+    for number, moment in enumerate(moments):
+        lowest = min(lowest, number - rate * moment)
+        worst = max(worst, number - rate * moment - lowest + 1)
+    return worst
 
 
 class Entry(NamedTuple):

@@ -1,28 +1,18 @@
 """Limited jobs and the slots of the pool: when they start, what starts first, and that none is lost."""
 
 import logging
-import math
 import os
 import signal
 import time
 
 import pytest
-from harness import at_once, wait_for
+from harness import at_once, excess, wait_for
 from limits import break_connections, limit, start, stats
 
 from rate_limiter.celery import slots
 
 #: Seconds for which jobs occupy all slots of a pool.
 STALL = 1.5
-
-
-def excess(moments, rate):
-    """Return the least ``c`` for which no span of time has more than ``c + rate * t`` starts."""
-    lowest, worst = math.inf, 0.0
-    for number, moment in enumerate(moments):
-        lowest = min(lowest, number - rate * moment)
-        worst = max(worst, number - rate * moment - lowest + 1)
-    return worst
 
 
 def occupy(lab, count=2):

@@ -59,11 +59,10 @@ def test_a_wait_that_becomes_too_long_ends():
     assert lab.numbers()["refused"] == 2
 
 
-def test_a_wait_ends_in_time_behind_a_job_that_waits_for_ever():
-    """A job whose turn has not come ends when its time is over, too."""
-    lab = Lab(1, 1)
-    limits = {"patient": lab.limit, "hasty": Limit(lab.bucket, max_wait=3, name="hasty")}
-    engine = lab.engine = Engine(lab.gate, lambda kind: (limits[kind],), clock=lab.clock)
+def assert_ends_in_time(lab, *hasty):
+    """Check that a job under these limits, behind one that waits for ever, ends after 3 s."""
+    limits = {"patient": (lab.limit,), "hasty": hasty}
+    engine = lab.engine = Engine(lab.gate, lambda kind: limits[kind], clock=lab.clock)
     engine.window = lambda _limit: 4
     for job, kind in ("go", "patient"), ("b", "patient"), ("c", "hasty"):
         engine.offer(job, engine.plan(kind))
@@ -72,6 +71,12 @@ def test_a_wait_ends_in_time_behind_a_job_that_waits_for_ever():
     assert len(engine) == 2
     lab.run(3)
     assert ended(lab) == ["c"]
+
+
+def test_a_wait_ends_in_time_behind_a_job_that_waits_for_ever():
+    """A job whose turn has not come ends when its time is over, too."""
+    lab = Lab(1, 1)
+    assert_ends_in_time(lab, Limit(lab.bucket, max_wait=3, name="hasty"))
     assert lab.run(101) == ["b"]
 
 
@@ -161,14 +166,5 @@ def test_jobs_that_have_gone_are_forgotten():
 def test_beside_a_limit_of_another_kind(other):
     """A job waits no longer than max_wait for its bucket, whatever its other limits do."""
     lab = Lab(1, 1)
-    short = Limit(lab.bucket, name="short", max_wait=3)
     plenty = Limit(TokenBucket(9, 9, clock=lab.clock), name="other", when_limited=other)
-    limits = {"patient": (lab.limit,), "hasty": (short, plenty)}
-    engine = lab.engine = Engine(lab.gate, lambda kind: limits[kind], clock=lab.clock)
-    for job, kind in ("go", "patient"), ("b", "patient"), ("c", "hasty"):
-        engine.offer(job, engine.plan(kind))
-    lab.bucket.pause(100)
-    lab.run(2.9)
-    assert len(engine) == 2
-    lab.run(3)
-    assert ended(lab) == ["c"]
+    assert_ends_in_time(lab, Limit(lab.bucket, max_wait=3, name="short"), plenty)

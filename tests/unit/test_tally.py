@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 import tempfile
-import time
 import weakref
 
 import pytest
@@ -14,6 +13,7 @@ from rate_limiter import TokenBucket
 from rate_limiter.gating import tally
 from rate_limiter.gating.limit import Demand, Limit
 from rate_limiter.gating.tally import Observer, observers, share_tallies, tally_of
+from rate_limiter.testing import ManualClock
 
 bucket = TokenBucket(100, 100)
 
@@ -136,14 +136,16 @@ def test_a_descriptor_that_belongs_to_another_file_now_is_let_alone():
     os.close(number)
 
 
-def test_an_observer_that_fails_or_is_slow_is_logged_once(caplog):
+def test_an_observer_that_fails_or_is_slow_is_logged_once(caplog, monkeypatch):
     """Not at each job; and the others are told all the same."""
+    clock = ManualClock()
+    monkeypatch.setattr(tally, "perf_counter", clock)
     caplog.set_level(logging.WARNING, "rate_limiter")
     told = []
 
     class Bad(Observer):
         def skipped(self, job, limit):
-            time.sleep(0.06)
+            clock.advance(0.06)
             raise ValueError(job)
 
     class Good(Observer):
