@@ -1,13 +1,17 @@
-"""Several buckets as one. All taking from several buckets at a time stands here."""
+"""Several buckets as one. All taking from several buckets at a time stands here.
+
+A bucket class may have a ``server``, with ``take_together``, ``wait_together`` and ``check_together``: buckets of
+one server are then taken from in one call, and after all others, so that no refusal makes it give back.
+"""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 from time import monotonic
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from .bucket import Bucket
-from .checks import not_negative
+from .checks import not_negative, positive
 
 __all__ = [
     "AllOf",
@@ -62,6 +66,9 @@ class AllOf:
         single = list(members(self))
         if len(set(single)) < len(single):
             raise ValueError(f"AllOf was given the same bucket twice, it would pay twice: {buckets!r}")
+        for together in _by_server([_Share(bucket, 1) for bucket in single]):
+            if len(together) > 1:
+                single[together[0]].check_together([single[each] for each in together])  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
         return f"AllOf({', '.join(map(repr, self.buckets))})"
@@ -83,16 +90,11 @@ class AllOf:
 
     def allow(self, tokens: float = 1) -> bool:
         """Take from all buckets now, or from none. See `TokenBucket.allow`."""
-        taken = 0
+        number = positive("tokens", tokens, documented=True)
         try:
-            for bucket in self.buckets:
-                if not bucket.allow(tokens):
-                    return False
-                taken += 1
-        finally:
-            if 0 < taken < len(self.buckets):
-                give_back(self._demands(tokens)[:taken])
-        return True
+            return not take_all_or_delay(self._demands(number))[0]
+        except ValueError:  # more than a capacity
+            return False
 
     try_consume = allow
 
@@ -132,7 +134,7 @@ class AllOf:
         raise TypeError("AllOf has no capacity and no rate of its own: configure one of its buckets")
 
     def _demands(self, tokens: float) -> list["_Share"]:
-        return [_Share(bucket, tokens) for bucket in self.buckets]
+        return [_Share(bucket, tokens) for bucket in members(self)]
 
 
 class _Share(NamedTuple):
@@ -160,16 +162,16 @@ def take_all_or_delay(demands: Sequence[Demand]) -> tuple[float, int]:
         ValueError: As `TokenBucket.take_or_delay`. Nothing is taken.
 
     """
-    taken = 0
+    taken: list[Demand] = []
     try:
-        for demand in demands:
-            delay = demand.bucket.take_or_delay(demand.tokens)
+        for together in _by_server(demands):
+            delay, refused = _take_together(demands, together)
             if delay:
-                return delay, taken
-            taken += 1
+                return delay, refused
+            taken += [demands[each] for each in together]
     finally:
-        if taken < len(demands):
-            give_back(demands[:taken])
+        if len(taken) < len(demands):
+            give_back(taken)
     return 0.0, 0
 
 
@@ -227,9 +229,11 @@ def wait_for_all(
                 taken += demands
         for _, slowest_first, most in sorted(refused, key=itemgetter(0), reverse=True):
             began, left = monotonic(), most
-            for demand in slowest_first:
-                demand.bucket.wait(demand.tokens, timeout=left)
-                taken.append(demand)
+            for together in _by_server(slowest_first, last=False):
+                group = [slowest_first[each] for each in together]
+                demand = group[0]
+                _wait_together(group, left)
+                taken += group
                 if most is not None:
                     left = max(0.0, most - (monotonic() - began))
         if refused:
@@ -263,11 +267,51 @@ def charge_refilled(demands: Iterable[Demand]) -> None:
 
 def _take_all_or_delays(demands: Sequence[Demand]) -> list[float]:
     """Take all tokens or none, ask every bucket, and return the delay of each."""
-    delays: list[float] = []
+    delays = [0.0] * len(demands)
+    taken: list[Demand] = []
     try:
-        for demand in demands:
-            delays.append(demand.bucket.take_or_delay(demand.tokens))  # noqa: PERF401 - may raise
+        for together in _by_server(demands):
+            delay, refused = _take_together(demands, together)
+            if delay:
+                delays[refused] = delay
+            else:
+                taken += [demands[each] for each in together]
     finally:
-        if any(delays) or len(delays) < len(demands):
-            give_back(demand for demand, delay in zip(demands, delays, strict=False) if not delay)
+        if len(taken) < len(demands):
+            give_back(taken)
     return delays
+
+
+def _by_server(demands: Sequence[Demand], *, last: bool = True) -> list[list[int]]:
+    """Return the positions of the demands: one by one, but those from buckets of one server together.
+
+    Args:
+        demands: The demands.
+        last: Whether those of servers come last. If not, they come where the first of them stands.
+
+    """
+    if not any(hasattr(demand.bucket, "server") for demand in demands):
+        return [[position] for position in range(len(demands))]
+    groups: dict[Any, list[int]] = {}
+    for position, demand in enumerate(demands):
+        server = getattr(demand.bucket, "server", None)
+        groups.setdefault(position if server is None else server, []).append(position)
+    return sorted(
+        groups.values(), key=lambda group: last and hasattr(demands[group[0]].bucket, "server")
+    )
+
+
+def _take_together(demands: Sequence[Demand], together: Sequence[int]) -> tuple[float, int]:
+    """Take from one bucket, or from several of one server; return the delay and whose it is."""
+    first = demands[together[0]]
+    if len(together) == 1:
+        return first.bucket.take_or_delay(first.tokens), together[0]
+    delay, place = first.bucket.take_together([demands[each] for each in together])  # type: ignore[attr-defined]
+    return delay, together[place]
+
+
+def _wait_together(group: Sequence[Demand], timeout: float | None) -> None:
+    if len(group) == 1:
+        group[0].bucket.wait(group[0].tokens, timeout=timeout)
+    else:
+        group[0].bucket.wait_together(group, timeout)  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from typing import Final, Literal, get_args
 
 from .token_bucket import TokenBucket
 
-__all__ = ["POLICIES", "Outages", "Policy", "StandIn"]
+__all__ = ["POLICIES", "Outages", "Policy", "ServerDownError", "StandIn"]
 
 logger = logging.getLogger("rate_limiter")
 
@@ -18,6 +18,10 @@ POLICIES: Final[tuple[str, ...]] = get_args(Policy)
 #: Seconds until a server that has not answered is asked again, at first and at most.
 _PAUSE: Final = 0.5
 _LONGEST_PAUSE: Final = 1.0
+
+
+class ServerDownError(Exception):
+    """The server does not answer. It never leaves the buckets."""
 
 
 class Outages:
@@ -117,6 +121,13 @@ class StandIn:
                     return delay
             self._granted += tokens
         return 0.0
+
+    def refund(self, tokens: float) -> None:
+        """Give back what was just taken."""
+        with self._lock:
+            self._granted = max(0.0, self._granted - tokens)
+            if self._bucket is not None:
+                self._bucket.refund(tokens)
 
     def pause(self, seconds: float, share: Callable[[], TokenBucket]) -> None:
         """Grant nothing for some seconds, if it grants a share."""

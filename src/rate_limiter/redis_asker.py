@@ -12,12 +12,14 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
 
-import redis
+from redis.exceptions import NoScriptError
 
-from .redis_bucket import ERRORS, MICRO, Debt, Server, Shared
+from .redis_server import ERRORS, Server
+from .redis_state import Part, Question, State
+from .token_bucket import TokenBucket
 
 __all__ = ["Asked"]
 
@@ -51,48 +53,63 @@ _MOST: Final = 100
 _SLACK: Final = 1e-9
 
 
+class _Beside(NamedTuple):
+    """What a job takes from another bucket than the one that it waits for."""
+
+    bucket: Any
+    tokens: float
+
+
 class Asked:
     """One bucket, as one gate takes from it.
 
     It has the part of `Bucket` that a gate needs; ``take_or_delay`` returns ``nan`` while an answer is out.
+    If the jobs that wait for it take from other buckets of the server too, they are asked for together.
 
     Args:
-        shared: The bucket's state in this process.
+        state: What this process knows of the bucket.
 
     """
 
-    def __init__(self, shared: Shared) -> None:
-        self._shared = shared
+    def __init__(self, state: State) -> None:
+        self._state = state
         self._listeners: list[Callable[[Any], None]] = []
-        #: The tokens of all jobs that wait here, and of the next one.
+        #: The tokens of all jobs that wait here; of the next one; and what that takes from other buckets.
         self._waiting = 0.0
         self._unit = 0.0
+        self._beside: tuple[_Beside, ...] = ()
         self._begin()
 
     def _begin(self) -> None:
-        self._asker = asker_of(self._shared.server)
+        self._asker = asker_of(self._state.server)
         self._lock = threading.Lock()
         #: Tokens that were granted and not taken yet, and when they go back.
         self._stash = 0.0
         self._stashed_until = math.inf
-        #: What the server has promised, and when that is there; when to look whether that has changed.
+        #: What the server has promised, at which bucket, and when that is there; when to look whether that
+        #: has changed.
         self._held = 0.0
+        self._held_at = self._state
         self._next = 0.0
         self._look_at = math.inf
         self._is_out = False
         #: Whether what is out only gives tokens back: the promise stays.
         self._keeps = False
-        self._seen = self._shared.seen
+        #: The other buckets that tokens are asked from now.
+        self._with: tuple[_Beside, ...] = ()
+        #: Whether a job takes more from another bucket than that can hold: then each is asked for itself.
+        self._asks_alone = False
+        self._seen = self._state.seen
 
     @property
     def capacity(self) -> float:
         """As of the bucket."""
-        return self._shared.capacity
+        return self._state.capacity
 
     @property
     def tokens_per_second(self) -> float:
         """As of the bucket."""
-        return self._shared.rate
+        return self._state.rate
 
     @property
     def tokens(self) -> float:
@@ -117,8 +134,8 @@ class Asked:
             ValueError: They are more than the capacity, as the server has said just now.
 
         """
-        shared, server = self._shared, self._shared.server
-        if server.asker is not self._asker:  # this is a forked child
+        state = self._state
+        if state.server.asker is not self._asker:  # this is a forked child
             self._begin()
         now = time.monotonic()
         with self._lock:
@@ -128,13 +145,11 @@ class Asked:
             self._unit = tokens
             delay = self._next - now if self._held else _UNKNOWN
             is_out = self._is_out
-        if tokens > shared.capacity and now - shared.known_at < _KNOWN:
-            raise shared.too_many(tokens)
+        if tokens > state.capacity and now - state.known_at < _KNOWN:
+            raise state.too_many(tokens)
         if self._asker.is_stuck(now):
             self._asker.need(self)
-            if tokens > shared.capacity:
-                raise shared.too_many(tokens)
-            return shared.stand_in.take_or_delay(tokens, shared.share)
+            return state.take_without_server(tokens)
         if delay > 0.0:
             return max(delay, 1e-3)
         if not is_out:
@@ -150,9 +165,24 @@ class Asked:
     def charge(self, tokens: float) -> None:
         """Do nothing: the server knows what it has granted."""
 
-    def jobs_wait(self, tokens: float) -> None:
-        """Take note of how many tokens all jobs take together that wait for this bucket."""
+    def jobs_wait(self, tokens: float, demands: Sequence[Any] = ()) -> None:
+        """Take note of the jobs that wait for this bucket.
+
+        Args:
+            tokens: How many tokens they take together.
+            demands: What the first of them takes, from this and from other buckets. It is refused as one
+                limit says, so buckets of limits that do not agree in that are not asked together.
+
+        """
         self._waiting = tokens
+        self._beside = ()
+        if len(demands) > 1:
+            policy = next(_policy_of(each) for each in demands if each.bucket is self)
+            self._beside = tuple(
+                _Beside(each.bucket, each.tokens)
+                for each in demands
+                if each.bucket is not self and _policy_of(each) == policy
+            )
         if not tokens and (self._stash or self._held):
             self._expire()
 
@@ -162,71 +192,107 @@ class Asked:
 
     # -- for the asker's thread -------------------------------------------------------------------
 
-    def question(self, span: float) -> tuple[list[Any], Debt] | None:
-        """Return the arguments of the script for what is to be asked now, and the debt in it.
-
-        ``None``: nothing is to be asked.
-        """
-        shared, now = self._shared, time.monotonic()
+    def question(self, span: float) -> Question | None:
+        """Return what is to be asked now. ``None``: nothing."""
+        state, now = self._state, time.monotonic()
         with self._lock:
             back = 0.0
             waits = self._waiting > 0.0
             if self._stash and (now >= self._stashed_until or (waits and self._stash < self._unit)):
                 back, self._stash = self._stash, 0.0
             asks = waits and self._unit > 0.0 and not (self._held and now < self._next)
-            missed = shared.server.outages.is_down or shared.has_missed
+            missed = state.server.outages.is_down or state.has_missed
             gives_up = self._held > 0.0 and not waits
             if not (asks or back or missed or gives_up):
                 if not (waits and self._held and now >= self._look_at):
                     return None
                 self._is_out = True
-                return shared.arguments("look"), Debt()
-            unit = want = promise = 0.0
-            if asks:
-                unit = self._unit
-                most = max(unit, min(self._waiting, shared.capacity))
-                want = math.floor(most / unit * (1 + _SLACK)) * unit
-                batch = min(want, shared.capacity / 2, shared.rate / shared.server.workers * span)
-                promise = max(1, math.floor(batch / unit)) * unit
-            held = self._held if asks or gives_up else 0.0
+                return Question.look(state)
+            unit = self._unit if asks else 0.0
+            jobs, promise = self._jobs(span) if asks else (0, 0)
             self._keeps = not (asks or gives_up)
             self._is_out = True
-        debt = shared.take_debt()
-        return shared.arguments("take", back - debt.tokens, held, unit, want, promise), debt
+            parts = [Part(state, unit, back=back)]
+            parts += [Part(each.bucket._state, each.tokens) for each in self._with if asks]
+            if self._held and not self._keeps:
+                held_at = [part.state for part in parts]
+                if self._held_at not in held_at:
+                    parts.append(Part(self._held_at))
+                    held_at.append(self._held_at)
+                place = held_at.index(self._held_at)
+                parts[place] = parts[place]._replace(held=self._held)
+        return Question.take(parts, jobs, promise)
 
-    def answer(self, sent: float, reply: list[Any]) -> None:
+    def _jobs(self, span: float) -> tuple[int, int]:
+        """Return for how many jobs tokens are asked, and for how many of them they are promised."""
+        state, unit = self._state, self._unit
+        jobs = max(unit, min(self._waiting, state.capacity)) / unit
+        workers = state.server.workers
+        batch = min(state.capacity / 2, state.rate / workers * span) / unit
+        together = []
+        for each in self._beside:
+            bucket, tokens = each
+            if isinstance(bucket, TokenBucket):
+                jobs = min(jobs, bucket.tokens / tokens)  # what it refuses was fetched in vain
+            elif isinstance(bucket, Asked) and not self._asks_alone:
+                other = bucket._state
+                if other.server is not state.server:
+                    continue
+                if bucket._stash >= tokens:  # fetched before
+                    jobs = min(jobs, bucket._stash / tokens)
+                    continue
+                jobs = min(jobs, other.capacity / tokens)
+                batch = min(batch, other.capacity / 2 / tokens, other.rate / workers * span / tokens)
+                together.append(each)
+        self._with = tuple(together)
+        number = max(1, math.floor(jobs * (1 + _SLACK)))
+        return number, max(1, math.floor(min(number, batch)))
+
+    def answer(self, sent: float, question: Question, reply: list[Any]) -> None:
         """Take note of a reply, and tell who waits."""
-        given = self._shared.learn(reply)
-        with self._lock:
-            self._is_out = False
-            if len(given) == 2:  # a look
-                seen = self._shared.seen[0], given[1] > 0.0
+        if not question.parts:
+            question.learn_look(reply)
+            with self._lock:
+                self._is_out = False
+                seen = self._state.seen
                 changed, self._seen = seen != self._seen, seen
                 if changed:
                     self._next = 0.0  # it is asked anew, in its place
                 elif self._held:
                     self._look_again(sent)
-            else:
-                self._seen = self._shared.seen[0], self._seen[1]
-                if not self._keeps:
-                    tokens, wait, self._held, _ = given
-                    self._next = sent + max(0.0, wait) * MICRO
-                    if tokens:
-                        self._stash += tokens
-                        self._stashed_until = time.monotonic() + _STASHED
-                        self._asker.need_at(self._stashed_until, self)
-                if self._held:
-                    self._look_again(sent)
+            self.tell()
+            return
+        taken = question.learn_taken(reply)
+        with self._lock:
+            self._is_out = False
+            self._seen = self._state.seen[0], self._seen[1]
+            if not self._keeps:
+                self._held, self._held_at = taken.promised, question.parts[taken.last].state
+                self._next = sent + max(0.0, taken.wait)
+                self._asks_alone = taken.wait < 0.0 and self._held_at is not self._state
+                self._put(taken.jobs * question.parts[0].unit)
+            if self._held:
+                self._look_again(sent)
+        if taken.jobs:
+            for bucket, tokens in self._with:
+                with bucket._lock:
+                    bucket._put(taken.jobs * tokens)
         self.tell()
+
+    def _put(self, tokens: float) -> None:
+        """Keep tokens for the jobs that wait, for a while."""
+        if tokens:
+            self._stash += tokens
+            self._expire()
 
     def _look_again(self, now: float) -> None:
         """Have it asked for when its tokens are there; or looked at, if that is long."""
         self._look_at = now + self._asker.look_after
         self._asker.need_at(min(self._next, self._look_at), self)
 
-    def failed(self, debt: Debt) -> None:
+    def failed(self, question: Question) -> None:
         """Take note that no reply came. What was asked for counts as taken."""
-        self._shared.put_debt(debt)
+        question.fail()
         with self._lock:
             self._is_out = False
             self._held = self._next = 0.0
@@ -236,6 +302,10 @@ class Asked:
         """Tell who waits that there is news."""
         for listener in list(self._listeners):
             listener(self)
+
+
+def _policy_of(demand: Any) -> tuple[Any, float]:
+    return demand.limit.when_limited, demand.limit.patience
 
 
 class Asker:
@@ -314,18 +384,13 @@ class Asker:
     def _ask(self, due: list[Asked]) -> None:
         server = self._server
         span = max(_SPAN, 2 * self._took)
-        questions = [(bucket, *asked) for bucket in due if (asked := bucket.question(span))]
+        questions = [(bucket, asked) for bucket in due if (asked := bucket.question(span))]
         if not questions:
             return
         sent = self._sent = time.monotonic()
         replies: list[Any]
         try:
-            pipeline = server.client.pipeline(transaction=False)
-            for bucket, arguments, _ in questions:
-                pipeline.evalsha(server.script.sha, 1, bucket._shared.key, *arguments)
-            replies = pipeline.execute(raise_on_error=False)
-            if any(isinstance(reply, redis.exceptions.NoScriptError) for reply in replies):
-                server.client.script_load(server.script.script)
+            replies = server.run_all([question for _, question in questions])
         except Exception as error:
             if not isinstance(error, ERRORS):
                 logger.exception("Redis at %s cannot be asked", server.where)
@@ -334,18 +399,19 @@ class Asker:
             self._sent = None
         now = time.monotonic()
         self._took += (min(now - sent, 1.0) - self._took) / 8
-        for (bucket, _, debt), reply in zip(questions, replies, strict=True):
+        for (bucket, question), reply in zip(questions, replies, strict=True):
             if not isinstance(reply, Exception):
                 server.outages.answered()
-                bucket.answer(sent, reply)
+                bucket.answer(sent, question, reply)
                 continue
-            if not isinstance(reply, redis.exceptions.NoScriptError):
+            if not isinstance(reply, NoScriptError):
                 server.outages.failed(reply)
-            bucket.failed(debt)
+            bucket.failed(question)
             self.need(bucket)
         if not server.outages.is_down:
-            for bucket, _, _ in questions:
-                bucket._shared.tell_pause()
+            for _, question in questions:
+                for state in question.states:
+                    state.tell_rest()
             with contextlib.suppress(*ERRORS):
                 server.show_life()
 

@@ -1,129 +1,195 @@
--- One bucket of redis_bucket.py, in one hash. A bucket without a hash is full.
+-- The buckets of redis_bucket.py. Each is one hash; a bucket without a hash is new.
 --
 --   l, t     the level, and the moment of it: microseconds of this server's clock, the only one that counts
 --   p        no token before this moment (pause)
 --   o, m     tokens that waiting callers were promised, and the most that one of them was
---   c, r     capacity and rate that an operator has set; v, their version; y, why
+--   c, r     capacity and rate that an operator has set; v, the version: when; y, why; w, who
+--   d, e     the capacity and the rate of the code at that time
 --
--- KEYS[1]: the hash. ARGV: the command, the capacity and the rate of the caller, and what the command takes.
--- All answers are lists: v, capacity, rate, y, and what the command gives. Numbers go out as text: Redis would
--- cut off their fractions.
+-- KEYS: for each bucket its hash, and the hash whose c and r count where its own has none: of all keys of a
+-- BucketPerKey; of other buckets the same again.
+-- ARGV: the command and two numbers for it; then for each bucket the capacity, the rate and the first level
+-- that its caller has in the code, the version that the caller knows, and for "take" the tokens to give back
+-- (below 0: to charge), those that the caller was promised, and those that one job takes. The arguments
+-- of "configure" stand behind.
+--
+-- The answer: what the command gives, and then a list for each bucket: the version and the level; behind
+-- them, if the caller does not know this version, all that is stored of it. Numbers with fractions go out as
+-- text: Redis would cut them off.
 
 local MICRO = 1000000
-local SLACK = 1000  -- promised callers may be late by so many microseconds
+local SLACK = 1000       -- promised callers may be late by so many microseconds
+local DAY = 86400        -- seconds for which a bucket that starts below its capacity is kept, once it is full
+local FIELDS = 7
 
 local clock = redis.call('TIME')
 local now = clock[1] * MICRO + clock[2]
-local command, code_capacity, code_rate = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-
-local h = redis.call('HMGET', KEYS[1], 'l', 't', 'p', 'o', 'm', 'c', 'r', 'v', 'y')
-local capacity, rate = tonumber(h[6] or code_capacity), tonumber(h[7] or code_rate)
-local version, why = h[8] or '0', h[9] or ''
-local level, moment, paused, promised, most, stale = capacity, now, 0, 0, 0, false
-
-if h[1] then
-  level, paused, promised, most = tonumber(h[1]), tonumber(h[3]), tonumber(h[4]), tonumber(h[5])
-  local from = tonumber(h[2])
-  if from - now > MICRO then  -- the clock was set back: the level stays, and the pause stays as long as it was
-    if paused > 0 then paused = paused - (from - now) end
-    from, stale = now, true  -- saved even by a refusal, or it would refuse until the old moment
-  end
-  if from > now then moment = from end  -- by less than a second: time stands still
-  if paused > from then from = paused end
-  if now > from then level = level + (now - from) * rate / MICRO end
-  if level > capacity then
-    -- It has been full for so long: promised callers have not come.
-    local idle = (level - capacity) / rate * MICRO - SLACK
-    if promised > 0 and idle > 0 then promised = promised - idle * rate / MICRO end
-    level = capacity
-  end
-  if paused <= now then paused = 0 end
-  if promised <= 0 then promised, most = 0, 0 end
-end
+local command, first, second = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 
 local function text(number) return string.format('%.17g', number) end
+local function whole(number) return string.format('%.0f', number) end
 
-local function save()
-  redis.call('HSET', KEYS[1], 'l', text(level), 't', string.format('%.0f', moment),
-    'p', string.format('%.0f', paused), 'o', text(promised), 'm', text(most))
-  if version == '0' then  -- it may go when it is full; what an operator has set stays
-    local full = (capacity - level + promised) / rate
-    if paused > now then full = full + (paused - now) / MICRO end
-    redis.call('PEXPIRE', KEYS[1], string.format('%.0f', math.min(math.ceil(full * 1000) + 1000, 2 ^ 53)))
+local function open(i)
+  local at, key, parent = 3 + (i - 1) * FIELDS, KEYS[2 * i - 1], KEYS[2 * i]
+  local b = {
+    key = key, known = ARGV[at + 4], code_capacity = tonumber(ARGV[at + 1]), code_rate = tonumber(ARGV[at + 2]),
+    back = tonumber(ARGV[at + 5]), held = tonumber(ARGV[at + 6]), unit = tonumber(ARGV[at + 7]),
+    paused = 0, promised = 0, most = 0,
+  }
+  local h = redis.call('HMGET', key, 'l', 't', 'p', 'o', 'm', 'c', 'r', 'v')
+  b.capacity, b.rate = tonumber(h[6] or b.code_capacity), tonumber(h[7] or b.code_rate)
+  b.own_version, b.stored = h[8] or '0', h[8] and key
+  b.version = b.own_version
+  if parent ~= key then
+    local d = redis.call('HMGET', parent, 'c', 'r', 'v')
+    if d[3] then
+      if not h[6] then b.capacity, b.rate, b.stored = tonumber(d[1]), tonumber(d[2]), parent end
+      b.version = b.version .. '/' .. d[3]
+    end
+  end
+  local initial = math.min(tonumber(ARGV[at + 3]), b.capacity)
+  b.keep = initial < b.capacity and DAY or 1
+  b.level, b.moment = initial, now
+  if h[1] then
+    b.level, b.paused, b.promised, b.most = tonumber(h[1]), tonumber(h[3]), tonumber(h[4]), tonumber(h[5])
+    local from = tonumber(h[2])
+    if from - now > MICRO then  -- the clock was set back: the level stays, and the pause stays as long as it was
+      if b.paused > 0 then b.paused = b.paused - (from - now) end
+      from, b.stale = now, true  -- saved even by a refusal, or it would refuse until the old moment
+    end
+    if from > now then b.moment = from end  -- by less than a second: time stands still
+    if b.paused > from then from = b.paused end
+    if now > from then b.level = b.level + (now - from) * b.rate / MICRO end
+    if b.level > b.capacity then
+      -- It has been full for so long: promised callers have not come.
+      local idle = (b.level - b.capacity) / b.rate * MICRO - SLACK
+      if b.promised > 0 and idle > 0 then b.promised = b.promised - idle * b.rate / MICRO end
+      b.level = b.capacity
+    end
+    if b.paused <= now then b.paused = 0 end
+    if b.promised <= 0 then b.promised, b.most = 0, 0 end
+  elseif initial < b.capacity then
+    b.stale = true
+  end
+  return b
+end
+
+local function save(b)
+  redis.call('HSET', b.key, 'l', text(b.level), 't', whole(b.moment), 'p', whole(b.paused),
+    'o', text(b.promised), 'm', text(b.most))
+  if b.own_version == '0' then  -- it may go when it is full; what an operator has set stays
+    local full = (b.capacity - b.level + b.promised) / b.rate
+    if b.paused > now then full = full + (b.paused - now) / MICRO end
+    redis.call('PEXPIRE', b.key, whole(math.min(math.ceil((full + b.keep) * 1000), 2 ^ 53)))
   end
 end
 
 -- The microseconds until so many tokens, which are short now, have come.
-local function after(short)
+local function after(b, short)
   local wait = 0
-  if short > capacity * 1e-12 then wait = math.ceil(short / rate * MICRO) end
-  if paused > now then wait = wait + paused - now end
+  if short > b.capacity * 1e-12 then wait = math.ceil(short / b.rate * MICRO) end
+  if b.paused > now then wait = wait + b.paused - now end
   return wait
 end
 
-local answer = {}
-
-if command == 'take' then
-  -- back: tokens to give back; below 0: to charge. held: what this caller was promised. unit: tokens that are
-  -- of use together. want: how many it wants in all. promise: how many it wants to be promised of the rest.
-  local back, held = tonumber(ARGV[4]), tonumber(ARGV[5])
-  local unit, want, promise = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
-  level = math.min(paused > now and 0 or capacity, level + back)  -- a pause ends with an empty bucket
-  promised = math.max(0, promised - held)
-  local given, wait, slack = 0, 0, capacity * 1e-12
-  if unit > capacity then
-    wait, promise = -1, 0
-  elseif want > 0 then
-    while given + unit <= want + slack and paused <= now do
-      local due = given + unit <= held + slack          -- promised before: only the level counts
-        or level - promised >= unit - slack
-        or (given == 0 and held == 0 and level >= unit + most - slack)  -- enough for us and for the largest promise
-      if not due or level < unit - slack then break end
-      level, given = level - unit, given + unit
-    end
-    if given + unit > want + slack then
-      promise = 0
-    elseif promise > 0 and held >= unit - slack and given == 0 then
-      wait, promise = after(unit - level), held         -- it keeps its place
-    else
-      wait = after(math.max(promise, unit) - level + promised)
-    end
-    if promise > 0 then
-      promised = promised + promise
-      most = math.max(most, promise)
-    end
-  end
-  if given > 0 or promise > 0 or held > 0 or back ~= 0 or stale then save() end
-  answer = {text(given), string.format('%.0f', wait), text(promise), text(level)}
-elseif command == 'pause' then
-  local till = now + tonumber(ARGV[4])
-  if till > paused then
-    -- It starts from empty. A debt goes on shrinking.
-    level = math.min(0, level + (till - math.max(now, paused)) * rate / MICRO)
-    paused = till
-    save()
-  end
-elseif command == 'resume' then
-  if paused > now then
-    if level < 0 then level = level - (paused - now) * rate / MICRO end
-    paused = 0
-    save()
-  end
-elseif command == 'configure' then
-  if ARGV[4] ~= '' then capacity = tonumber(ARGV[4]) end
-  if ARGV[5] ~= '' then rate = tonumber(ARGV[5]) end
-  why, level = ARGV[6], math.min(level, capacity)
-  version = string.format('%.0f', math.max(now, tonumber(version) + 1))
-  save()
-  redis.call('HSET', KEYS[1], 'c', text(capacity), 'r', text(rate), 'v', version, 'y', why)
-  redis.call('PERSIST', KEYS[1])
-elseif command == 'clear' then
-  capacity, rate, version, why = code_capacity, code_rate, '0', ''
-  level = math.min(level, capacity)
-  redis.call('HDEL', KEYS[1], 'c', 'r', 'v', 'y')
-  save()
-elseif command == 'look' then
-  answer = {text(level), string.format('%.0f', math.max(0, paused - now))}
+local function shown(b)
+  if b.version == b.known then return {b.version, text(b.level)} end
+  local more = b.stored and redis.call('HMGET', b.stored, 'v', 'y', 'w', 'd', 'e') or {}
+  return {b.version, text(b.level), text(b.capacity), text(b.rate),
+    more[1] or '', more[2] or '', more[3] or '', more[4] or '', more[5] or ''}
 end
 
-return {version, text(capacity), text(rate), why, unpack(answer)}
+-- Takes for jobs that each take from all buckets: for as many as can go now, at most `want`. What the others
+-- need is promised, for at most `promise` jobs, at the bucket that makes them wait the longest.
+local function take(buckets, want, promise)
+  local given, wait, last, promised = 0, 0, 1, 0
+  for i, b in ipairs(buckets) do
+    b.level = math.min(b.paused > now and 0 or b.capacity, b.level + b.back)  -- a pause ends with an empty bucket
+    b.promised = math.max(0, b.promised - b.held)
+    b.slack = b.capacity * 1e-12
+    if b.unit > b.capacity then wait, last, want, promise = -1, i, 0, 0 end
+  end
+
+  local function goes(b)
+    if b.unit == 0 then return true end
+    if b.paused > now or b.level < b.unit - b.slack then return false end
+    return (given + 1) * b.unit <= b.held + b.slack          -- promised before: only the level counts
+      or b.level - b.promised >= b.unit - b.slack
+      -- enough for this job and for the largest promise
+      or (given == 0 and b.held == 0 and b.level >= b.unit + b.most - b.slack)
+  end
+  local function all_go()
+    for _, b in ipairs(buckets) do
+      if not goes(b) then return false end
+    end
+    return true
+  end
+  while given < want and all_go() do
+    for _, b in ipairs(buckets) do b.level = b.level - b.unit end
+    given = given + 1
+  end
+
+  if given < want then
+    wait = -1
+    for i, b in ipairs(buckets) do
+      local keeps = promise > 0 and given == 0 and b.held >= b.unit - b.slack  -- its place
+      local short = keeps and b.unit - b.level or math.max(promise, 1) * b.unit - b.level + b.promised
+      local delay = after(b, short)
+      if b.unit > 0 and delay > wait then
+        wait, last = delay, i
+        promised = keeps and b.held or promise * b.unit
+      end
+    end
+    if promised > 0 then
+      local b = buckets[last]
+      b.promised, b.most = b.promised + promised, math.max(b.most, promised)
+    end
+  end
+  for i, b in ipairs(buckets) do
+    if given > 0 or b.held > 0 or b.back ~= 0 or b.stale or (promised > 0 and i == last) then save(b) end
+  end
+  return {given, wait, last, text(promised)}
+end
+
+local buckets, answer = {}, {}
+for i = 1, #KEYS / 2 do buckets[i] = open(i) end
+local b = buckets[1]
+
+if command == 'take' then
+  answer = take(buckets, first, second)
+elseif command == 'look' then
+  if b.stale then save(b) end
+  answer = {math.max(0, b.paused - now)}
+elseif command == 'pause' then
+  local till = now + first
+  if till > b.paused then
+    -- It starts from empty. A debt goes on shrinking.
+    b.level = math.min(0, b.level + (till - math.max(now, b.paused)) * b.rate / MICRO)
+    b.paused = till
+    save(b)
+  end
+elseif command == 'resume' then
+  if b.paused > now then
+    if b.level < 0 then b.level = b.level - (b.paused - now) * b.rate / MICRO end
+    b.paused = 0
+    save(b)
+  end
+elseif command == 'configure' then
+  if first > 0 then b.capacity = first end
+  if second > 0 then b.rate = second end
+  b.level = math.min(b.level, b.capacity)
+  b.own_version = whole(math.max(now, tonumber(b.own_version) + 1))
+  b.version, b.stored = b.own_version, b.key
+  save(b)
+  redis.call('HSET', b.key, 'c', text(b.capacity), 'r', text(b.rate), 'v', b.version,
+    'y', ARGV[#ARGV - 1], 'w', ARGV[#ARGV], 'd', text(b.code_capacity), 'e', text(b.code_rate))
+  redis.call('PERSIST', b.key)
+elseif command == 'clear' then
+  b.capacity, b.rate, b.own_version, b.version, b.stored = b.code_capacity, b.code_rate, '0', '0', nil
+  b.level = math.min(b.level, b.capacity)
+  redis.call('HDEL', b.key, 'c', 'r', 'v', 'y', 'w', 'd', 'e')
+  save(b)
+end
+
+for i, each in ipairs(buckets) do answer[#answer + 1] = shown(each) end
+return answer

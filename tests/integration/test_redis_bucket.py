@@ -16,12 +16,13 @@ from harness import DEADLINE, ROOT, wait_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rate_limiter import AllOf, Bucket, RateLimitExceeded, TokenBucket, redis_bucket
+from rate_limiter import AllOf, Bucket, RateLimitExceeded, TokenBucket, redis_bucket, redis_server
+from rate_limiter.all_of import take_all_or_longest_delay
 from rate_limiter.celery import throttle
 from rate_limiter.gating import engine as engine_module
 from rate_limiter.gating.declared import new_limit
 from rate_limiter.gating.engine import Engine
-from rate_limiter.gating.limit import Call, Limit
+from rate_limiter.gating.limit import Call, Demand, Limit
 from rate_limiter.redis_bucket import RedisTokenBucket
 from rate_limiter.testing import ManualClock
 
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("forget_servers")
 @pytest.fixture(autouse=True)
 def forget_servers():
     """Let each test begin without the servers that another one has used."""
-    redis_bucket._servers.clear()
+    redis_server._servers.clear()
 
 
 @pytest.fixture
@@ -189,7 +190,7 @@ def test_numbers_are_changed_for_all(url):
     one = RedisTokenBucket(name, 10, 1, url=url)
     one.allow(10)
     one.configure(capacity=20, tokens_per_second=50, reason="a test")
-    redis_bucket._servers.clear()  # another process
+    redis_server._servers.clear()  # another process
     other = RedisTokenBucket(name, 10, 1, url=url)
     assert (other.capacity, other.tokens_per_second) == (10, 1)
     wait_for(lambda: other.tokens > 10)
@@ -228,54 +229,73 @@ def test_wrong_arguments(arguments, error, says):
 
 # -- exactness --------------------------------------------------------------------------------------
 
-TAKE = st.tuples(st.just("take"), st.floats(0.1, 8))
-CHARGE = st.tuples(st.just("charge"), st.floats(0.1, 20))
-REFUND = st.tuples(st.just("refund"), st.floats(0.1, 20))
+COSTS = st.lists(st.floats(0.1, 8), min_size=3, max_size=3)
+TAKE = st.tuples(st.just("take"), COSTS)
+CHARGE = st.tuples(st.just("charge"), COSTS)
+REFUND = st.tuples(st.just("refund"), COSTS)
 PAUSE = st.tuples(st.just("pause"), st.floats(0, 5))
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.floats(1, 8),
-    st.floats(0.1, 50),
+    st.lists(st.tuples(st.floats(1, 8), st.floats(0.1, 50), st.floats(0, 1)), min_size=1, max_size=3),
     st.lists(st.tuples(st.integers(0, 3_000_000), TAKE | CHARGE | REFUND | PAUSE), max_size=30),
 )
-def test_the_script_decides_as_a_token_bucket_does(redis_url, capacity, rate, steps):
-    """On one clock: the same grants, the same levels, and delays that differ by a microsecond at most."""
-    timed = redis_bucket._SCRIPT.replace("redis.call('TIME')", "{0, ARGV[#ARGV]}")
+def test_the_script_decides_as_token_buckets_do(redis_url, numbers, steps):
+    """On one clock, with one bucket or several: the same grants and levels, delays within a microsecond."""
+    timed = redis_server._SCRIPT.replace("redis.call('TIME')", "{0, ARGV[#ARGV]}")
     timed = timed.replace("redis.call('PEXPIRE'", "tostring('PEXPIRE'")
     client = redis.Redis.from_url(URLS.setdefault("url", redis_url()))
-    script, key = client.register_script(timed), uuid4().hex
+    script, keys = client.register_script(timed), [uuid4().hex for _ in numbers]
     clock, now = ManualClock(1.0), 1_000_000
-    bucket = TokenBucket(capacity, rate, clock=clock)
+    buckets = [TokenBucket(capacity, rate, clock=clock) for capacity, rate, _ in numbers]
 
-    def run(command, *arguments):
-        numbers = [command, repr(capacity), repr(rate), *map(repr, map(float, arguments))]
-        return [float(each or 0) for each in script(keys=[key], args=[*numbers, now])[4:]]
+    def run(command, first, second, *parts):
+        arguments = [command, repr(float(first)), repr(float(second))]
+        for (capacity, rate, initial), part in zip(numbers, parts, strict=False):
+            arguments += map(repr, (capacity, rate, initial * capacity))
+            arguments += ["0", *map(repr, map(float, part))]
+        doubled = [key for key in keys[: len(parts)] for _ in range(2)]
+        reply = script(keys=doubled, args=[*arguments, now])
+        return [float(each) for each in reply[: -len(parts)]], [
+            float(each[1]) for each in reply[-len(parts) :]
+        ]
 
+    nothing = [(0, 0, 0)] * len(keys)
+    run("take", 0, 0, *nothing)
+    for bucket, (capacity, _, initial) in zip(buckets, numbers, strict=True):
+        if (missing := capacity - initial * capacity) > 0:
+            bucket.charge(missing)
     for gap, (what, amount) in steps:
         now += gap
         clock.now = now / 1e6
         if what == "take":
-            if amount > capacity:
+            costs = amount[: len(keys)]
+            if any(cost > bucket.capacity for cost, bucket in zip(costs, buckets, strict=True)):
                 continue
-            given, wait, _, level = run("take", 0, 0, amount, amount, 0)
-            delay = bucket.take_or_delay(amount)
-            if abs(bucket.tokens + (amount if not delay else 0) - amount) < 1e-9:
+            if any(
+                abs(bucket.tokens - cost) < 1e-9 for cost, bucket in zip(costs, buckets, strict=True)
+            ):
                 return  # which of the two grants it is up to rounding
+            (given, wait, _, _), levels = run("take", 1, 0, *[(0, 0, cost) for cost in costs])
+            demands = [Demand(bucket, cost, None) for bucket, cost in zip(buckets, costs, strict=True)]
+            delay, _ = take_all_or_longest_delay(demands)
             assert bool(given) is not bool(delay)
             assert wait * 1e-6 == pytest.approx(delay, abs=2e-6)
         elif what == "pause":
-            run("pause", amount * 1e6)
-            bucket.pause(amount)
+            run("pause", amount * 1e6, 0, (0, 0, 0))
+            buckets[0].pause(amount)
+            _, levels = run("take", 0, 0, *nothing)
         else:
-            run("take", amount if what == "refund" else -amount, 0, 0, 0, 0)
-            getattr(bucket, what)(amount)
-        (level, _) = run("look")
-        if not bucket.pause_left:
-            # The server counts whole microseconds.
-            assert level == pytest.approx(bucket.tokens, abs=1e-6 + 2e-6 * rate)
-    client.delete(key)
+            sign = 1 if what == "refund" else -1
+            _, levels = run("take", 0, 0, *[(sign * cost, 0, 0) for cost in amount[: len(keys)]])
+            for bucket, cost in zip(buckets, amount, strict=False):
+                getattr(bucket, what)(cost)
+        for bucket, level, (_, rate, _) in zip(buckets, levels, numbers, strict=True):
+            if not bucket.pause_left:
+                # The server counts whole microseconds.
+                assert level == pytest.approx(bucket.tokens, abs=1e-6 + 2e-6 * rate)
+    client.delete(*keys)
     client.close()
 
 
@@ -307,7 +327,7 @@ def test_an_outage_fails_nothing(own, caplog):
     assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
     own.start()
     for bucket in buckets.values():
-        wait_for(lambda bucket=bucket: bucket.tokens >= 0 and not bucket._shared.server.outages.is_down)
+        wait_for(lambda bucket=bucket: bucket.tokens >= 0 and not bucket.server.outages.is_down)
         bucket.allow(0.5)
     assert buckets["open"].tokens <= 0.01  # what was granted without it is charged, up to the capacity
     assert buckets["closed"].tokens == pytest.approx(3.5, abs=0.01)
@@ -377,7 +397,7 @@ def test_what_was_granted_is_charged_once(own):
     own.kill()
     assert [bucket.allow() for _ in range(12)] == [True] * 12
     own.start()
-    wait_for(lambda: not bucket._shared.server.outages.left)
+    wait_for(lambda: not bucket.server.outages.left)
     with ThreadPoolExecutor(16) as threads:
         list(threads.map(lambda _: bucket.allow(), range(16)))
     # It was full again, 10 were charged, and 10 may have been granted before that.
@@ -391,10 +411,10 @@ def test_a_long_outage_is_charged_up_to_the_capacity(own):
     own.kill()
     for _ in range(3):
         assert [bucket.allow() for _ in range(12)] == [True] * 12
-        wait_for(lambda: not bucket._shared.server.outages.left)
+        wait_for(lambda: not bucket.server.outages.left)
     bucket.charge(5)
     own.start()
-    wait_for(lambda: not bucket._shared.server.outages.left)
+    wait_for(lambda: not bucket.server.outages.left)
     bucket.allow(0.5)
     assert -5.6 <= bucket.tokens <= -4.9  # it was full again
 
@@ -416,7 +436,7 @@ def test_each_outage_begins_anew(own):
     bucket.resume()
     assert bucket.take_or_delay() < 200
     own.start()
-    wait_for(lambda: bucket.take_or_delay() == 0.0 and not bucket._shared.server.outages.is_down)
+    wait_for(lambda: bucket.take_or_delay() == 0.0 and not bucket.server.outages.is_down)
     own.kill()
     assert [bucket.allow() for _ in range(11)] == [True] * 9 + [False] * 2
 
@@ -425,12 +445,12 @@ def test_capacity_that_an_operator_has_raised(url):
     """A process that starts later learns it from the server, and no call is refused for the old number."""
     name = uuid4().hex
     RedisTokenBucket(name, 10, 1000, url=url).configure(capacity=100)
-    redis_bucket._servers.clear()  # another process
+    redis_server._servers.clear()  # another process
     bucket = RedisTokenBucket(name, 10, 1000, url=url)
     bucket.wait(50)
     assert bucket.capacity == 100
     bucket.configure(capacity=3)
-    redis_bucket._servers.clear()
+    redis_server._servers.clear()
     bucket = RedisTokenBucket(name, 10, 1000, url=url)
     assert not bucket.allow(5)
     with pytest.raises(ValueError, match="at most the capacity 3, not 5"):
@@ -507,11 +527,11 @@ def test_a_gate_finds_out_that_the_server_is_back(own, policy):
     taken(asked)
     own.kill()
     asked.jobs_wait(1)
-    wait_for(lambda: not asked.take_or_delay() and bucket._shared.server.outages.is_down)
+    wait_for(lambda: not asked.take_or_delay() and bucket.server.outages.is_down)
     asked.jobs_wait(0)
     own.start()
-    wait_for(lambda: not bucket._shared.server.outages.is_down)
-    wait_for(lambda: not bucket._shared.has_missed)
+    wait_for(lambda: not bucket.server.outages.is_down)
+    wait_for(lambda: not bucket._state.has_missed)
     taken(asked)
 
 

@@ -422,10 +422,16 @@ class Engine(Generic[Job]):
         return demands
 
     def _for_gate(self, demands: Sequence[Demand]) -> Sequence[Demand]:
-        """Return demands of the same tokens from buckets that never wait for a server."""
+        """Return demands of the same tokens from buckets that never wait for a server.
+
+        Those of this process come first: what they grant in vain goes back at no cost. Shadows stay last.
+        """
         if not any(hasattr(demand.bucket, "for_gate") for demand in demands):
             return demands
-        return [demand._replace(bucket=self._bucket_for_gate(demand.bucket)) for demand in demands]
+        ordered = sorted(
+            demands, key=lambda each: (each.limit.shadow, hasattr(each.bucket, "for_gate"))
+        )
+        return [demand._replace(bucket=self._bucket_for_gate(demand.bucket)) for demand in ordered]
 
     def _bucket_for_gate(self, bucket: Any) -> Bucket:
         if not hasattr(bucket, "for_gate"):

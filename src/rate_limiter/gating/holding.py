@@ -118,8 +118,10 @@ class _Queue(Generic[Job]):
         self.shared = is_shared(bucket)
         #: Whether the bucket tells this process of every change.
         self.sees_all = hasattr(bucket, "subscribe") and not self.shared
-        #: What the bucket wants to be told of: how many tokens all its jobs take.
-        self.tells: Callable[[float], None] | None = getattr(bucket, "jobs_wait", None)
+        #: What the bucket wants to be told of: how many tokens all its jobs take, and what the first one
+        #: takes from all buckets.
+        self.tells: Callable[[float, Sequence[Demand]], None] | None
+        self.tells = getattr(bucket, "jobs_wait", None)
         #: Whether its first job waits for the start of one that was let go. Then ``due`` is when to ask
         #: whether that has ended; minus infinity: it has started.
         self.stopped = False
@@ -134,8 +136,7 @@ class _Queue(Generic[Job]):
         self.jobs.extend(reversed(later))
         self.tokens += self.takes(held)
         held.queue, held.left = self, False
-        if self.tells is not None:
-            self.tells(self.tokens)
+        self._tell()
 
     def remove(self, held: Held[Job]) -> None:
         if self.jobs[0] is held:
@@ -144,8 +145,11 @@ class _Queue(Generic[Job]):
             self.jobs.remove(held)
         self.tokens = self.tokens - self.takes(held) if self.jobs else 0.0
         held.left = True
+        self._tell()
+
+    def _tell(self) -> None:
         if self.tells is not None:
-            self.tells(self.tokens)
+            self.tells(self.tokens, self.jobs[0].demands if self.jobs else ())
 
     def takes(self, held: Held[Job]) -> float:
         """Return the tokens that a job takes from the bucket."""
@@ -522,7 +526,7 @@ class Holding(Generic[Job]):
         self._unlink(held)
         first = self._enqueue(held, demand, now, delay, changes)
         self._give_up_claims(held, now, delay)
-        if first and left.claimant is None and _worth_it(held, left, delay):
+        if first and left.claimant is None and left.tells is None and _worth_it(held, left, delay):
             left.claimant = held
             held.claims.append(left)
 
@@ -593,7 +597,7 @@ class Holding(Generic[Job]):
     def _drop(self, queue: _Queue[Job]) -> None:
         del self._queues[queue.bucket]
         if queue.tells is not None:
-            queue.tells(0.0)
+            queue.tells(0.0, ())
         if hasattr(queue.bucket, "unsubscribe"):
             queue.bucket.unsubscribe(self.poke)
 

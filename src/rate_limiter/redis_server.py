@@ -1,0 +1,239 @@
+"""The Redis of `redis_bucket`, as one process uses it: its connections, signs of life, outages, forks."""
+
+import functools
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+from weakref import WeakValueDictionary
+
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError
+from redis.retry import Retry
+
+from .outage import Outages, Policy, ServerDownError
+from .redis_state import Question, State
+
+__all__ = ["ERRORS", "Server", "server_of"]
+
+_SCRIPT: Final = (Path(__file__).parent / "redis_bucket.lua").read_text()
+
+#: Notes that a process is alive, and returns how many are.
+_BEAT: Final = """
+local clock = redis.call('TIME')
+redis.call('ZADD', KEYS[1], clock[1], ARGV[1])
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', clock[1] - ARGV[2])
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+return redis.call('ZCARD', KEYS[1])
+"""
+
+#: All keys in Redis begin with this.
+_PREFIX: Final = "rate_limiter:"
+
+#: Seconds between two signs of life of a process, and seconds without one after which it counts as gone.
+_BEAT_EVERY: Final = 5.0
+_GONE_AFTER: Final = 15
+
+#: What fails if a server does not answer, or does not answer as it should.
+ERRORS: Final = (redis.RedisError, OSError, UnicodeError)
+
+
+class Server:
+    """A Redis, as this process uses it.
+
+    Args:
+        connect: Returns the client that speaks to it. Called again in a forked child.
+        where: Its address, without a password.
+
+    """
+
+    def __init__(self, connect: Callable[[], Any], where: str) -> None:
+        self.where = where
+        self._connect = connect
+        self.outages = Outages(f"Redis at {where}")
+        #: How many processes use it, as far as known.
+        self.workers = 1
+        self._states: WeakValueDictionary[str, State] = WeakValueDictionary()
+        #: The states that the server has yet to be told something of: they are not to be forgotten.
+        self.owing: set[State] = set()
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin in a new process: with connections and locks of its own."""
+        self._lock = threading.Lock()
+        self._member = uuid.uuid4().hex
+        self._beat_at = 0.0
+        self.outages.after_fork()
+        self.owing = set()
+        for state in list(self._states.values()):
+            state.after_fork()
+        #: What asks for the gates of this process, see `redis_asker`.
+        self.asker: Any = None
+        self._client = client = self._connect()
+        self._script = client.register_script(_SCRIPT)
+        self._beat = client.register_script(_BEAT)
+
+    def state(
+        self, name: str, numbers: tuple[float, float, float], policy: Policy, parent: str | None = None
+    ) -> State:
+        """Return the state of the bucket of a name in this process.
+
+        Args:
+            name: The name.
+            numbers: Capacity, tokens per second and first level, as the code says.
+            policy: What it does during an outage.
+            parent: The name of the bucket whose stored numbers count for it too. Then other numbers
+                than before are no error: they come from a function of the user's.
+
+        Raises:
+            ValueError: There is one with other numbers.
+
+        """
+        with self._lock:
+            state = self._states.get(name)
+            if state is None:
+                keys = (
+                    f"{_PREFIX}bucket:{name}",
+                    f"{_PREFIX}bucket:{name if parent is None else parent}",
+                )
+                state = self._states[name] = State(self, keys, numbers, policy)
+        if parent is not None:
+            state.numbers = numbers
+        elif (state.numbers, state.policy) != (numbers, policy):
+            raise ValueError(
+                f"RedisTokenBucket {name!r} on {self.where} is {(*state.numbers, state.policy)} elsewhere in "
+                "this process (capacity, tokens_per_second, initial, on_outage), not "
+                f"{(*numbers, policy)}"
+            )
+        return state
+
+    def show_life(self) -> None:
+        """Tell the server now and then that this process lives, and learn how many do."""
+        if (now := time.monotonic()) >= self._beat_at:
+            self._beat_at = now + _BEAT_EVERY
+            signs = [self._member, _GONE_AFTER]
+            self.workers = max(1, int(self._beat(keys=[f"{_PREFIX}workers"], args=signs)))
+
+    def run(self, question: Question) -> list[Any]:
+        """Call the script once.
+
+        Raises:
+            ServerDownError: The server does not answer, or has not a moment ago.
+
+        """
+        if self.outages.left:
+            raise ServerDownError
+        try:
+            reply: list[Any] = self._script(keys=question.keys, args=question.arguments)
+            self.show_life()
+        except ERRORS as error:
+            self.outages.failed(error)
+            raise ServerDownError from error
+        self.outages.answered()
+        return reply
+
+    def order(self, question: Question) -> list[Any]:
+        """Call the script once, and raise what the client raises if the server does not answer."""
+        if self.outages.left:
+            raise redis.ConnectionError(f"Redis at {self.where} does not answer")
+        reply: list[Any] = self._script(keys=question.keys, args=question.arguments)
+        return reply
+
+    def run_all(self, questions: Sequence[Question]) -> list[Any]:
+        """Call the script for each question, on one way there and back; return replies and errors.
+
+        Raises:
+            redis.RedisError: The server does not answer.
+
+        """
+        pipeline = self._client.pipeline(transaction=False)
+        for question in questions:
+            pipeline.evalsha(self._script.sha, len(question.keys), *question.keys, *question.arguments)
+        replies: list[Any] = pipeline.execute(raise_on_error=False)
+        if any(isinstance(reply, NoScriptError) for reply in replies):
+            self._client.script_load(self._script.script)
+        return replies
+
+
+#: By their addresses. The first client, or URL, of an address is used.
+_servers: dict[str, Server] = {}
+_servers_lock = threading.Lock()
+
+
+def server_of(client: Any, url: str | None, timeout: float) -> Server:
+    """Return the server of a client or a URL. It speaks to nobody.
+
+    Raises:
+        TypeError: Not one of both is given, or it has the wrong type.
+        ValueError: It is no URL of a Redis.
+
+    """
+    if (client is None) == (url is None):
+        raise TypeError("RedisTokenBucket takes one of client=… and url=…")
+    if client is None:
+        if not isinstance(url, str):
+            raise TypeError(f"url must be text, not {url!r}")
+        place = _place_of(url)
+    else:
+        try:
+            pool = client.connection_pool
+            options = pool.connection_kwargs
+        except AttributeError:
+            raise TypeError(f"client must be a redis.Redis, not {client!r}") from None
+        place = _place(options, getattr(pool, "service_name", None))
+    with _servers_lock:
+        server = _servers.get(place)
+        if server is None:
+            server = _servers[place] = Server(lambda: client or _connect(url, timeout), place)
+    return server
+
+
+@functools.lru_cache(maxsize=100)
+def _place_of(url: str) -> str:
+    """Return the address in a URL.
+
+    Raises:
+        ValueError: It is no URL of a Redis, or has an option that its client does not know.
+
+    """
+    try:
+        pool = _connect(url, 1.0).connection_pool
+        pool.connection_class(**pool.connection_kwargs)  # it does not connect
+    except (ValueError, TypeError, redis.RedisError) as error:
+        # The text of other errors may have a part of a password.
+        plain = isinstance(error, TypeError) or "scheme" in str(error)
+        reason = str(error) if plain else "see redis.Redis.from_url"
+        raise ValueError(f"url must be the URL of a Redis: {reason}") from None
+    return _place(pool.connection_kwargs, None)
+
+
+def _place(options: dict[str, Any], service: str | None) -> str:
+    place = (service and f"service {service}") or options.get("path")
+    place = place or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
+    return f"{place}/{options.get('db') or 0}"
+
+
+def _connect(url: str | None, timeout: float) -> Any:
+    return redis.Redis.from_url(
+        str(url),
+        socket_timeout=timeout,
+        socket_connect_timeout=timeout,
+        retry=Retry(NoBackoff(), 0),  # redis-py would try for seconds
+        health_check_interval=0,
+    )
+
+
+def _after_fork_in_child() -> None:
+    """Of all threads only the forking one lives on: a lock another held would never be released."""
+    global _servers_lock  # noqa: PLW0603
+    _servers_lock = threading.Lock()
+    for server in _servers.values():
+        server.begin()  # redis-py's pool has locks, too
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,403 @@
+"""What a process knows of a bucket in Redis, and how the script there is called (redis_bucket.lua).
+
+A `State` belongs to all objects of one name and server. This file alone knows what the script takes and
+answers. During an outage a state keeps what the server is to be told afterwards.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from .outage import Policy, ServerDownError, StandIn
+from .token_bucket import TokenBucket
+
+if TYPE_CHECKING:
+    from .redis_server import Server
+
+__all__ = ["MICRO", "Debt", "Known", "Part", "Question", "State", "Stored", "Taken", "call_take"]
+
+logger = logging.getLogger("rate_limiter")
+
+#: The server counts in microseconds.
+MICRO: Final = 1e-6
+
+
+class Stored(NamedTuple):
+    """Numbers that an operator has set, and that count instead of the code's."""
+
+    capacity: float
+    tokens_per_second: float
+    #: When he did, as in ``"2026-11-29T17:00:00+00:00"``, why, and who.
+    at: str
+    reason: str
+    who: str
+
+
+class Known(NamedTuple):
+    """What a process knows of a bucket without asking the server."""
+
+    tokens: float
+    pause_left: float
+    #: What an operator has set. ``None``: the numbers of the code count.
+    stored: Stored | None
+    #: Whether the server does not answer: the bucket does what its ``on_outage`` says.
+    is_outage: bool
+
+
+class Debt(NamedTuple):
+    """What the server is to charge: tokens taken without it."""
+
+    #: By ``charge``.
+    charged: float = 0.0
+    #: By the stand-in, and how many of them are charged at most.
+    granted: float = 0.0
+    most: float = 0.0
+
+    @property
+    def tokens(self) -> float:
+        """How many are charged."""
+        return self.charged + min(self.granted, self.most)
+
+
+_NO_DEBT: Final = Debt()
+
+
+class State:
+    """What all objects of one name and server share in this process.
+
+    Args:
+        server: Where the bucket is.
+        keys: Its key there, and the key whose stored numbers count where it has none of its own.
+        numbers: Capacity, tokens per second and first level, as the code says.
+        policy: What it does during an outage.
+
+    """
+
+    def __init__(
+        self,
+        server: "Server",
+        keys: tuple[str, str],
+        numbers: tuple[float, float, float],
+        policy: Policy,
+    ) -> None:
+        self.server = server
+        self.keys = keys
+        self.numbers = numbers
+        self.policy = policy
+        #: As last known; an operator may have changed them.
+        self.capacity, self.rate = numbers[:2]
+        self.stored: Stored | None = None
+        self._version = ""
+        #: The level, and when the server has told it; 0.0: never.
+        self._level = 0.0
+        self.known_at = 0.0
+        #: Until when it is paused, as far as known; and whether it was when somebody last looked.
+        self._paused_until = 0.0
+        self._was_paused = False
+        #: What the server has missed: tokens to charge, and the pause.
+        self._owed = 0.0
+        self._owes_pause = False
+        self.stand_in = StandIn(policy, server.outages)
+        self._lock = threading.Lock()
+
+    # -- what is known ----------------------------------------------------------------------------
+
+    @property
+    def seen(self) -> tuple[str, bool]:
+        """What changes if somebody changes the numbers, or pauses the bucket."""
+        return self._version, self._was_paused
+
+    @property
+    def level(self) -> float:
+        """The tokens that are there now, as far as known without the server."""
+        if not self.known_at or self.pause_left:
+            return self._level
+        return min(self.capacity, self._level + (time.monotonic() - self.known_at) * self.rate)
+
+    @property
+    def pause_left(self) -> float:
+        """The seconds until the end of a pause, as far as known without the server."""
+        return max(0.0, self._paused_until - time.monotonic()) if self._paused_until else 0.0
+
+    def too_many(self, tokens: float) -> ValueError:
+        """Return the error for more tokens than the capacity."""
+        return ValueError(f"tokens must be at most the capacity {self.capacity:g}, not {tokens:.15g}")
+
+    # -- calls that are for this bucket alone -----------------------------------------------------
+
+    def look(self) -> None:
+        """Learn the level and the pause, if the server answers."""
+        question = Question.look(self)
+        with contextlib.suppress(ServerDownError):
+            question.learn_look(self.server.run(question))
+
+    def settle(self, tokens: float) -> None:
+        """Give tokens back; below 0: charge them."""
+        try:
+            call_take([Part(self, back=tokens)])
+        except ServerDownError:
+            self.put_debt(Debt(charged=max(0.0, -tokens)))
+
+    def pause(self, seconds: float) -> None:
+        """Grant nothing for some seconds."""
+        self._paused_until = max(self._paused_until, time.monotonic() + seconds)
+        try:
+            self._tell("pause", seconds / MICRO)
+        except ServerDownError:
+            self._owes_pause = True
+            self.server.owing.add(self)
+            self.stand_in.pause(seconds, self._share)
+
+    def resume(self) -> None:
+        """End a pause."""
+        self._paused_until = 0.0
+        self._owes_pause = False
+        self.stand_in.resume()
+        with contextlib.suppress(ServerDownError):
+            self._tell("resume")
+
+    def configure(self, capacity: float, rate: float, reason: str, who: str) -> None:
+        """Set capacity and rate for all processes; 0 leaves one as it is.
+
+        Raises:
+            redis.RedisError: The server does not answer.
+
+        """
+        question = Question([self], ["configure", repr(capacity), repr(rate)], (reason, who))
+        self.learn(self.server.order(question)[0])
+
+    def restore(self) -> None:
+        """Let the numbers of the code count again.
+
+        Raises:
+            redis.RedisError: The server does not answer.
+
+        """
+        self.learn(self.server.order(Question([self], ["clear", 0, 0]))[0])
+
+    def _tell(self, command: str, amount: float = 0.0) -> None:
+        self.learn(self.server.run(Question([self], [command, repr(amount), 0]))[0])
+
+    # -- what the script is given, and what it shows ----------------------------------------------
+
+    def arguments(self) -> list[str]:
+        """Return what the script is given for this bucket in every call."""
+        return [*map(repr, self.numbers), self._version]
+
+    def learn(self, shown: list[Any]) -> None:
+        """Take note of what the script shows of this bucket."""
+        version, level, *more = map(_text, shown)
+        self._level, self.known_at = float(level), time.monotonic()
+        if more:
+            self._learn_numbers(version, *more)
+
+    def learn_pause(self, seconds: float) -> None:
+        """Take note of how long the bucket is paused."""
+        self._was_paused = seconds > 0.0
+        self._paused_until = time.monotonic() + seconds if seconds else 0.0
+
+    def _learn_numbers(self, version: str, size: str, rate: str, moment: str, *texts: str) -> None:
+        self.capacity, self.rate = float(size), float(rate)
+        is_new, self._version = version != self._version, version
+        self.stored = None
+        if not moment:
+            return
+        at = datetime.fromtimestamp(float(moment) * MICRO, UTC).isoformat(timespec="seconds")
+        reason, who, *base = texts
+        self.stored = Stored(self.capacity, self.rate, at, reason, who)
+        if is_new and tuple(map(float, base)) != self.numbers[:2]:
+            logger.warning(
+                "%s: the code says capacity %g, %g tokens_per_second now. But capacity %g, %g tokens_per_second "
+                "count, which %s has set at %s%s, until they are cleared",
+                self.keys[0],
+                *self.numbers[:2],
+                *self.stored[:2],
+                who,
+                at,
+                f" ({reason})" if reason else "",
+            )
+
+    # -- what the server has missed ---------------------------------------------------------------
+
+    @property
+    def has_missed(self) -> bool:
+        """Whether the server has missed something during an outage."""
+        return bool(self._owed or self._owes_pause or self.stand_in.has_granted)
+
+    def take_debt(self) -> Debt:
+        """Return what is to be charged with the next call, and owe it no more."""
+        if not self.has_missed:
+            return _NO_DEBT
+        share = self.server.workers if self.policy == "local" else 1
+        with self._lock:
+            charged, self._owed = self._owed, 0.0
+        return Debt(charged, self.stand_in.take_granted(), self.capacity / share)
+
+    def put_debt(self, debt: Debt) -> None:
+        """Owe tokens: the call that was to charge them has failed."""
+        if debt != _NO_DEBT:
+            with self._lock:
+                self._owed += debt.charged
+            self.stand_in.put_granted(debt.granted)
+            self.server.owing.add(self)
+
+    def tell_rest(self) -> None:
+        """Tell the server of a pause that it has missed. Nothing more is owed then, until the next outage."""
+        if self._owes_pause:
+            self._owes_pause = False
+            if left := self.pause_left:
+                self.pause(left)
+        if not self.has_missed:
+            self.server.owing.discard(self)
+
+    def take_without_server(self, tokens: float) -> float:
+        """Take tokens during an outage, or return the seconds until that makes sense, as the policy says.
+
+        Raises:
+            ValueError: They are more than the capacity.
+
+        """
+        if tokens > self.capacity:
+            raise self.too_many(tokens)
+        delay = self.stand_in.take_or_delay(tokens, self._share)
+        if not delay:
+            self.server.owing.add(self)
+        return delay
+
+    def after_fork(self) -> None:
+        """Begin in a forked child: the parent tells the server what it has missed."""
+        self._lock = threading.Lock()
+        self._owed = 0.0
+        self._owes_pause = False
+        self.stand_in.after_fork()
+
+    def _share(self) -> TokenBucket:
+        """Return a bucket with this process's share of the rate, from the last known level."""
+        workers = self.server.workers
+        bucket = TokenBucket(self.capacity / workers, self.rate / workers)
+        if (missing := bucket.capacity - self.level / workers) > 0.0:
+            bucket.charge(missing)
+        if self.pause_left:
+            bucket.pause(self.pause_left)
+        return bucket
+
+
+class Part(NamedTuple):
+    """What one call does with one of its buckets."""
+
+    state: State
+    #: What one job takes from it.
+    unit: float = 0.0
+    #: What the caller was promised there.
+    held: float = 0.0
+    #: Tokens to give back; below 0: to charge.
+    back: float = 0.0
+
+
+class Taken(NamedTuple):
+    """What a call for some jobs has given."""
+
+    #: How many of them may go.
+    jobs: int
+    #: The seconds until the others may. Below 0: never, for one costs more than the capacity.
+    wait: float
+    #: The bucket that makes them wait, by its position, and what the caller is promised there.
+    last: int
+    promised: float
+
+
+class Question:
+    """One call of the script.
+
+    Args:
+        states: The buckets.
+        command: The command and its two numbers.
+        texts: The further arguments of the command.
+        parts: What it does with each bucket, if it takes.
+
+    """
+
+    __slots__ = ("arguments", "debts", "keys", "parts", "states")
+
+    def __init__(
+        self,
+        states: Sequence[State],
+        command: list[Any],
+        texts: Sequence[str] = (),
+        parts: Sequence[Part] = (),
+    ) -> None:
+        self.states = states
+        self.parts = parts
+        self.debts: list[Debt] = []
+        self.keys = [key for state in states for key in state.keys]
+        self.arguments = command
+        for state in states if not parts else ():
+            self.arguments += [*state.arguments(), 0, 0, 0]
+        for state, unit, held, back in parts:
+            debt = state.take_debt()
+            self.debts.append(debt)
+            self.arguments += [*state.arguments(), repr(back - debt.tokens), repr(held), repr(unit)]
+        self.arguments += texts
+
+    @classmethod
+    def look(cls, state: State) -> "Question":
+        """Return a call that only looks at a bucket."""
+        return cls([state], ["look", 0, 0])
+
+    @classmethod
+    def take(cls, parts: Sequence[Part], jobs: int, promise: int) -> "Question":
+        """Return a call that takes for some jobs, for each from all buckets or from none.
+
+        It charges what the server has missed, too. If it fails, that is to be owed again: `fail`.
+
+        Args:
+            parts: The buckets, all of one server.
+            jobs: For how many jobs it takes at most.
+            promise: For how many of them it has promised what is not there.
+
+        """
+        return cls([part.state for part in parts], ["take", jobs, promise], parts=parts)
+
+    def fail(self) -> None:
+        """Owe again what it was to charge: the server has not answered."""
+        for part, debt in zip(self.parts, self.debts, strict=True):
+            part.state.put_debt(debt)
+
+    def learn_look(self, reply: list[Any]) -> None:
+        """Take note of the reply to `look`."""
+        paused, shown = reply
+        self.states[0].learn(shown)
+        self.states[0].learn_pause(paused * MICRO)
+
+    def learn_taken(self, reply: list[Any]) -> Taken:
+        """Take note of the reply to `take`."""
+        jobs, wait, last, promised, *shown = reply
+        for state, each in zip(self.states, shown, strict=True):
+            state.learn(each)
+        return Taken(jobs, wait * MICRO, last - 1, float(promised))
+
+
+def call_take(parts: Sequence[Part], jobs: int = 0, promise: int = 0) -> Taken:
+    """Ask the server at once: see `Question.take`.
+
+    Raises:
+        ServerDownError: The server does not answer.
+
+    """
+    question = Question.take(parts, jobs, promise)
+    try:
+        taken = question.learn_taken(parts[0].state.server.run(question))
+    except BaseException:
+        question.fail()
+        raise
+    for part in parts:
+        part.state.tell_rest()
+    return taken
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
