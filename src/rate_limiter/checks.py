@@ -6,7 +6,7 @@ from decimal import Decimal
 from numbers import Real
 from typing import NoReturn
 
-__all__ = ["not_negative", "positive", "whole", "zero_or_more"]
+__all__ = ["initial_tokens", "not_negative", "positive", "whole", "zero_or_more"]
 
 
 def positive(name: str, value: float, *, documented: bool = False) -> float:
@@ -46,6 +46,22 @@ def zero_or_more(name: str, value: float) -> float:
     if not math.isfinite(number):
         _not_finite(name, value)
     return number
+
+
+def initial_tokens(initial: float | None, capacity: float) -> float:
+    """Return the tokens that a new bucket starts with, as a float. ``None``: its capacity.
+
+    Raises:
+        ValueError: It is below 0, above the capacity, or not finite.
+        TypeError: It is not a real number.
+
+    """
+    if initial is None:
+        return capacity
+    tokens = zero_or_more("initial", initial)
+    if tokens > capacity:
+        raise ValueError(f"initial must be at most the capacity {capacity:g}, not {_shown(initial)}")
+    return tokens
 
 
 def not_negative(timeout: float) -> float:
