@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 from uuid import UUID
 
-from .checks import positive, whole
+from .checks import initial_tokens, positive, whole
 from .token_bucket import TokenBucket
 
 __all__ = ["BucketPerKey", "Key"]
@@ -47,11 +47,16 @@ class BucketPerKey:
 
     Each new key makes it check a few buckets and forget those that are full, for a full bucket is the
     same as a new one. It never forgets a bucket that is not full, that somebody holds a reference to, or
-    that was configured. So nobody gets more tokens by using many keys in turn.
+    that was configured; nor, with ``initial``, as long as a new one would not be full. So nobody gets more
+    tokens by using many keys in turn, or fewer by coming back.
 
     Args:
         capacity: The capacity of each bucket. Above 0.
         tokens_per_second: The rate of each bucket. Above 0.
+        initial: The tokens that each key has when this object is made, from 0 to ``capacity``. ``None``: all
+            are full. Tokens come from then on, also for keys that have no bucket yet: a bucket is made with
+            ``initial`` tokens and what its rate has brought since. A key with a smaller capacity of its own
+            has that at most.
         max_keys: The most buckets that are kept. Until one of them is full, all further keys share one
             more bucket of the capacity and rate above. The first time it logs a warning.
         limits: Called with a key when its bucket is made. Returns the key's own ``(capacity,
@@ -60,7 +65,7 @@ class BucketPerKey:
         clock: As in `TokenBucket`.
 
     Raises:
-        ValueError: A number is not above 0, or is not finite.
+        ValueError: A number is not above 0, or is not finite; ``initial`` is below 0 or above the capacity.
         TypeError: An argument has the wrong type.
 
     A key is a ``str``, an ``int``, a ``UUID``, or a tuple of these, of at most 200 characters as text.
@@ -75,12 +80,14 @@ class BucketPerKey:
         capacity: float,
         tokens_per_second: float,
         *,
+        initial: float | None = None,
         max_keys: int = 100_000,
         limits: Callable[[Any], tuple[float, float] | None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.capacity = positive("capacity", capacity)
         self.tokens_per_second = positive("tokens_per_second", tokens_per_second)
+        self.initial = None if initial is None else initial_tokens(initial, self.capacity)
         if limits is not None and not callable(limits):
             raise TypeError(f"limits must be a callable that is given a key, or None, not {limits!r}")
         self.max_keys = whole("max_keys", max_keys)
@@ -95,7 +102,10 @@ class BucketPerKey:
         #: The keys; those whose buckets were checked longest ago come first. A key may stand here twice.
         self._order: deque[Key] = deque()
         #: The bucket of all keys beyond `max_keys`.
-        self._overflow = TokenBucket(self.capacity, self.tokens_per_second, clock=clock)
+        self._overflow = TokenBucket(
+            self.capacity, self.tokens_per_second, initial=self.initial, clock=clock
+        )
+        self._made_at = clock()
         self._overflowed = False
         self._lock = threading.RLock()
         _all.add(self)
@@ -179,7 +189,8 @@ class BucketPerKey:
             self._forget_full(_CHECKS if len(self) < self.max_keys else _CHECKS_AT_MAX_KEYS)
             if len(self) >= self.max_keys:
                 return self._shared_by_the_rest()
-            bucket = TokenBucket(*(own or _numbers(self)), clock=self._clock)
+            numbers = own or _numbers(self)
+            bucket = TokenBucket(*numbers, initial=self._initial_now(*numbers), clock=self._clock)
             self._order.append(key)
             return self._buckets.setdefault(key, bucket)
 
@@ -194,6 +205,12 @@ class BucketPerKey:
                 f"limits must return (capacity, tokens_per_second) or None, not {own!r}"
             ) from None
         return positive("capacity", capacity), positive("tokens_per_second", rate)
+
+    def _initial_now(self, capacity: float, rate: float) -> float:
+        """Return the tokens of a bucket that nobody has taken from since this object was made."""
+        if self.initial is None:
+            return capacity
+        return min(capacity, self.initial + max(0.0, self._clock() - self._made_at) * rate)
 
     def _forget_full(self, checks: int) -> None:
         """Check so many buckets, and forget those that are full."""
@@ -221,6 +238,8 @@ class BucketPerKey:
         try:
             numbers = self._own_numbers(key) or _numbers(self)
         except Exception:  # noqa: BLE001 - of the user's function: the bucket may have been configured
+            return False
+        if self._initial_now(*numbers) < numbers[0]:  # the rate was higher before `configure`, say
             return False
         self._leaving[key] = bucket
         del self._buckets[key]

@@ -88,11 +88,12 @@ class SharedTokenBucket(TokenBucket):
     Args:
         capacity: The most tokens it can hold, which is the largest burst. Above 0.
         tokens_per_second: The rate at which tokens come back. Above 0.
+        initial: The tokens that it starts with, as in `TokenBucket`: once, not once per process.
         clock: Returns the time in seconds, the same in all processes, as ``time.monotonic`` does.
 
     Raises:
-        ValueError: An argument is not above 0, or is not finite.
-        TypeError: An argument is not a number, or ``clock`` cannot be called.
+        ValueError: As in `TokenBucket`.
+        TypeError: As in `TokenBucket`.
         NotImplementedError: The platform has no ``fork`` or no ``fcntl.lockf``.
         RuntimeError: From every method that takes, gives back or changes: this process has closed the
             bucket's file descriptor, as a daemon does that closes all of them.
@@ -118,9 +119,10 @@ class SharedTokenBucket(TokenBucket):
         capacity: float,
         tokens_per_second: float,
         *,
+        initial: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(capacity, tokens_per_second, clock=clock)
+        super().__init__(capacity, tokens_per_second, initial=initial, clock=clock)
         _move_to_shared_memory(self)
 
     @property

@@ -45,7 +45,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar, Final, NoReturn, TypeAlias
 
-from .checks import not_negative, positive, zero_or_more
+from .checks import initial_tokens, not_negative, positive, zero_or_more
 from .exceptions import RateLimitExceeded
 
 __all__ = ["TokenBucket"]
@@ -93,20 +93,23 @@ _process = 0
 class TokenBucket:
     """A thread-safe token bucket for all threads of one process.
 
-    It holds up to ``capacity`` tokens, starts full, and gains ``tokens_per_second`` until it is full
-    again. In any span of ``t`` seconds it grants at most ``capacity + tokens_per_second * t`` tokens.
+    It holds up to ``capacity`` tokens, starts full (or with ``initial``), and gains ``tokens_per_second``
+    until it is full. In any span of ``t`` seconds it grants at most ``capacity + tokens_per_second * t`` tokens.
     (Not to be mistaken for ``kombu.utils.limits.TokenBucket``, which takes its arguments the other
     way round and is not thread-safe.)
 
     Args:
         capacity: The most tokens it can hold, which is the largest burst. Above 0.
         tokens_per_second: The rate at which tokens come back. Above 0.
+        initial: The tokens that it starts with, from 0 to ``capacity``. ``None``: it starts full. A process
+            that starts with a full bucket brings a burst; with 0, nothing but the rate.
         clock: Returns the time in seconds. A clock that is set back mints nothing: the bucket stands
             still until the clock has caught up. Tests pass `rate_limiter.testing.ManualClock`.
 
     Raises:
-        ValueError: An argument is not above 0, or is not finite.
-        TypeError: An argument is not a number, or ``clock`` cannot be called.
+        ValueError: The capacity or the rate is not above 0, ``initial`` is below 0 or above the capacity, or
+            one of them is not finite.
+        TypeError: One of them is not a number, or ``clock`` cannot be called.
 
     A forked child starts with the parent's level, without its waiters and listeners, and counts on its
     own from there (a `SharedTokenBucket` is one bucket for all of these processes). For the same reason
@@ -146,6 +149,7 @@ class TokenBucket:
         capacity: float,
         tokens_per_second: float,
         *,
+        initial: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._capacity = positive("capacity", capacity, documented=True)
@@ -153,9 +157,10 @@ class TokenBucket:
         if not callable(clock):
             raise TypeError(f"clock must be a callable that returns seconds, not {clock!r}")
         self._clock = clock
-        #: When the bucket was last full (or the sum was started anew), and the tokens used since then.
+        #: When the bucket was last full (or the sum was started anew), and the tokens used since then. One
+        #: that does not start full is as a full one from which the rest was taken.
+        self._used = self._capacity - initial_tokens(initial, self._capacity)
         self._full_at = clock()
-        self._used = 0.0
         #: While this equals `_full_at`, the bucket was not full since that pause, and at least the
         #: capacity is used.
         self._paused_until = -math.inf

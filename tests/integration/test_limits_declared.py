@@ -30,6 +30,21 @@ def test_settings_and_annotations_are_enforced(redis_lab):
     assert "matches no registered task" in warning
 
 
+def test_a_deploy_is_no_burst(redis_lab):
+    """Jobs that wait for two new workers run at twice the rate from the start, not as two bursts."""
+    for number in range(12):
+        redis_lab.send("job", number)
+    limits = {"jo?": {"rate": "2/s", "burst": 50, "initial": 0}}
+    deployed = time.monotonic()
+    with (
+        start(redis_lab, rate_limiter_limits=limits),
+        start(redis_lab, rate_limiter_limits=limits),
+    ):
+        assert sorted(redis_lab.wait_for_runs("job", 12)) == list(range(12))
+    for count, run in enumerate(redis_lab.log("job"), 1):
+        assert run.at - deployed >= count / 4 - 1e-6
+
+
 @pytest.mark.parametrize(
     "setting", [{"worker_prefetch_multiplier": 0}, {"worker_disable_prefetch": True}]
 )

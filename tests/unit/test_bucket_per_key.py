@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import in_child
 
-from rate_limiter import Bucket, BucketPerKey
+from rate_limiter import Bucket, BucketPerKey, TokenBucket
 from rate_limiter.testing import ManualClock
 
 
@@ -144,6 +144,9 @@ def test_what_limits_may_not_return(answer, error, text):
     [
         ({"capacity": 0}, ValueError, "capacity must be positive"),
         ({"tokens_per_second": -1}, ValueError, "tokens_per_second must be positive"),
+        ({"initial": -1}, ValueError, "initial must be 0 or more, not -1"),
+        ({"initial": 2}, ValueError, "initial must be at most the capacity 1, not 2"),
+        ({"initial": "1"}, TypeError, "initial must be a number"),
         ({"max_keys": 0}, ValueError, "max_keys must be 1 or more, not 0"),
         ({"max_keys": 2.5}, TypeError, "max_keys must be a whole number, not 2.5"),
         ({"limits": {}}, TypeError, "limits must be a callable that is given a key, or None, not {}"),
@@ -231,6 +234,98 @@ def test_configure_changes_all_keys_without_numbers_of_their_own(clock):
         with pytest.raises(ValueError, match="must be"):
             tenants.configure(**wrong)
     assert tenants["new"].capacity == 2
+
+
+# -- initial -----------------------------------------------------------------------------------------------
+
+
+def test_each_key_starts_with_initial(clock):
+    """Each key has that from the start, and at most the capacity that it has of its own."""
+    tenants = BucketPerKey(8, 1, initial=4, limits={"small": (3, 1), "large": (90, 9)}.get, clock=clock)
+    assert tenants.initial == 4
+    assert {key: tenants[key].tokens for key in ("a", "small", "large")} == {
+        "a": 4,
+        "small": 3,
+        "large": 4,
+    }
+    assert [tenants["a"].allow(5), tenants["a"].allow(4), tenants["b"].allow(4)] == [False, True, True]
+
+
+def test_tokens_of_a_key_come_before_its_bucket_does(clock):
+    """A key that first comes up later has what its own rate has brought since the start."""
+    tenants = BucketPerKey(8, 1, initial=0, limits={"vip": (9, 2)}.get, clock=clock)
+    clock.advance(3)
+    assert {key: tenants[key].tokens for key in ("new", "vip")} == {"new": 3, "vip": 6}
+    clock.advance(1000)
+    assert tenants["later"].tokens == 8
+
+
+def test_keys_beyond_max_keys_start_with_initial_too(clock):
+    """The bucket that they share brings no burst either."""
+    tenants = BucketPerKey(8, 1, initial=1, max_keys=1, clock=clock)
+    assert tenants["a"].allow()
+    assert [tenants["b"].allow(), tenants["c"].allow()] == [True, False]
+
+
+@given(
+    st.sampled_from([0, 0.5, 2, 4]),
+    st.lists(
+        st.tuples(st.integers(0, 9), st.sampled_from([0.5, 1, 4]), st.sampled_from([0, 0.25, 2, 9])),
+        max_size=80,
+    ),
+)
+def test_a_key_that_was_forgotten_starts_as_if_it_was_not(initial, asks):
+    """Whatever is forgotten, a key is granted what one bucket grants that was made at the start."""
+    clock = ManualClock()
+    tenants = BucketPerKey(4, 1, initial=initial, clock=clock)
+    kept = [TokenBucket(4, 1, initial=initial, clock=clock) for _ in range(10)]
+    for key, tokens, step in asks:
+        clock.advance(step)
+        assert tenants[key].tokens == kept[key].tokens
+        assert tenants[key].take_or_delay(tokens) == kept[key].take_or_delay(tokens)
+
+
+def test_full_buckets_are_forgotten_with_initial(clock):
+    """Once a new bucket would be full, full ones are forgotten as ever."""
+    tenants = BucketPerKey(1, 1, initial=0, clock=clock)
+    for number in range(1000):
+        tenants[number].allow()
+        clock.advance(0.1)
+    assert 10 <= len(tenants) <= 25
+
+
+def test_no_bucket_is_forgotten_that_a_new_one_would_not_equal(clock):
+    """After a lower rate for all, a full key does not come back with less."""
+    tenants = BucketPerKey(8, 4, initial=0, clock=clock)
+    assert tenants["full"].tokens == 0
+    clock.advance(2)
+    tenants.configure(tokens_per_second=1)
+    for number in range(10):
+        tenants[number]
+    assert (tenants["full"].tokens, tenants[0].tokens) == (8, 2)
+    clock.advance(6)
+    for number in range(20, 40):
+        tenants[number]
+    assert "full" not in set(tenants)
+    assert tenants["full"].tokens == 8
+
+
+def test_a_lower_capacity_cuts_initial(clock):
+    """After a lower capacity for all, a new key has no more than that."""
+    tenants = BucketPerKey(8, 1, initial=6, clock=clock)
+    tenants.configure(capacity=2)
+    assert tenants["new"].tokens == 2
+
+
+def test_a_clock_set_back_before_the_start_leaves_initial(clock):
+    """A key that is made then has what all had at the start."""
+    clock.advance(100)
+    tenants = BucketPerKey(8, 1, initial=3, clock=clock)
+    clock.now = 50.0
+    assert tenants["new"].tokens == 3
+
+
+# -- max_keys ----------------------------------------------------------------------------------------------
 
 
 def test_beyond_max_keys_new_keys_share_a_bucket(clock, caplog):

@@ -33,7 +33,7 @@ def as_setting(options):
     return {"rate": options["bucket"], **others}
 
 
-# -- the places: each declares what it is given, then does what a worker does at its start -------------
+# -- the places: each declares what it is given, does what a worker does at its start, returns the limits --
 
 
 def in_decorator(declarations, function):
@@ -41,20 +41,21 @@ def in_decorator(declarations, function):
         bucket = options.pop("bucket")
         options.pop("select")
         function = throttle(bucket, **options)(function)
+    return function.__rate_limits__
 
 
 def at_celery_gate(declarations, function):
     gate = Gate(new_app(function))
     for options in declarations:
         gate.limit(*options.pop("select"), **options)
-    gate.tasks_of()
+    return gate.tasks_of()
 
 
 def at_kombu_gate(declarations, _function):
     gate = KombuGate()
     for options in declarations:
         gate.limit(*options.pop("select"), **options)
-    gate.limits_for("jobs.upload")
+    return gate.limits_for("jobs.upload")
 
 
 def in_settings(declarations, function):
@@ -64,7 +65,7 @@ def in_settings(declarations, function):
         each["select"][0] if not number else "jobs.*": as_setting(each)
         for number, each in enumerate(declarations)
     }
-    Gate(app).tasks_of()
+    return Gate(app).tasks_of()
 
 
 def in_attribute(declarations, function):
@@ -72,7 +73,7 @@ def in_attribute(declarations, function):
     for number, each in enumerate(declarations):
         name = "jobs.upload" + str(number or "")
         app.task(function, shared=False, name=name, rate_limiter_limit=as_setting(each))
-    Gate(app).tasks_of()
+    return Gate(app).tasks_of()
 
 
 DECORATOR, GATE, KOMBU, SETTINGS, ATTRIBUTE = PLACES = {
@@ -148,6 +149,18 @@ TABLE = [
     row("burst text", TypeError, "burst must be", {"burst": "x"}),
     row("burst beside a bucket", ValueError, "burst goes with a rate", {"bucket": TokenBucket(1, 1)},
         **NO_BUCKET),
+    *(
+        row(f"initial {initial!r}{' '.join(['', *others])}", error, f"initial must be {expected}",
+            {"initial": initial, **others})
+        for others in ({}, {"key": "tenant"})
+        for initial, error, expected in (
+            (-1, ValueError, "0 or more, not -1"), (math.nan, ValueError, "a finite number, not nan"),
+            (11, ValueError, "at most the capacity 10, not 11"), ("x", TypeError, "a number (int or float), not 'x'"))
+    ),
+    row("initial beside a bucket", ValueError, "initial goes with a rate such as '100/m': <TokenBucket",
+        {"bucket": TokenBucket(1, 1), "burst": None, "initial": 0}, **NO_BUCKET),
+    row("initial above the default burst", ValueError, "initial must be at most the capacity 1, not 2",
+        {"burst": None, "initial": 2}),
     row("no burst", ValueError, "burst is missing", {"burst": None, "tokens": "size"}),
     row("buckets beside a bucket", ValueError, "buckets goes with a callable", {"buckets": [TokenBucket(1, 1)]},
         **NO_BUCKET),
@@ -211,8 +224,8 @@ TABLE = [
             {"overflow": overflow}, **NOT_HELD) for overflow in ("x", "", 5)
     ),
     # what there is not
-    row("unknown option", ValueError, "unknown option 'brust'; expected burst, key, limits", {"brust": 3}, **NO_CALL),
-    row("unknown option 5", ValueError, "unknown option '5'; expected burst, key, limits", {5: 3}, **NO_CALL),
+    row("unknown option", ValueError, "unknown option 'brust'; expected burst, initial, key", {"brust": 3}, **NO_CALL),
+    row("unknown option 5", ValueError, "unknown option '5'; expected burst, initial, key", {5: 3}, **NO_CALL),
     row("queue in an attribute", ValueError, "unknown option 'queue'; expected burst", {"queue": "bulk"}, **NO_CALL,
         **{SETTINGS: "there it is an option"}),
     row("async", TypeError, " is async; Celery does not await tasks, so it would never run", {},
@@ -253,3 +266,31 @@ def test_wrong_declaration_gets_the_same_error(place, wrong):
         assert text in message
     else:
         assert message.startswith(prefix(place, wrong) + text)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [({}, 10), ({"initial": None}, 10), ({"initial": 0}, 0), ({"initial": 2.5}, 2.5)],
+)
+def test_initial_is_what_the_bucket_starts_with(place, options, tokens):
+    """Wherever it is written, the bucket starts with it, and that of each key; by default full."""
+    right = {**RIGHT, "bucket": "1/d", **options}
+    (limit,) = PLACES[place]([dict(right)], upload)
+    assert limit.bucket.tokens == pytest.approx(tokens, abs=0.01)
+    (per_key,) = PLACES[place]([{**right, "key": "tenant"}], upload)
+    assert per_key.bucket["acme"].tokens == pytest.approx(tokens, abs=0.01)
+
+
+@pytest.mark.parametrize("place", [SETTINGS, ATTRIBUTE])
+def test_initial_is_cut_at_what_a_key_may_hold(place):
+    """A key with a smaller burst of its own starts with that."""
+    limits = {"small": {"rate": "1/d", "burst": 2}, "large": {"rate": "1/d", "burst": 50}}
+    (limit,) = PLACES[place](
+        [{**RIGHT, "bucket": "1/d", "initial": 5, "key": "tenant", "limits": limits}], upload
+    )
+    assert {key: round(limit.bucket[key].tokens) for key in ("small", "large", "acme")} == {
+        "small": 2,
+        "large": 5,
+        "acme": 5,
+    }

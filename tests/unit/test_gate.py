@@ -148,6 +148,19 @@ def test_settings_have_tiers_at_a_fixed_cost(app):
     assert [limit.bucket[key].capacity for key in ("a", "b", "c")] == [9, 2, 2]
 
 
+def test_initial_goes_with_a_rate_for_all_workers_too(app):
+    """It is an option of the bucket in Redis, so it is checked, and is no error beside that bucket."""
+    app.conf.rate_limiter_redis = "redis://nobody.invalid"
+    setting = {"rate": "5/s", "burst": 9, "initial": 3, "per": "cluster"}
+    app.conf.rate_limiter_limits = {"jobs.upload": setting}
+    (limit,) = Gate(app).tasks_of()
+    assert (limit.bucket.capacity, limit.bucket.tokens_per_second) == (9, 5)
+    other = Celery("other", broker="redis://nobody.invalid", set_as_current=False)
+    other.conf.rate_limiter_limits = {"jobs.*": {**setting, "initial": 10}}
+    with pytest.raises(ImproperlyConfigured, match="initial must be at most the capacity 9, not 10"):
+        Gate(other).declared  # noqa: B018
+
+
 @pytest.mark.parametrize("option", ["tokens", "key", "limits"])
 def test_settings_name_callables(app, option):
     """Text with the name of a module is one of its callables: "module:callable" or "module.callable"."""

@@ -51,6 +51,18 @@ def test_level_is_common():
     assert in_child(lambda: in_child(bucket.take_or_delay, 1)) == 6.0
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["share()", "SharedTokenBucket"])
+def test_it_starts_once(shared):
+    """What it starts with is there once, not once per process; sharing a bucket changes no level."""
+    clock = ManualClock()
+    bucket = (SharedTokenBucket if shared else TokenBucket)(10, 2, initial=3, clock=clock)
+    clock.advance(0.5)
+    share(bucket)
+    assert in_child(lambda: (bucket.tokens, bucket.allow(5), bucket.allow(4))) == [4, False, True]
+    assert in_child(lambda: (bucket.tokens, bucket.take_or_delay(1))) == [0, 0.5]
+    assert not bucket.allow()
+
+
 def test_a_child_that_is_there_already():
     """Processes that run beside each other see each other's settlements, pauses and settings."""
     clock = ManualClock()

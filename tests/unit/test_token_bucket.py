@@ -16,7 +16,7 @@ from rate_limiter.testing import ManualClock
 
 # -- what is granted ------------------------------------------------------------------------------
 
-#: (capacity, tokens_per_second), then rows of (time, tokens before, asked, granted)
+#: (capacity, tokens_per_second, initial if it does not start full), then rows of (time, tokens before, asked, granted)
 STEPS = {
     "one after the other": (
         (1, 2),
@@ -85,6 +85,27 @@ STEPS = {
             (2, 2, 2, True),
         ],
     ),
+    "from empty: the rate, then the burst": (
+        (3, 2, 0),
+        [
+            (0, 0, 0.001, False),
+            (0.25, 0.5, 1, False),
+            (0.5, 1, 1, True),
+            (0.5, 0, 1, False),
+            (1.5, 2, 2, True),
+            (100, 3, 3, True),
+            (100, 0, 0.001, False),
+        ],
+    ),
+    "from a part: that at once, and not one more": (
+        (8, 1, 2.5),
+        [(0, 2.5, 3, False), (0, 2.5, 2.5, True), (0, 0, 1, False), (1, 1, 1, True), (9, 8, 8, True)],
+    ),
+    "from full": ((2, 1, 2), [(0, 2, 2, True), (0, 0, 1, False), (1, 1, 1, True)]),
+    "from empty, with a clock that is set back": (
+        (4, 1, 0),
+        [(0, 0, 1, False), (-50, 0, 1, False), (1, 1, 1, True), (1, 0, 1, False)],
+    ),
     "a clock that is set back mints nothing and loses nothing": (
         (4, 1),
         [(100, 4, 3, True), (50, 1, 2, False), (50, 1, 1, True), (100, 0, 1, False), (101, 1, 1, True)],
@@ -96,7 +117,8 @@ STEPS = {
 def test_steps(new_bucket, ask, bucket_of, steps):
     """Whichever way it is asked, a bucket has and grants what the table says."""
     clock = ManualClock()
-    bucket = new_bucket(*bucket_of, clock=clock)
+    capacity, rate, initial = (*bucket_of, None)[:3]
+    bucket = new_bucket(capacity, rate, initial=initial, clock=clock)
     for step in steps:
         clock.now, before, asked, granted = step
         assert (bucket.tokens, ask(bucket, asked)) == (before, granted), step
@@ -113,6 +135,17 @@ def test_delay(new_bucket, level, asked, delay):
         assert bucket.allow(10 - level)
     assert bucket.take_or_delay(asked) == delay
     assert bucket.tokens == (level if delay else level - asked)
+
+
+def test_delay_of_a_bucket_that_starts_empty(new_bucket):
+    """Its first token takes the time of one token, its burst the time of all; a refund counts at once."""
+    clock = ManualClock()
+    bucket = new_bucket(10, 2, initial=0, clock=clock)
+    assert (bucket.take_or_delay(), bucket.take_or_delay(10)) == (0.5, 5.0)
+    bucket.wait()
+    assert clock() == 0.5
+    bucket.refund(1)
+    assert bucket.allow()
 
 
 def test_more_than_the_capacity(new_bucket):
@@ -293,6 +326,7 @@ assert issubclass(Single, Real)
 )
 def test_kinds_of_numbers(new_bucket, ask, one):
     """Every real number is a cost; ``True`` counts as 1."""
+    assert new_bucket(2 * one, one, initial=one, clock=ManualClock()).tokens == 1
     bucket = new_bucket(2 * one, one, clock=ManualClock())
     assert [ask(bucket, one) for _ in range(3)] == [True, True, False]
     bucket.refund(one)
@@ -323,7 +357,7 @@ ENTRIES = {
 def test_numbers_are_kept_as_floats(new_queue, enter, one):
     """Whatever kind of number comes in, a bucket keeps floats: a level in another kind might not move."""
     clock = ManualClock()
-    made = new_queue(one, one, clock=clock)
+    made = new_queue(one, one, initial=one, clock=clock)
     bucket = new_queue(10_000, 1, clock=clock)
     enter(bucket, one)
     clock.advance(one)
@@ -483,6 +517,23 @@ def test_wrong_arguments_of_the_constructor(new_single, name):
     good = {"capacity": 1, "tokens_per_second": 1}
     documented = new_single in {TokenBucket, SharedTokenBucket}
     expect_complaints(name, lambda value: new_single(**good | {name: value}), documented)
+
+
+@pytest.mark.parametrize(
+    ("initial", "error", "text"),
+    [
+        (-1, ValueError, "initial must be 0 or more, not -1"),
+        (Decimal("-0.5"), ValueError, r"initial must be 0 or more, not Decimal\('-0.5'\)"),
+        (10.5, ValueError, "initial must be at most the capacity 10, not 10.5"),
+        (math.nextafter(10, 11), ValueError, "initial must be at most the capacity 10, not 10.0000"),
+        *((each, ValueError, "initial must be a finite number") for each in NOT_FINITE),
+        *((each, TypeError, "initial must be a number") for each in NOT_A_NUMBER if each is not None),
+    ],
+)
+def test_wrong_initial(new_single, initial, error, text):
+    """What a bucket starts with is a number from 0 to its capacity."""
+    with pytest.raises(error, match=f"^{text}"):
+        new_single(10, 1, initial=initial)
 
 
 @pytest.mark.parametrize("clock", [None, 0.0, "time"])

@@ -19,6 +19,8 @@ STARTS = st.one_of(st.just(0.0), st.floats(0, 1e8))
 SHARES = st.one_of(st.just(1.0), st.floats(1e-6, 1.0))
 #: Steps of the clock, as shares of the time in which the bucket fills.
 STEPS = st.one_of(st.just(0.0), st.floats(0, 0.1), st.floats(0, 2), st.just(1e6))
+#: What a bucket starts with, as a share of its capacity. ``None``: it is not told.
+INITIALS = st.one_of(st.none(), st.sampled_from([0.0, 1.0]), st.floats(0, 1))
 ASKS = st.lists(st.tuples(STEPS, SHARES), min_size=1, max_size=40)
 
 
@@ -33,8 +35,10 @@ class Oracle:
     below 0 shows it, and no later grant adds to it.
     """
 
-    def __init__(self, bucket, start):
+    def __init__(self, bucket, start, initial=None):
         self.capacity = self.level = Fraction(bucket.capacity)
+        if initial is not None:
+            self.level = Fraction(initial)
         self.rate = Fraction(bucket.tokens_per_second)
         self.at = Fraction(start)
         self.tolerance = self.capacity / 10**9
@@ -61,13 +65,15 @@ class Oracle:
         return False
 
 
-@given(SIZES, SIZES, STARTS, ASKS, st.data())
-@example(3.0, 3.0, 0.0, [(0.0, 1 / 3)] * 4, None)
-def test_it_grants_what_the_exact_bucket_grants(new_bucket, capacity, rate, start, asks, data):
+@given(SIZES, SIZES, STARTS, INITIALS, ASKS, st.data())
+@example(3.0, 3.0, 0.0, None, [(0.0, 1 / 3)] * 4, None)
+@example(3.0, 3.0, 0.0, 0.1, [(0.0, 0.1), (0.3, 1 / 3)], None)
+def test_it_grants_what_the_exact_bucket_grants(new_bucket, capacity, rate, start, initial, asks, data):
     """No window sees more than ``capacity + rate * t``, and nothing that is there is refused."""
     clock = ManualClock(start)
-    bucket = new_bucket(capacity, rate, clock=clock)
-    oracle = Oracle(bucket, start)
+    initial = None if initial is None else initial * capacity
+    bucket = new_bucket(capacity, rate, initial=initial, clock=clock)
+    oracle = Oracle(bucket, start, initial)
     for step, share in asks:
         clock.advance(step * capacity / rate)
         oracle.move_to(clock.now)
@@ -80,6 +86,21 @@ def test_it_grants_what_the_exact_bucket_grants(new_bucket, capacity, rate, star
             assert granted or 0.0 < delay < math.inf
         oracle.check(tokens, granted)
         assert abs(Fraction(bucket.tokens) - oracle.level) <= oracle.tolerance
+
+
+@given(SIZES, SIZES, STARTS, st.floats(0, 1), ASKS)
+def test_it_starts_as_a_full_one_that_was_used(new_single, capacity, rate, start, share, asks):
+    """From its first moment on it grants, to the token, as a full one from which the rest was taken."""
+    clock = ManualClock(start)
+    initial = share * capacity
+    bucket = new_single(capacity, rate, initial=initial, clock=clock)
+    used = new_single(capacity, rate, clock=clock)
+    if initial < capacity:
+        used.charge(capacity - initial)
+    for step, share in asks:
+        assert bucket.tokens == used.tokens
+        clock.advance(step * capacity / rate)
+        assert bucket.take_or_delay(share * capacity) == used.take_or_delay(share * capacity)
 
 
 @pytest.mark.parametrize("capacity", [1.0, 3.0, 0.3])

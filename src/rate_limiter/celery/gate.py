@@ -97,6 +97,7 @@ class Gate:
         queue: str | None = None,
         bucket: AnyBucket | str,
         burst: float | None = None,
+        initial: float | None = None,
         tokens: AnyCost = 1,
         key: AnyKey | None = None,
         when_limited: str = "wait",
@@ -116,6 +117,7 @@ class Gate:
                 ``chunks``, ``map`` and ``starmap``, do not pay such a limit: they come from no queue.
             bucket: As in `throttle`. All the tasks share it.
             burst: As in `throttle`.
+            initial: As in `throttle`.
             tokens: As in `throttle`.
             key: As in `throttle`.
             when_limited: As in `throttle`, without the callable.
@@ -149,6 +151,7 @@ class Gate:
         limit = new_limit(
             bucket,
             burst=burst,
+            initial=initial,
             tokens=tokens,
             key=key,
             when_limited=when_limited,

@@ -11,6 +11,8 @@ A value is a rate, or a mapping with a ``rate`` and any of these:
 - ``rate``: a number of tokens per second, or text with a unit: ``"10/s"``, ``"100/m"``, ``"2/h"``, ``"1000/d"``.
 - ``burst``: the capacity of the bucket, in tokens. By default a tenth of a second's worth, at least 1, and at
   least what a job costs. There is no default if the cost depends on the job.
+- ``initial``: the tokens that the bucket starts with, from 0 to ``burst``. By default it starts full. With 0 a
+  worker that starts brings no burst. With ``key``: as in `BucketPerKey`.
 - ``tokens``: what a job costs: a number, the name of a parameter of the task, or ``"module:callable"``.
 - ``key``: the name of a parameter, or ``"module:callable"``. Each value has a bucket of its own.
 - ``limits``: other rates for some keys: a mapping from a key to its rate, or to a mapping with ``rate`` and
@@ -50,6 +52,7 @@ _CALLABLES: Final = ("tokens", "key", "limits")
 _OPTIONS: Final = (
     "rate",
     "burst",
+    "initial",
     *_CALLABLES,
     "when_limited",
     "max_wait",
@@ -156,7 +159,8 @@ def _for_cluster(app: Celery, what: str, options: dict[str, Any]) -> Limit:
     local: Any = new_limit(**options).bucket
     name = f"{app.main}:{options.get('name') or what}"
     bucket = RedisTokenBucket(name, local.capacity, local.tokens_per_second, url=_redis_url(app))
-    others = {option: value for option, value in options.items() if option not in ("rate", "burst")}
+    of_bucket = ("rate", "burst", "initial")
+    others = {option: value for option, value in options.items() if option not in of_bucket}
     return new_limit(bucket, **others)
 
 

@@ -69,6 +69,7 @@ def throttle(
     bucket: AnyBucket | str,
     *,
     burst: float | None = None,
+    initial: float | None = None,
     tokens: AnyCost = 1,
     key: AnyKey | None = None,
     when_limited: str | Callable[..., Any] = "wait",
@@ -92,6 +93,9 @@ def throttle(
         burst: With a rate, the capacity of the bucket, in tokens. The default is what the
             rate gives in 0.1 s, at least 1, and at least what a job costs. There is no default if the
             cost depends on the job.
+        initial: With a rate, the tokens that the bucket starts with, from 0 to ``burst``. By default it is full.
+            With 0 a worker that starts brings no burst, where 20 new workers would bring 20. With ``key``: as
+            in `BucketPerKey`.
         tokens: What a job costs: a number above 0, at most the bucket's capacity. Or the name of a
             parameter: the cost is that argument, as it was sent by position or by keyword, or else its
             default. Or a callable that returns the cost, with the same arguments as one for ``bucket``.
@@ -142,6 +146,7 @@ def throttle(
     limit = new_limit(
         bucket,
         burst=burst,
+        initial=initial,
         tokens=tokens,
         key=key,
         when_limited=when_limited,

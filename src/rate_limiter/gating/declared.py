@@ -58,6 +58,7 @@ def new_limit(
     *,
     rate: Any = None,
     burst: Any = None,
+    initial: Any = None,
     tokens: Any = 1,
     key: Any = None,
     limits: Any = None,
@@ -79,6 +80,7 @@ def new_limit(
         rate: A rate instead of a bucket: a number of tokens per second, or text such as ``"100/m"``.
         burst: The capacity, with a rate. By default a tenth of a second's worth, at least 1, and at least
             what a job costs.
+        initial: The tokens that the bucket starts with, with a rate. By default it starts full.
         tokens: See `Limit`.
         key: See `Limit`.
         limits: With a rate and a key, other rates for some keys: a mapping from a key to its rate, or to a
@@ -127,9 +129,11 @@ def new_limit(
     if isinstance(bucket, str):
         bucket, rate = _AT_RATE, bucket
     if bucket is _AT_RATE:
-        bucket = _at_rate(rate, burst, tokens, key, limits)
+        bucket = _at_rate(rate, burst, initial, tokens, key, limits)
     elif burst is not None:
         raise ValueError(f"burst goes with a rate such as '100/m': {bucket!r} has its own capacity")
+    elif initial is not None:
+        raise ValueError(f"initial goes with a rate such as '100/m': {bucket!r} has its own tokens")
     buckets = _check_buckets(bucket, key, buckets)
     if not callable(tokens) and not isinstance(tokens, str):
         _check_cost(tokens, bucket)
@@ -190,19 +194,21 @@ def _refuse_shadow_of_others(limit: Limit) -> None:
                 others.add(limit)
 
 
-def _at_rate(rate: Any, burst: Any, tokens: Any, key: Any, limits: Any) -> TokenBucket | BucketPerKey:
+def _at_rate(
+    rate: Any, burst: Any, initial: Any, tokens: Any, key: Any, limits: Any
+) -> TokenBucket | BucketPerKey:
     per_second = parse_rate(rate)
     capacity = _burst(burst, per_second, tokens)
     if key is None:
         if limits is not None:
             raise ValueError("limits goes with key: it lists other rates for some keys")
-        return TokenBucket(capacity, per_second)
+        return TokenBucket(capacity, per_second, initial=initial)
     if limits is None or callable(limits):
-        return BucketPerKey(capacity, per_second, limits=limits)
+        return BucketPerKey(capacity, per_second, initial=initial, limits=limits)
     if not isinstance(limits, Mapping):
         raise TypeError(f"limits must map keys to rates, not be {limits!r}")
     rates = {each: _capacity_and_rate(each, value, tokens) for each, value in limits.items()}
-    return BucketPerKey(capacity, per_second, limits=rates.get)
+    return BucketPerKey(capacity, per_second, initial=initial, limits=rates.get)
 
 
 def _capacity_and_rate(key: Any, value: Any, tokens: Any) -> tuple[float, float]:

@@ -84,6 +84,7 @@ class Gate:
         *queues: str,
         bucket: AnyBucket | str,
         burst: float | None = None,
+        initial: float | None = None,
         tokens: AnyCost = 1,
         key: AnyKey | None = None,
         when_limited: str = "wait",
@@ -105,6 +106,8 @@ class Gate:
             burst: With a rate, the capacity of the bucket, in tokens. The default is what the rate
                 gives in 0.1 s, at least 1, and at least what a message costs. There is no default if the
                 cost depends on the message.
+            initial: With a rate, the tokens that the bucket starts with, from 0 to ``burst``. By default it is
+                full. With 0 a consumer that starts brings no burst. With ``key``: as in `BucketPerKey`.
             tokens: What a message costs: a number above 0, at most the bucket's capacity. Or the name of a
                 field of the body, which must be a mapping; a message without the field is rejected. Or a
                 callable of ``(body, message)`` that returns the cost. Callables run in the consumer's
@@ -141,6 +144,7 @@ class Gate:
         limit = new_limit(
             bucket,
             burst=burst,
+            initial=initial,
             tokens=tokens,
             key=key,
             buckets=buckets,
