@@ -1,5 +1,6 @@
 """One bucket per key: per tenant, per account."""
 
+import json
 import logging
 import math
 import os
@@ -10,16 +11,23 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from uuid import UUID
 
 from .checks import initial_tokens, positive, whole
+from .outage import Policy
 from .token_bucket import TokenBucket
+
+if TYPE_CHECKING:
+    from .redis_bucket import RedisTokenBucket
 
 __all__ = ["BucketPerKey", "Key"]
 
 #: The types of a key. The parts of a tuple are of the other types.
 Key = str | int | UUID | tuple[Any, ...]
+
+#: What a key has.
+OfKey: TypeAlias = "TokenBucket | RedisTokenBucket"
 
 logger = logging.getLogger("rate_limiter")
 
@@ -63,15 +71,21 @@ class BucketPerKey:
             tokens_per_second)`` (premium, standard, free), or ``None`` for those above. It may be
             called again for the same key.
         clock: As in `TokenBucket`.
+        redis: The URL of a Redis, or a ``redis.Redis``: each key has a `RedisTokenBucket` there, one for all
+            processes. ``max_keys`` then only bounds what this process keeps in memory, ``initial`` is as there,
+            and ``clock`` has no meaning.
+        name: With ``redis``: names the buckets there. The bucket of a key is named ``<name>:<key>``.
+        on_outage: With ``redis``: as in `RedisTokenBucket`.
 
     Raises:
-        ValueError: A number is not above 0, or is not finite; ``initial`` is below 0 or above the capacity.
-        TypeError: An argument has the wrong type.
+        ValueError: A number is not above 0, or is not finite; ``initial`` is below 0 or above the capacity; or
+            as in `RedisTokenBucket`.
+        TypeError: An argument has the wrong type, or ``redis`` and ``name`` are not given together.
 
     A key is a ``str``, an ``int``, a ``UUID``, or a tuple of these, of at most 200 characters as text.
-    Equal keys have the same bucket: ``True`` is the key 1; a ``UUID`` and its text are two keys. Buckets
-    per key cannot be shared between processes: a forked child starts with the parent's levels and
-    counts on its own.
+    Equal keys have the same bucket: ``True`` is the key 1; a ``UUID`` and its text are two keys. Without
+    ``redis`` buckets per key cannot be shared between processes: a forked child starts with the parent's
+    levels and counts on its own.
 
     """
 
@@ -84,6 +98,9 @@ class BucketPerKey:
         max_keys: int = 100_000,
         limits: Callable[[Any], tuple[float, float] | None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        redis: Any = None,
+        name: str | None = None,
+        on_outage: Policy = "local",
     ) -> None:
         self.capacity = positive("capacity", capacity)
         self.tokens_per_second = positive("tokens_per_second", tokens_per_second)
@@ -93,11 +110,23 @@ class BucketPerKey:
         self.max_keys = whole("max_keys", max_keys)
         self.limits = limits
         self._clock = clock
+        #: The bucket in Redis whose stored numbers count for all keys without numbers of their own. No job
+        #: takes from it. ``None``: the buckets are in this process.
+        self.of_all: RedisTokenBucket | None = None
+        if (redis is None) is not (name is None):
+            raise TypeError("redis and name go together: where the buckets are, and how they are named")
+        if redis is not None and name is not None:
+            from .redis_bucket import RedisTokenBucket as InRedis  # noqa: PLC0415 - it needs the package redis
+
+            place: Any = {"url" if isinstance(redis, str) else "client": redis}
+            self.of_all = InRedis(
+                name, *_numbers(self), on_outage=on_outage, initial=self.initial, **place
+            )
         # A signal handler may interrupt a thread that holds the lock, and make a key too. So a bucket is
         # at every moment in one of the two dicts.
-        self._buckets: dict[Key, TokenBucket] = {}
+        self._buckets: dict[Key, OfKey] = {}
         #: The bucket that is about to be forgotten.
-        self._leaving: dict[Key, TokenBucket] = {}
+        self._leaving: dict[Key, OfKey] = {}
         self._forgetting = False
         #: The keys; those whose buckets were checked longest ago come first. A key may stand here twice.
         self._order: deque[Key] = deque()
@@ -110,7 +139,7 @@ class BucketPerKey:
         self._lock = threading.RLock()
         _all.add(self)
 
-    def __getitem__(self, key: Key) -> TokenBucket:
+    def __getitem__(self, key: Key) -> OfKey:
         """Return the bucket of a key.
 
         Raises:
@@ -144,12 +173,26 @@ class BucketPerKey:
             f"{len(self)} keys>"
         )
 
-    def buckets(self) -> list[TokenBucket]:
-        """Return the buckets that there are now, and the one that keys beyond ``max_keys`` share."""
-        return [*list(self._buckets.values()), self._overflow]
+    @property
+    def in_redis(self) -> bool:
+        """Whether the buckets are in Redis: all processes share them."""
+        return self.of_all is not None
+
+    def buckets(self) -> list[OfKey]:
+        """Return the buckets that there are now in this process, and the one that keys beyond ``max_keys`` share."""
+        kept = list(self._buckets.values())
+        return kept if self.in_redis else [*kept, self._overflow]
+
+    def is_alone(self, key: Key) -> bool:
+        """Tell whether a key has a bucket of its own. Beyond ``max_keys`` it has none."""
+        return self[key] is not self._overflow
 
     def configure(
-        self, *, capacity: float | None = None, tokens_per_second: float | None = None
+        self,
+        *,
+        capacity: float | None = None,
+        tokens_per_second: float | None = None,
+        **stored: str,
     ) -> None:
         """Change the numbers of all keys, those that have a bucket now too.
 
@@ -158,24 +201,40 @@ class BucketPerKey:
         Args:
             capacity: The most tokens that each bucket can hold from now on. ``None``: unchanged.
             tokens_per_second: The rate of each bucket from now on. ``None``: unchanged.
+            stored: With ``redis``: ``reason`` and ``who``, as in `RedisTokenBucket.configure`.
 
         Raises:
             ValueError: An argument is not above 0, or is not finite. Nothing is changed.
             TypeError: An argument is not a number. Nothing is changed.
+            redis.RedisError: The server does not answer.
 
         """
         size = self.capacity if capacity is None else positive("capacity", capacity)
         rate = self.tokens_per_second
         if tokens_per_second is not None:
             rate = positive("tokens_per_second", tokens_per_second)
+        if self.of_all is not None:
+            self.of_all.configure(capacity=size, tokens_per_second=rate, **stored)
         with self._lock:
             before = self.capacity, self.tokens_per_second
             self.capacity, self.tokens_per_second = size, rate
             buckets = [each for each in self.buckets() if _numbers(each) == before]
-        for bucket in buckets:
+        for bucket in buckets if self.of_all is None else ():
             bucket.configure(capacity=size, tokens_per_second=rate)
 
-    def _find_or_make(self, key: Key) -> TokenBucket:
+    def restore(self) -> None:
+        """With ``redis``: let the numbers of the code count again, see `RedisTokenBucket.restore`.
+
+        Raises:
+            TypeError: The buckets are not in Redis.
+
+        """
+        if self.of_all is None:
+            raise TypeError(f"{self!r} is not in Redis: it has no stored numbers to clear")
+        self.of_all.restore()
+        self.capacity, self.tokens_per_second = _numbers(self.of_all)
+
+    def _find_or_make(self, key: Key) -> OfKey:
         _check(key)
         bucket = self._buckets.get(key)
         if bucket is not None:
@@ -188,11 +247,16 @@ class BucketPerKey:
                 return self._buckets.setdefault(key, bucket)
             self._forget_full(_CHECKS if len(self) < self.max_keys else _CHECKS_AT_MAX_KEYS)
             if len(self) >= self.max_keys:
-                return self._shared_by_the_rest()
-            numbers = own or _numbers(self)
-            bucket = TokenBucket(*numbers, initial=self._initial_now(*numbers), clock=self._clock)
+                return self._new(key, own) if self.in_redis else self._shared_by_the_rest()
+            bucket = self._new(key, own)
             self._order.append(key)
             return self._buckets.setdefault(key, bucket)
+
+    def _new(self, key: Key, own: tuple[float, float] | None) -> OfKey:
+        if self.of_all is not None:
+            return self.of_all.of_key(_text(key), own, self.initial)
+        numbers = own or _numbers(self)
+        return TokenBucket(*numbers, initial=self._initial_now(*numbers), clock=self._clock)
 
     def _own_numbers(self, key: Key) -> tuple[float, float] | None:
         own = None if self.limits is None else self.limits(key)
@@ -233,8 +297,12 @@ class BucketPerKey:
         bucket = self._buckets.get(key)
         if bucket is None:
             return True
-        if bucket.tokens < bucket.capacity:
+        if _level(bucket) < bucket.capacity:
             return False
+        if self.of_all is not None:
+            if _references(bucket) <= _UNUSED:
+                del self._buckets[key]  # the server knows it
+            return key not in self._buckets
         try:
             numbers = self._own_numbers(key) or _numbers(self)
         except Exception:  # noqa: BLE001 - of the user's function: the bucket may have been configured
@@ -246,7 +314,7 @@ class BucketPerKey:
         # No other thread can find the bucket now. One that found it before holds a reference.
         if (
             _references(bucket) > _UNUSED
-            or bucket.tokens < bucket.capacity
+            or _level(bucket) < bucket.capacity
             or _numbers(bucket) != numbers
         ):
             self._buckets[key] = bucket
@@ -260,8 +328,22 @@ class BucketPerKey:
         return self._overflow
 
 
-def _numbers(bucket: TokenBucket | BucketPerKey) -> tuple[float, float]:
+def _numbers(bucket: "OfKey | BucketPerKey") -> tuple[float, float]:
     return bucket.capacity, bucket.tokens_per_second
+
+
+def _level(bucket: OfKey) -> float:
+    """Return the tokens in a bucket, as far as known without a server."""
+    return bucket.tokens if isinstance(bucket, TokenBucket) else bucket.known.tokens
+
+
+def _text(key: Key) -> str:
+    """Return the name of a key in Redis. No two keys have the same."""
+    if isinstance(key, str):
+        return f"(str){key}" if key.startswith("(") else key
+    if isinstance(key, tuple):
+        return f"(tuple){json.dumps([_text(part) for part in key])}"
+    return f"(UUID){key}" if isinstance(key, UUID) else f"(int){int(key)}"
 
 
 def _check(key: Any) -> None:

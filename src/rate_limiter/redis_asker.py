@@ -80,6 +80,11 @@ class Asked:
         self._beside: tuple[_Beside, ...] = ()
         self._begin()
 
+    def look(self) -> None:
+        """Have the thread learn what the server knows of the bucket, before the first job comes."""
+        self._wants_look = True
+        self._asker.need(self)
+
     def _begin(self) -> None:
         self._asker = asker_of(self._state.server)
         self._lock = threading.Lock()
@@ -95,6 +100,7 @@ class Asked:
         self._is_out = False
         #: Whether what is out only gives tokens back: the promise stays.
         self._keeps = False
+        self._wants_look = False
         #: The other buckets that tokens are asked from now.
         self._with: tuple[_Beside, ...] = ()
         #: Whether a job takes more from another bucket than that can hold: then each is asked for itself.
@@ -204,9 +210,9 @@ class Asked:
             missed = state.server.outages.is_down or state.has_missed
             gives_up = self._held > 0.0 and not waits
             if not (asks or back or missed or gives_up):
-                if not (waits and self._held and now >= self._look_at):
+                if not self._wants_look and not (waits and self._held and now >= self._look_at):
                     return None
-                self._is_out = True
+                self._is_out, self._wants_look = True, False
                 return Question.look(state)
             unit = self._unit if asks else 0.0
             jobs, promise = self._jobs(span) if asks else (0, 0)

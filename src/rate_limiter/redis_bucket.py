@@ -9,10 +9,8 @@ While the server does not answer, a bucket does what its ``on_outage`` says (`ou
 
 import contextlib
 import copy
-import getpass
 import math
 import re
-import socket
 import time
 from collections.abc import Sequence
 from typing import Any, Final, Self
@@ -22,7 +20,7 @@ from .checks import initial_tokens, not_negative, positive, zero_or_more
 from .exceptions import RateLimitExceeded
 from .outage import POLICIES, Policy, ServerDownError
 from .redis_server import Server, server_of
-from .redis_state import MICRO, Known, Part, State, call_take
+from .redis_state import MICRO, Known, Part, State, call_take, somebody
 
 __all__ = ["RedisTokenBucket"]
 
@@ -95,12 +93,21 @@ class RedisTokenBucket:
         self.name = name
         self._state = server.state(name, numbers, on_outage)
 
-    def of_key(self, key: str, capacity: float, tokens_per_second: float, initial: float) -> Self:
-        """Return the bucket of one key, for `BucketPerKey`: stored numbers of this bucket count for it too."""
+    def of_key(self, key: str, own: tuple[float, float] | None, initial: float | None) -> Self:
+        """Return the bucket of one key, for `BucketPerKey`.
+
+        Args:
+            key: The key.
+            own: Its capacity and rate, if it has others than this bucket. If not, what is stored for this
+                bucket counts for the key too.
+            initial: As of `BucketPerKey`.
+
+        """
         it = copy.copy(self)
         it.name = f"{self.name}:{key}"
-        numbers = capacity, tokens_per_second, initial
-        it._state = self.server.state(it.name, numbers, self._state.policy, self.name)
+        size, rate = own or self._state.numbers[:2]
+        numbers = size, rate, size if initial is None else min(initial, size)
+        it._state = self.server.state_of_key(it.name, numbers, self._state, follows=own is None)
         return it
 
     def __eq__(self, other: object) -> bool:
@@ -141,7 +148,8 @@ class RedisTokenBucket:
     def known(self) -> Known:
         """What this process knows of it, without asking the server."""
         state = self._state
-        return Known(state.level, state.pause_left, state.stored, self.server.outages.is_down)
+        outage = self.server.outages.is_down
+        return Known(state.level, state.pause_left, state.numbers[:2], state.stored, outage)
 
     @property
     def server(self) -> Server:
@@ -242,7 +250,7 @@ class RedisTokenBucket:
         """
         size = 0.0 if capacity is None else positive("capacity", capacity)
         rate = 0.0 if tokens_per_second is None else positive("tokens_per_second", tokens_per_second)
-        self._state.configure(size, rate, reason, _somebody() if who is None else who)
+        self._state.configure(size, rate, reason, somebody() if who is None else who)
 
     def restore(self) -> None:
         """Let the numbers count again that the code has. See `configure`.
@@ -351,11 +359,3 @@ def _sleep(state: State, seconds: float) -> None:
             state.look()
             if seen != state.seen:
                 return
-
-
-def _somebody() -> str:
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError, ImportError):  # a user without a name
-        user = "?"
-    return f"{user}@{socket.gethostname()}"

@@ -58,6 +58,8 @@ class Server:
         #: How many processes use it, as far as known.
         self.workers = 1
         self._states: WeakValueDictionary[str, State] = WeakValueDictionary()
+        #: The keys and versions of stored numbers that differ from the code, and that the log was told of.
+        self.told: set[tuple[str, str]] = set()
         #: The states that the server has yet to be told something of: they are not to be forgotten.
         self.owing: set[State] = set()
         self.begin()
@@ -77,39 +79,49 @@ class Server:
         self._script = client.register_script(_SCRIPT)
         self._beat = client.register_script(_BEAT)
 
-    def state(
-        self, name: str, numbers: tuple[float, float, float], policy: Policy, parent: str | None = None
-    ) -> State:
+    def state(self, name: str, numbers: tuple[float, float, float], policy: Policy) -> State:
         """Return the state of the bucket of a name in this process.
 
         Args:
             name: The name.
             numbers: Capacity, tokens per second and first level, as the code says.
             policy: What it does during an outage.
-            parent: The name of the bucket whose stored numbers count for it too. Then other numbers
-                than before are no error: they come from a function of the user's.
 
         Raises:
             ValueError: There is one with other numbers.
 
         """
-        with self._lock:
-            state = self._states.get(name)
-            if state is None:
-                keys = (
-                    f"{_PREFIX}bucket:{name}",
-                    f"{_PREFIX}bucket:{name if parent is None else parent}",
-                )
-                state = self._states[name] = State(self, keys, numbers, policy)
-        if parent is not None:
-            state.numbers = numbers
-        elif (state.numbers, state.policy) != (numbers, policy):
+        key = f"{_PREFIX}bucket:{name}"
+        state = self._get_or_add(name, State(self, (key, key), numbers, policy))
+        if (state.numbers, state.policy) != (numbers, policy):
             raise ValueError(
                 f"RedisTokenBucket {name!r} on {self.where} is {(*state.numbers, state.policy)} elsewhere in "
                 "this process (capacity, tokens_per_second, initial, on_outage), not "
                 f"{(*numbers, policy)}"
             )
         return state
+
+    def state_of_key(
+        self, name: str, numbers: tuple[float, float, float], of_all: State, *, follows: bool
+    ) -> State:
+        """Return the state of the bucket of a key. Its numbers may come from a function, and may change.
+
+        Args:
+            name: The name of the key's bucket.
+            numbers: As in `state`.
+            of_all: The state of the bucket of all keys.
+            follows: Whether the numbers that are stored for all keys count for this one.
+
+        """
+        key = f"{_PREFIX}bucket:{name}"
+        keys = key, of_all.keys[0] if follows else key
+        state = self._get_or_add(name, State(self, keys, numbers, of_all.policy))
+        state.numbers, state.keys = numbers, keys
+        return state
+
+    def _get_or_add(self, name: str, state: State) -> State:
+        with self._lock:
+            return self._states.setdefault(name, state)
 
     def show_life(self) -> None:
         """Tell the server now and then that this process lives, and learn how many do."""

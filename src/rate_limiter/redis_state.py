@@ -5,7 +5,9 @@ answers. During an outage a state keeps what the server is to be told afterwards
 """
 
 import contextlib
+import getpass
 import logging
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -18,7 +20,18 @@ from .token_bucket import TokenBucket
 if TYPE_CHECKING:
     from .redis_server import Server
 
-__all__ = ["MICRO", "Debt", "Known", "Part", "Question", "State", "Stored", "Taken", "call_take"]
+__all__ = [
+    "MICRO",
+    "Debt",
+    "Known",
+    "Part",
+    "Question",
+    "State",
+    "Stored",
+    "Taken",
+    "call_take",
+    "somebody",
+]
 
 logger = logging.getLogger("rate_limiter")
 
@@ -42,6 +55,8 @@ class Known(NamedTuple):
 
     tokens: float
     pause_left: float
+    #: Capacity and tokens per second, as the code says.
+    declared: tuple[float, float]
     #: What an operator has set. ``None``: the numbers of the code count.
     stored: Stored | None
     #: Whether the server does not answer: the bucket does what its ``on_outage`` says.
@@ -202,14 +217,16 @@ class State:
 
     def _learn_numbers(self, version: str, size: str, rate: str, moment: str, *texts: str) -> None:
         self.capacity, self.rate = float(size), float(rate)
-        is_new, self._version = version != self._version, version
+        self._version = version
         self.stored = None
         if not moment:
             return
         at = datetime.fromtimestamp(float(moment) * MICRO, UTC).isoformat(timespec="seconds")
         reason, who, *base = texts
         self.stored = Stored(self.capacity, self.rate, at, reason, who)
-        if is_new and tuple(map(float, base)) != self.numbers[:2]:
+        told = self.keys[1], moment
+        if tuple(map(float, base)) != self.numbers[:2] and told not in self.server.told:
+            self.server.told.add(told)
             logger.warning(
                 "%s: the code says capacity %g, %g tokens_per_second now. But capacity %g, %g tokens_per_second "
                 "count, which %s has set at %s%s, until they are cleared",
@@ -397,6 +414,15 @@ def call_take(parts: Sequence[Part], jobs: int = 0, promise: int = 0) -> Taken:
     for part in parts:
         part.state.tell_rest()
     return taken
+
+
+def somebody() -> str:
+    """Return who this program runs for: the user and the host."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a user without a name
+        user = "?"
+    return f"{user}@{socket.gethostname()}"
 
 
 def _text(value: Any) -> str:

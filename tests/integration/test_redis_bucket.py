@@ -1,5 +1,6 @@
 """RedisTokenBucket: one bucket for all processes that name it, on a real Redis."""
 
+import gc
 import math
 import os
 import signal
@@ -8,7 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 import redis
@@ -16,7 +17,15 @@ from harness import DEADLINE, ROOT, wait_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rate_limiter import AllOf, Bucket, RateLimitExceeded, TokenBucket, redis_bucket, redis_server
+from rate_limiter import (
+    AllOf,
+    Bucket,
+    BucketPerKey,
+    RateLimitExceeded,
+    TokenBucket,
+    redis_bucket,
+    redis_server,
+)
 from rate_limiter.all_of import take_all_or_longest_delay
 from rate_limiter.celery import throttle
 from rate_limiter.gating import engine as engine_module
@@ -627,3 +636,309 @@ def test_a_forked_process_uses_it(make):
     finally:
         stop.set()
         thread.join()
+
+
+# -- several together -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(url):
+    """Return what counts the calls of the script."""
+    with redis.Redis.from_url(url) as client:
+        yield lambda: client.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0)
+
+
+def test_several_are_taken_in_one_call(make, calls):
+    """From all or from none: a refusal by one costs no other anything, and the delay is the longest one."""
+    quick, slow = make(5, 100_000), make(1, 0.2)
+    both = AllOf(quick, slow)
+    assert both.allow()
+    before = calls()
+    assert not both.allow()
+    assert 2 < both.take_or_delay() <= 5
+    assert calls() - before == 2
+    assert quick.tokens == 5
+    with pytest.raises(ValueError, match="at most the capacity 1, not 2"):
+        both.take_or_delay(2)
+    assert not both.allow(2)
+
+
+def test_waiters_for_several_are_served_in_turn(make):
+    """At the slower bucket's rate; one that gives up takes nothing and is promised nothing."""
+    quick, slow = make(5, 1000), make(1, 20)
+    both, order = AllOf(quick, slow), []
+    both.allow()
+
+    def wait(name):
+        both.wait()
+        order.append(name)
+
+    with ThreadPoolExecutor(5) as threads:
+        for name in range(5):
+            threads.submit(wait, name)
+            time.sleep(0.01)
+        with pytest.raises(RateLimitExceeded):
+            both.wait(timeout=0.01)
+    assert order == list(range(5))
+    wait_for(lambda: slow.tokens == 1)
+    assert (both.allow(), slow.allow()) == (True, False)
+
+
+def test_a_local_bucket_is_asked_first(make, calls):
+    """What it refuses is not asked for, and what Redis refuses goes back to it at no cost."""
+    local, far = TokenBucket(2, 0.001), make(1, 0.001)
+    both = AllOf(far, local)
+    assert (both.allow(), both.allow()) == (True, False)
+    assert local.tokens == pytest.approx(1, abs=0.01)
+    local.allow()
+    before = calls()
+    assert not both.allow()
+    assert calls() == before
+
+
+def test_hash_tags(url):
+    """Buckets that a Redis Cluster would place apart cannot be taken together, if their names say so."""
+    one, same, other = (RedisTokenBucket(name, 1, 1, url=url) for name in ("a{x}", "b{x}", "c{y}"))
+    assert AllOf(one, same, RedisTokenBucket("without", 1, 1, url=url))
+    with pytest.raises(ValueError, match=r"one hash tag, not 'x' \(of 'b\{x\}'\), 'y' \(of 'c\{y\}'\)"):
+        AllOf(one, AllOf(same, other))
+
+
+def drive(engine, jobs, most=DEADLINE):
+    """Let an engine release all jobs, and return them in order."""
+    went, until = [], time.monotonic() + most
+    while len(went) < jobs and time.monotonic() < until:
+        went += [held.job for held in engine.release()]
+        time.sleep(0.001)
+    return went
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["AllOf", "two limits"])
+@pytest.mark.parametrize("slow_first", [False, True])
+def test_a_gate_asks_for_several_together(make, calls, apart, slow_first):
+    """All jobs go in order at the rate of the slower bucket, in about one call each, and little goes back."""
+    buckets = [make(6, 100), make(6, 50)]
+    if slow_first:
+        buckets.reverse()
+    limits = [Limit(bucket, name=str(number)) for number, bucket in enumerate(buckets)]
+    limits = limits if apart else [Limit(AllOf(*buckets), name="both")]
+    engine = Engine(Host(), lambda _: tuple(limits))
+    before = calls()
+    for number in range(60):
+        engine.offer(number, engine.plan("job"))
+    assert drive(engine, 60) == list(range(60))
+    assert calls() - before < 60 * 1.5 + 10
+    slow = min(buckets, key=lambda bucket: bucket.tokens_per_second)
+    assert slow.tokens < 6
+
+
+@pytest.mark.parametrize("local_rate", [40, 400], ids=["local is slower", "Redis is slower"])
+def test_a_gate_with_a_local_bucket_beside(make, calls, local_rate):
+    """Tokens are fetched only for as many jobs as the local bucket lets go."""
+    local, far = TokenBucket(4, local_rate), make(6, 60)
+    engine = Engine(Host(), lambda _: (Limit(AllOf(far, local), name="both"),))
+    before = calls()
+    for number in range(50):
+        engine.offer(number, engine.plan("job"))
+    assert drive(engine, 50) == list(range(50))
+    assert calls() - before < 50 * 2
+
+
+def test_a_job_that_costs_more_than_a_bucket_beside_can_hold(make):
+    """It fails with that error, and the others go on."""
+    failed = []
+    many, few = make(10, 100), make(2, 100)
+    limit = Limit(AllOf(many, few), tokens=lambda job: 5 if job == 3 else 1, name="both")
+
+    class Failing(Host):
+        def fail(self, job, error):
+            failed.append((job, str(error)))
+
+    engine = Engine(Failing(), lambda _: (limit,))
+    for number in range(8):
+        engine.offer(number, engine.plan("job"))
+    assert drive(engine, 7) == [0, 1, 2, 4, 5, 6, 7]
+    assert failed == [(3, "tokens must be at most the capacity 2, not 5")]
+
+
+# -- one per key ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def per_key(url):
+    """Return what makes buckets per key that nobody else uses."""
+    return lambda *numbers, **options: BucketPerKey(*numbers, redis=url, name=uuid4().hex, **options)
+
+
+def test_each_key_has_a_bucket_for_all_processes(url):
+    """Equal keys of two objects, in two processes, are one bucket; other keys are others."""
+    name = uuid4().hex
+    one = BucketPerKey(2, 0.001, redis=url, name=name)
+    assert one["a"].allow(2)
+    redis_server._servers.clear()  # another process
+    other = BucketPerKey(2, 0.001, redis=redis.Redis.from_url(url), name=name)
+    assert (other["a"].allow(), other["b"].allow()) == (False, True)
+    assert other["a"] == other["a"]
+    assert isinstance(other["a"], Bucket)
+
+
+def test_no_two_keys_have_one_bucket(per_key, url):
+    """A number and its text are two keys, as in every BucketPerKey; True is the key 1."""
+    tenants = per_key(1, 0.001)
+    keys = [
+        "1",
+        1,
+        "(int)1",
+        "(str)1",
+        ("1",),
+        (1,),
+        ("1", "2"),
+        ('1", "2',),
+        UUID(int=1),
+        str(UUID(int=1)),
+    ]
+    assert [tenants[key].allow() for key in keys] == [True] * len(keys)
+    assert not tenants[True].allow()
+    with redis.Redis.from_url(url) as client:
+        assert len(client.keys("rate_limiter:bucket:*")) == len(keys)
+
+
+def test_own_numbers_of_a_key(per_key):
+    """They come from limits, and stay when all others are changed."""
+    tenants = per_key(2, 0.001, limits=lambda key: (5, 0.001) if key == "gold" else None)
+    assert tenants["gold"].allow(5)
+    assert not tenants["tin"].allow(5)
+    tenants.configure(capacity=7, reason="a test")
+    tenants["tin"].refund(7)
+    assert tenants["tin"].tokens == pytest.approx(7, abs=0.01)
+    assert tenants["gold"].tokens < 1
+    assert (tenants["gold"].capacity, tenants["tin"].capacity) == (5, 7)
+
+
+def test_numbers_are_stored_for_all_keys_and_for_one(url):
+    """Those of a key count before those of all; processes that start later know them, until they are restored."""
+    name = uuid4().hex
+    tenants = BucketPerKey(2, 1, redis=url, name=name)
+    tenants.configure(tokens_per_second=3, reason="all")
+    tenants["a"].configure(tokens_per_second=4, reason="one", who="anna")
+    redis_server._servers.clear()  # another process
+    tenants = BucketPerKey(2, 1, redis=url, name=name)
+    buckets = one, other = tenants["a"], tenants["b"]
+    assert [(bucket.tokens, bucket.tokens_per_second) for bucket in buckets] == [(2, 4), (2, 3)]
+    assert one.known.stored[3:] == ("one", "anna")
+    one.restore()
+    assert (one.tokens, one.tokens_per_second) == (2, 3)
+    tenants.restore()
+    assert (other.tokens, other.tokens_per_second) == (2, 1)
+    with pytest.raises(TypeError, match="is not in Redis"):
+        BucketPerKey(1, 1).restore()
+
+
+def test_keys_that_are_full_leave_nothing(per_key, url):
+    """Neither here nor in Redis."""
+    tenants = per_key(1, 50)
+    for number in range(200):
+        tenants[number].allow()
+    time.sleep(0.05)
+    for number in range(200, 400):
+        tenants[number].allow()
+    assert len(tenants) < 250  # of 400
+    with redis.Redis.from_url(url) as client:
+        wait_for(lambda: not client.keys("rate_limiter:bucket:*"))
+
+
+def test_more_keys_than_are_kept(per_key):
+    """Each has its own bucket all the same."""
+    tenants = per_key(1, 0.001, max_keys=10)
+    assert all(tenants[number].allow() for number in range(30))
+    assert not any(tenants[number].allow() for number in range(30))
+    assert len(tenants) == 10
+
+
+def test_what_a_key_owes_is_not_forgotten(own):
+    """A charge during an outage reaches the server, though this process has forgotten the key meanwhile."""
+    tenants = BucketPerKey(4, 0.001, redis=own.url, name="t")
+    assert tenants["a"].allow()
+    own.kill()
+    tenants["a"].charge(3)
+    for number in range(20):
+        assert tenants[number].tokens >= 0
+    gc.collect()
+    own.start()
+    wait_for(lambda: tenants["b"].tokens and not tenants["b"].server.outages.is_down)
+    assert tenants["a"].allow(0.5)
+    assert tenants["a"].tokens == pytest.approx(4 - 3 - 0.5, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"name": "n"}, TypeError, "redis and name go together"),
+        ({"redis": "redis://localhost"}, TypeError, "redis and name go together"),
+        ({"redis": "http://x", "name": "n"}, ValueError, "url must be the URL of a Redis"),
+        (
+            {"redis": "redis://localhost", "name": "n", "on_outage": "no"},
+            ValueError,
+            "on_outage must be",
+        ),
+    ],
+)
+def test_wrong_arguments_of_keys(options, error, says):
+    """An error where it is written."""
+    with pytest.raises(error, match=says):
+        BucketPerKey(1, 1, **options)
+
+
+# -- the first level, and stored numbers ------------------------------------------------------------
+
+
+def test_a_new_bucket_starts_with_initial(make, url):
+    """And a refusal does not begin it anew; it is known for a day after it is full."""
+    bucket = make(10, 10, initial=0)
+    assert not bucket.allow()
+    time.sleep(0.25)
+    assert bucket.allow(2)
+    with redis.Redis.from_url(url) as client:
+        (key,) = client.keys("rate_limiter:bucket:*")
+        assert 86_400_000 < client.pttl(key) <= 86_401_000
+    with pytest.raises(ValueError, match="initial must be at most the capacity 10, not 11"):
+        make(10, 10, initial=11)
+
+
+def test_what_is_known_without_the_server(make, own):
+    """The level as told last and what has come since; what was stored, when, why, by whom; and an outage."""
+    bucket = make(10, 0.001)
+    bucket.allow(4)
+    assert bucket.known.tokens == pytest.approx(6, abs=0.1)
+    assert bucket.known[1:] == (0, (10, 0.001), None, False)
+    bucket.configure(capacity=20, reason="a test", who="anna")
+    stored = bucket.known.stored
+    assert (stored.capacity, stored.tokens_per_second, stored.reason, stored.who) == (
+        20,
+        0.001,
+        "a test",
+        "anna",
+    )
+    assert stored.at.startswith("20")
+    bucket.restore()
+    assert bucket.known.stored is None
+    far = RedisTokenBucket("b", 1, 1, url=own.url)
+    own.kill()
+    far.allow()
+    assert far.known.is_outage
+
+
+def test_code_that_changed_under_stored_numbers(url, caplog):
+    """It is told once: the stored ones count until they are cleared."""
+    name = uuid4().hex
+    RedisTokenBucket(name, 10, 1, url=url).configure(capacity=20, reason="a test", who="anna")
+    for numbers in (10, 1), (10, 2):
+        redis_server._servers.clear()  # another process
+        bucket = RedisTokenBucket(name, *numbers, url=url)
+        bucket.allow()
+        bucket.allow()
+        assert bucket.capacity == 20
+    (record,) = caplog.records
+    assert "the code says capacity 10, 2 tokens_per_second now" in record.message
+    assert "which anna has set at 20" in record.message
+    assert "(a test)" in record.message

@@ -126,6 +126,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         )
         send_together(consumer.event_dispatcher)
         self.sharing = Sharing(consumer, self._counts, self._share)
+        self.engine.look(self.tasks_of)
         self.open = True
 
     def stop(self, consumer: Any) -> None:

@@ -111,8 +111,8 @@ class Charge:
             LookupError: The job was charged for several limits and ``limit`` does not say which, or
                 there is none of that name.
             RuntimeError: The gate paid from a bucket in the worker's main process that this pool
-                process cannot reach: one of a ``BucketPerKey``, or one that a callable returned and
-                ``buckets=[…]`` does not name. (What `throttle` and ``Gate.limit`` are given as a
+                process cannot reach: one of a ``BucketPerKey`` outside Redis, or one that a callable
+                returned and ``buckets=[…]`` does not name. (What `throttle` and ``Gate.limit`` are given as a
                 ``TokenBucket`` can be reached from every pool.)
 
         It can be called again: the last figure counts. It does nothing while limits are lifted.
@@ -215,7 +215,8 @@ def charge_of(
     charge = Charge()
     for limit, tokens in decided.paid:
         buckets: tuple[Bucket, ...] = ()
-        if limit.has_bucket or limit.buckets or not _gate_is_elsewhere():
+        in_redis = getattr(limit.bucket, "in_redis", False)
+        if limit.has_bucket or limit.buckets or in_redis or not _gate_is_elsewhere():
             # The job has paid, so it runs, even if its bucket cannot be found any more.
             with contextlib.suppress(Exception):
                 call = Call(

@@ -9,7 +9,9 @@ open as all of Celery's remote control: who may write to the broker may send the
 ``rate_limiter_control = False`` closes them.
 """
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import Any, Final, NamedTuple
 
 from celery.concurrency.prefork import TaskPool
@@ -19,7 +21,7 @@ from celery.worker.control import Panel
 from ..bucket_per_key import BucketPerKey
 from ..gating.limit import Limit
 from ..gating.record import listed, record_of
-from ..gating.steering import Order, buckets_of, carry_out, shown
+from ..gating.steering import Order, buckets_of, carry_out, is_in_redis, shown
 from ..shared_bucket import is_shared
 from ..token_bucket import TokenBucket
 from .bootstep import GateStep
@@ -27,6 +29,12 @@ from .declarations import limits_of
 from .settings import controlled, enabled
 
 __all__ = ["connect"]
+
+#: Seconds for which a change waits for Redis.
+_LONGEST: Final = 0.5
+
+#: The changes that have no value.
+_ALONE: Final = ("resume", "restore")
 
 _RATE_LIMIT: Final = "rate_limit"
 _celerys_rate_limit: Final = Panel.data[_RATE_LIMIT]
@@ -41,7 +49,7 @@ def connect() -> None:
         name="limit",
         args=[("name", str)],
         variadic="changes",
-        signature="<name> [rate=10/m] [capacity=20] [pause=30s] [resume] [key=acme] [reason=…]",
+        signature="<name> [rate=10/m] [capacity=20] [pause=30s] [resume] [restore] [key=acme] [reason=…] [who=…]",
     )(_limit)
     celerys = Panel.meta[_RATE_LIMIT]
     register(name=_RATE_LIMIT, args=celerys.args, signature=celerys.signature)(_rate_limit)
@@ -154,7 +162,29 @@ def _change(known: dict[str, _Known], name: str, order: Order) -> str:
             f"limit {name} cannot be changed: its tasks take from a bucket of their pool process, which "
             "the worker's main process cannot reach; a Gate(app) would enforce it there"
         )
-    return carry_out(order, known[name].limit, [each.limit for each in known.values()])
+    limit, limits = known[name].limit, [each.limit for each in known.values()]
+    if any(map(is_in_redis, buckets_of(limit))):
+        return _in_time(lambda: carry_out(order, limit, limits))
+    return carry_out(order, limit, limits)
+
+
+def _in_time(ask: Callable[[], str]) -> str:
+    """Ask a server, but do not let the worker's loop wait for it: to look up its name may take long."""
+    answer: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(ask())
+        except Exception as error:  # noqa: BLE001 - it is raised in the loop
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="rate_limiter order", daemon=True).start()
+    try:
+        return answer.result(_LONGEST)
+    except TimeoutError:
+        raise _RefusedError(
+            f"Redis has not answered within {_LONGEST:g} s: the limit may be changed, or may not"
+        ) from None
 
 
 def _order(changes: Iterable[str], order: dict[str, Any]) -> Order:
@@ -167,10 +197,10 @@ def _order(changes: Iterable[str], order: dict[str, Any]) -> Order:
             raise _RefusedError(
                 f"unknown option {option!r}; expected one of {', '.join(Order._fields)}"
             )
-        if value is True and option != "resume":
+        if value is True and option not in _ALONE:
             raise _RefusedError(f"{option} needs a value, as in {option}=…")
-        if option == "resume" and value is not True:
-            raise _RefusedError(f"resume takes no value, not {value!r}")
+        if option in _ALONE and value is not True:
+            raise _RefusedError(f"{option} takes no value, not {value!r}")
     return Order(**order)
 
 
@@ -197,7 +227,9 @@ def _all_limits(state: Any) -> dict[str, _Known]:
 def _is_in_pool_processes_alone(consumer: Any, limit: Limit) -> bool:
     """Tell whether a bucket that a task takes from cannot be shared by the processes of a pool."""
     return isinstance(consumer.pool, TaskPool) and any(
-        isinstance(bucket, TokenBucket | BucketPerKey) and not is_shared(bucket)
+        isinstance(bucket, TokenBucket | BucketPerKey)
+        and not is_shared(bucket)
+        and not is_in_redis(bucket)
         for bucket in buckets_of(limit)
     )
 

@@ -137,7 +137,7 @@ def _existing_buckets() -> tuple[list[BucketPerKey], list[TokenBucket]]:
         kind = type(each)  # isinstance would wake Celery's proxies
         if issubclass(kind, TokenBucket):
             single.append(each)
-        elif issubclass(kind, BucketPerKey):
+        elif issubclass(kind, BucketPerKey) and not each.in_redis:
             per_key.append(each)
     of_keys = {id(bucket) for each in per_key for bucket in each.buckets()}
     return per_key, [bucket for bucket in single if id(bucket) not in of_keys]
@@ -155,6 +155,8 @@ def _are_replaced(worker: Any) -> bool:
 
 def why_not_shared(limit: Limit) -> str:
     """Return why the bucket of a limit cannot be shared between processes, or ``""`` if it can."""
+    if isinstance(limit.bucket, BucketPerKey) and limit.bucket.in_redis:
+        return ""
     if limit.key is not None:
         return "a BucketPerKey cannot be shared between processes"
     if isinstance(limit.bucket, Bucket) or limit.buckets:

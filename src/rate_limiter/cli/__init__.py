@@ -12,6 +12,7 @@ from typing import Any, Final, NoReturn
 
 import click
 
+from ..redis_state import somebody
 from .table import Table
 
 __all__ = ["limits"]
@@ -90,7 +91,10 @@ def explain(ctx: click.Context, /, task_id: str, **_: Any) -> None:
 @_common
 @click.pass_context
 def set_(ctx: click.Context, /, name: str, **order: Any) -> None:
-    """Change the rate or the capacity of the limit NAME in all workers, until they start again."""
+    """Change the rate or the capacity of the limit NAME in all workers.
+
+    That lasts until the worker ends. For a limit in Redis it lasts until `restore`.
+    """
     _change(ctx, name, order)
 
 
@@ -118,6 +122,16 @@ def resume(ctx: click.Context, /, name: str, **order: Any) -> None:
 
 
 @limits.command()
+@click.argument("name")
+@click.option("--key", help="Restore the bucket of this key only.")
+@_common
+@click.pass_context
+def restore(ctx: click.Context, /, name: str, **order: Any) -> None:
+    """Clear what `set` has stored in Redis for the limit NAME: the numbers of the code count again."""
+    _change(ctx, name, order | {"restore": True})
+
+
+@limits.command()
 @click.pass_context
 def check(ctx: click.Context) -> None:
     """Check all declarations of the app without a broker. Prints a line for each problem, and exits with 1."""
@@ -134,6 +148,7 @@ def check(ctx: click.Context) -> None:
 def _change(ctx: click.Context, name: str, order: dict[str, Any]) -> None:
     common = ("destination", "timeout")
     given = {each: value for each, value in order.items() if value is not None and each not in common}
+    given["who"] = somebody()
     replies = _replies(ctx, "limit", name=name, **given)
     for node, reply in sorted(replies.items()):
         click.echo(f"{node}: {reply.get('ok') or reply['error']}")

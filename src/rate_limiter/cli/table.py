@@ -133,10 +133,19 @@ def _state(limit: dict[str, Any]) -> str:
         states.append(f"shadow: {limit['shadowed']:.0f} would have waited")
     if limit["enforced"].startswith("in the task"):
         states.append(limit["enforced"])
-    if changed := limit["changed"]:
-        reason = f" ({changed['reason']})" if changed["reason"] else ""
-        states.append(f"changed {changed['at']}: {changed['what']}{reason}")
+    if any(each.get("outage") for each in limit["buckets"]):
+        states.append("Redis does not answer")
+    stored = [each["stored"] for each in limit["buckets"] if each.get("stored")]
+    if stored:
+        states += [_set(each["at"], "", each["reason"], each["who"]) for each in stored]
+    elif changed := limit["changed"]:
+        states.append(_set(changed["at"], changed["what"], changed["reason"], changed.get("who", "")))
     return ", ".join(states)
+
+
+def _set(at: str, what: str, reason: str, who: str) -> str:
+    text = f"changed {at}" + (f" by {who}" if who else "") + (f": {what}" if what else "")
+    return text + (f" ({reason})" if reason else "")
 
 
 def _bar(part: float) -> str:

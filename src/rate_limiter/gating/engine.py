@@ -17,6 +17,7 @@ from time import monotonic, perf_counter
 from typing import Any, Final, Generic, Literal, TypeVar
 from weakref import WeakValueDictionary
 
+from ..all_of import members
 from ..bucket import Bucket
 from . import limit as limits
 from .forecast import Forecast, forecasts
@@ -219,6 +220,14 @@ class Engine(Generic[Job]):
             if self._checks and self._checks[0][0] < look:
                 look = self._checks[0][0]
         return look if due is None or look < due else due
+
+    def look(self, limits: Iterable[Limit]) -> None:
+        """Have the buckets that speak to a server learn what it knows of them, before the first job comes."""
+        for limit in limits:
+            bucket: Any = getattr(limit.bucket, "of_all", limit.bucket)
+            for each in members(bucket):
+                if hasattr(each, "for_gate"):
+                    self._bucket_for_gate(each).look()
 
     def plan(self, *kind: Hashable) -> Plan:
         """Return what is done with the jobs of a kind. Worked out at the first of them."""
@@ -433,11 +442,11 @@ class Engine(Generic[Job]):
         )
         return [demand._replace(bucket=self._bucket_for_gate(demand.bucket)) for demand in ordered]
 
-    def _bucket_for_gate(self, bucket: Any) -> Bucket:
+    def _bucket_for_gate(self, bucket: Any) -> Any:
         if not hasattr(bucket, "for_gate"):
-            return bucket  # type: ignore[no-any-return]
+            return bucket
         with self.lock:
-            own: Bucket | None = self._buckets.get(bucket)
+            own = self._buckets.get(bucket)
             if own is None:
                 own = self._buckets[bucket] = bucket.for_gate()
         return own

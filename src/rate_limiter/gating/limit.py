@@ -180,9 +180,11 @@ class Limit:
                     self._complaint("tokens", call.job, tokens, "a number above 0")
                 ) from None
         # The capacity of a bucket on a server may have been raised there: it says so itself.
-        if cost > bucket.capacity and not self.shadow and not hasattr(bucket, "for_gate"):
-            most = f"at most the capacity {bucket.capacity:g}"
-            raise ValueError(self._complaint("tokens", call.job, tokens, most))
+        if cost > bucket.capacity and not self.shadow:
+            sizes = [each.capacity for each in members(bucket) if not hasattr(each, "for_gate")]
+            if sizes and cost > min(sizes):
+                most = f"at most the capacity {min(sizes):g}"
+                raise ValueError(self._complaint("tokens", call.job, tokens, most))
         return self._demands(bucket, cost)
 
     def buckets_of(self, call: Call) -> tuple[Bucket, ...]:

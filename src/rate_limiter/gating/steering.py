@@ -19,7 +19,7 @@ from .limit import Limit
 from .record import record_of
 from .tally import tally_of, tell
 
-__all__ = ["Order", "buckets_of", "carry_out", "seconds_of", "shown"]
+__all__ = ["Order", "buckets_of", "carry_out", "is_in_redis", "seconds_of", "shown"]
 
 
 class Order(NamedTuple):
@@ -35,8 +35,11 @@ class Order(NamedTuple):
     resume: bool = False
     #: The key whose bucket is meant, in a limit with keys. ``None``: all keys.
     key: str | None = None
-    #: Why. It is shown with the limit.
+    #: Let the numbers of the code count again, where others are stored in Redis.
+    restore: bool = False
+    #: Why, and who says so. It is shown with the limit.
     reason: str = ""
+    who: str = ""
 
 
 def shown(limit: Limit) -> dict[str, Any]:
@@ -45,7 +48,9 @@ def shown(limit: Limit) -> dict[str, Any]:
     All of it can be written as JSON. ``buckets`` has a mapping for each bucket: ``kind``, ``capacity`` and
     ``rate`` (tokens per second); for a `BucketPerKey` the number of its ``keys``; for all others ``tokens``,
     and ``paused``, the seconds until the end of a pause. It is empty where a callable returns the bucket and
-    ``buckets=…`` does not name what it may return.
+    ``buckets=…`` does not name what it may return. Of a bucket in Redis it is what this process knows: no
+    server is asked. There ``declared`` has the numbers of the code, ``stored`` those that an operator has set
+    and that count instead, or ``None``, and ``outage`` whether the server does not answer.
     """
     return {
         "buckets": [_shown(bucket) for bucket in buckets_of(limit)],
@@ -76,8 +81,10 @@ def carry_out(order: Order, limit: Limit, limits: Iterable[Limit]) -> str:
     rate = None if order.rate is None else parse_rate(order.rate)
     capacity = None if order.capacity is None else positive("capacity", _number(order.capacity))
     pause = None if order.pause is None else seconds_of("pause", order.pause)
-    if rate is capacity is pause is None and not order.resume:
-        raise ValueError("nothing is to change: give rate, capacity, pause or resume")
+    if rate is capacity is pause is None and not order.resume and not order.restore:
+        raise ValueError("nothing is to change: give rate, capacity, pause, resume or restore")
+    if order.restore and (rate is not None or capacity is not None):
+        raise ValueError("restore excludes rate and capacity: it lets the numbers of the code count")
     if pause is not None and order.resume:
         raise ValueError("pause and resume exclude each other")
     meant = _meant(limit, order)
@@ -86,11 +93,19 @@ def carry_out(order: Order, limit: Limit, limits: Iterable[Limit]) -> str:
         _check_change(limit, meant, capacity, limits)
         before = meant[0].capacity, meant[0].tokens_per_second
         for bucket in meant:
-            _configure(bucket, capacity, rate)
+            stored = {"reason": order.reason} if is_in_redis(bucket) else {}
+            if stored and order.who:
+                stored["who"] = order.who
+            _do(bucket, "configure", capacity=capacity, tokens_per_second=rate, **stored)
         if rate is not None:
             done.append(f"{rate:g} tokens_per_second (was {before[1]:g})")
         if capacity is not None:
             done.append(f"capacity {capacity:g} (was {before[0]:g})")
+    if order.restore:
+        for bucket in meant:
+            _do(bucket, "restore")
+        numbers = meant[0].capacity, meant[0].tokens_per_second
+        done.append("as in the code: {1:g} tokens_per_second, capacity {0:g}".format(*numbers))
     if pause is not None:
         for bucket in meant:
             bucket.pause(pause)
@@ -104,7 +119,7 @@ def carry_out(order: Order, limit: Limit, limits: Iterable[Limit]) -> str:
         done.append("resumed")
     what = ", ".join(done) + ("" if order.key is None else f", for key {order.key}")
     at = datetime.now(UTC).isoformat(timespec="seconds")
-    record_of(limit).changed = {"at": at, "what": what, "reason": order.reason}
+    record_of(limit).changed = {"at": at, "what": what, "reason": order.reason, "who": order.who}
     tell("changed", limit, what, order.reason)
     return what
 
@@ -148,6 +163,17 @@ def _shown(bucket: Any) -> dict[str, Any]:
         "capacity": bucket.capacity,
         "rate": bucket.tokens_per_second,
     }
+    of_all = getattr(bucket, "of_all", bucket)
+    if is_in_redis(bucket):
+        known = of_all.known
+        declared = dict(zip(("capacity", "rate"), known.declared, strict=True))
+        stored = None
+        if set_by := known.stored:
+            stored = {"capacity": set_by.capacity, "rate": set_by.tokens_per_second, "at": set_by.at}
+            stored |= {"reason": set_by.reason, "who": set_by.who}
+        numbers |= {"declared": declared, "stored": stored, "outage": known.is_outage}
+        if of_all is bucket:
+            return numbers | {"tokens": known.tokens, "paused": known.pause_left}
     if isinstance(bucket, BucketPerKey):
         return numbers | {"keys": len(bucket)}
     return numbers | {"tokens": bucket.tokens, "paused": getattr(bucket, "pause_left", 0.0)}
@@ -162,6 +188,8 @@ def _meant(limit: Limit, order: Order) -> list[Any]:
     whose = f"limit {record_of(limit).name}"
     bucket: Any = limit.bucket
     if isinstance(bucket, BucketPerKey):
+        if order.restore and not bucket.in_redis:
+            raise ValueError(f"{whose} has no stored numbers: {bucket!r} is not in Redis")
         if order.key is not None:
             return _of_key(bucket, order.key, whose)
         if order.pause is not None or order.resume:
@@ -173,6 +201,8 @@ def _meant(limit: Limit, order: Order) -> list[Any]:
         if len(limit.buckets) != 1:
             raise ValueError(f"{whose} has no bucket of its own: a callable picks one for each job")
         bucket = limit.buckets[0]
+    if order.restore and not (limit.has_bucket and is_in_redis(bucket)):
+        raise ValueError(f"{whose} has no stored numbers: its bucket {bucket!r} is not in Redis")
     if order.resume and not all(hasattr(member, "resume") for member in _single(bucket)):
         raise ValueError(f"{whose}: a pause of {bucket!r} cannot be ended")
     return [bucket]
@@ -195,7 +225,7 @@ def _of_key(buckets: BucketPerKey, text: str, whose: str) -> list[Any]:
         found = [buckets[key] for key in keys]
     except Exception as error:
         raise ValueError(f"{whose}, key {text!r}: {error!r}") from error
-    if any(each is buckets.buckets()[-1] for each in found):
+    if not all(buckets.is_alone(key) for key in keys):
         raise ValueError(f"{whose} has no bucket for key {text!r} alone: it is at max_keys")
     return found
 
@@ -219,9 +249,15 @@ def _check_change(
             )
 
 
-def _configure(bucket: Any, capacity: float | None, rate: float | None) -> None:
+def is_in_redis(bucket: Any) -> bool:
+    """Tell whether a bucket, or those of a `BucketPerKey`, are in Redis."""
+    return hasattr(bucket, "for_gate") or getattr(bucket, "of_all", None) is not None
+
+
+def _do(bucket: Any, what: str, **arguments: Any) -> None:
+    """Have a bucket do something that may fail."""
     try:
-        bucket.configure(capacity=capacity, tokens_per_second=rate)
+        getattr(bucket, what)(**arguments)
     except Exception as error:  # a server that does not answer; or of a bucket of the user's
         raise ValueError(f"{bucket!r} could not be changed: {error!r}") from error
 

@@ -163,6 +163,7 @@ class Session(Host[_Job]):
                 ", ".join(names),
             )
         self._announced |= limits
+        self._engine.look(limits)
 
     def _on_consume(self, queue: str) -> None:
         """Cover a queue that a consumer has got since it was attached."""
