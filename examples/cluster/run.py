@@ -21,7 +21,6 @@ WORKERS = ("one", "two", "three")
 
 
 def main():
-    sent.delete("cluster.sent")
     command = f"{sys.executable} -m celery --quiet -A tasks worker -c 2 -P threads".split()
     workers = [
         subprocess.Popen([*command, "-l", "ERROR", "-n", name], cwd=Path(__file__).parent)
@@ -30,15 +29,24 @@ def main():
     try:
         while len(send_email.app.control.ping(timeout=1)) < len(WORKERS):
             time.sleep(0.2)
-        for number in range(JOBS):
-            send_email.delay(number)
-        while sent.llen("cluster.sent") < JOBS:
-            time.sleep(0.2)
+        send()
     finally:
         for worker in workers:
             worker.terminate()
         for worker in workers:
             worker.wait()
+    report()
+
+
+def send():
+    sent.delete("cluster.sent")
+    for number in range(JOBS):
+        send_email.delay(number)
+    while sent.llen("cluster.sent") < JOBS:
+        time.sleep(0.2)
+
+
+def report():
     lines = [line.decode().split() for line in sent.lrange("cluster.sent", 0, -1)]
     moments = sorted(float(moment) for _, moment in lines)
     for name, count in sorted(Counter(name for name, _ in lines).items()):

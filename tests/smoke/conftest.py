@@ -1,5 +1,7 @@
 """Containers for the whole session: two brokers, a Redis for results and logs, and two workers on each.
 
+Both workers of a broker have limits in a Redis apart from it.
+
 pytest-celery makes its containers anew for each test, which takes most of the time. Here its classes
 wrap containers of the session, and ``celery_broker`` gives the matrix, as in the plugin.
 """
@@ -315,6 +317,21 @@ def celery_backend(default_redis_backend):
 
 # -- workers ------------------------------------------------------------------------------------------
 
+# pytest sees the fixtures that are named in {braces}, and makes what has these labels anew for each broker;
+# it does not see those of fxtr().
+PER_BROKER = {"labels": {"for": "{celery_broker}"}}
+
+#: Of the limits for both workers together. It has no other use, and no data after its restart.
+limits_redis = container(
+    scope="session",
+    image=RedisContainer.image(),
+    command=RedisContainer.command(),
+    network="{default_pytest_celery_network.name}",
+    tmpfs={"/data": ""},
+    wrapper_class=RedisContainer,
+    **PER_BROKER,
+)
+
 smoke_image = build(
     path=str(ROOT),
     dockerfile="docker/Dockerfile",
@@ -326,7 +343,7 @@ smoke_image = build(
 
 
 @pytest.fixture(scope="session")
-def producer(celery_broker, celery_backend):
+def producer(celery_broker, celery_backend, limits_redis):
     """Return an app that sends jobs. Its settings are those of the workers too."""
     redis = isinstance(celery_broker, RedisTestBroker)
     app = Celery("producer", set_as_current=False)
@@ -336,7 +353,11 @@ def producer(celery_broker, celery_backend):
         broker_transport_options=REDIS_OPTIONS if redis else RABBITMQ_OPTIONS,
         broker_connection_retry_on_startup=True,
         worker_cancel_long_running_tasks_on_connection_loss=False,
-        rate_limiter_limits={"from settings": {"rate": "10/s", "burst": 2}},
+        rate_limiter_limits={
+            "from settings": {"rate": "10/s", "burst": 2},
+            "one rate": {"rate": "10/s", "burst": 2, "per": "cluster"},
+        },
+        rate_limiter_redis=f"redis://{limits_redis.hostname}/0",
     )
     yield app
     app.close()
@@ -358,10 +379,6 @@ def worker_files(producer):
     """Return what is mounted at /app."""
     return WorkerContainer.initial_content(worker_app=producer)
 
-
-# pytest sees the fixtures that are named in {braces}, and makes volume and workers anew for each broker;
-# it does not see those of fxtr().
-PER_BROKER = {"labels": {"for": "{celery_broker}"}}
 
 worker_volume = volume(scope="session", initial_content=fxtr("worker_files"), **PER_BROKER)
 

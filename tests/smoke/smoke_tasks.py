@@ -19,6 +19,11 @@ def from_settings(run, value):
     note(run, value)
 
 
+@shared_task(name="one rate")
+def one_rate(run, value):
+    note(run, value)
+
+
 @shared_task(name="shared")
 @throttle(TokenBucket(capacity=1, tokens_per_second=5))
 def shared(run, value):

@@ -1,5 +1,7 @@
 """The shipped image on real brokers: limits that hold, and what happens when a container goes."""
 
+import time
+
 import pytest
 from celery import chord
 from conftest import IMAGE, wait_for
@@ -35,6 +37,11 @@ def each_worker(runs):
     return [[entry for entry in runs if entry.worker == worker] for worker in workers]
 
 
+def send_to_both(setup, task, count):
+    """Send every other job to each worker's own queue, and return the results."""
+    return [setup.send(task, number, queue=("first", "second")[number % 2]) for number in range(count)]
+
+
 # -- limits -------------------------------------------------------------------------------------------
 
 
@@ -45,8 +52,7 @@ def test_a_worker_is_ready_within_five_seconds(celery_setup):
 
 def test_each_of_two_workers_holds_the_limit(celery_setup):
     """Two workers with a backlog run at the limit each, at the same time, and each job runs once."""
-    for number in range(32):
-        celery_setup.send("shared", number, queue=("first", "second")[number % 2])
+    send_to_both(celery_setup, "shared", 32)
     runs = celery_setup.wait_for_runs(32)
     assert values(runs) == list(range(32))
     first, second = each_worker(runs)
@@ -54,6 +60,16 @@ def test_each_of_two_workers_holds_the_limit(celery_setup):
         assert len(of_one) == 16
         assert_rate(of_one, capacity=1, rate=5)
     assert first[0].at < second[8].at < first[-1].at
+
+
+def test_two_workers_share_one_rate(celery_setup):
+    """A limit per cluster: two workers with a backlog run at one rate together, and each job runs once."""
+    send_to_both(celery_setup, "one rate", 32)
+    runs = celery_setup.wait_for_runs(32)
+    assert values(runs) == list(range(32))
+    first, second = each_worker(runs)
+    assert first[0].at < second[8].at < first[-1].at
+    assert_rate(runs, capacity=2, rate=10)
 
 
 def test_the_children_of_a_worker_share_the_decorators_limit(celery_setup):
@@ -157,6 +173,33 @@ def test_the_settings_have_a_limit(celery_setup):
 
 
 # -- failures -----------------------------------------------------------------------------------------
+
+
+def test_a_killed_redis_of_a_limit_fails_no_job(celery_setup, limits_redis):
+    """It is killed and started again: meanwhile each worker keeps its share, and each job runs once."""
+    results = send_to_both(celery_setup, "one rate", 130)
+    # Every 5 s a worker says that it lives, and learns how many do.
+    wait_for(lambda: (runs := celery_setup.runs) and runs[-1].at - runs[0].at > 6)
+    limits_redis.kill()
+    killed = time.monotonic()
+
+    def shares():
+        """Return what each worker has run since then, once both have run 20 jobs."""
+        runs = each_worker([run for run in celery_setup.runs if run.at > killed])
+        return len(runs) == 2 and min(map(len, runs)) >= 20 and runs
+
+    for of_one in wait_for(shares):
+        assert_rate(of_one, capacity=2, rate=5)
+    limits_redis.restart()
+    assert [result.get(timeout=60) for result in results] == [None] * 130
+    assert values(celery_setup.runs) == list(range(130))
+    # The burst, that of the new Redis, and that of the shares.
+    assert_rate(celery_setup.runs, capacity=6, rate=10)
+    workers = celery_setup.first, celery_setup.second
+    wait_for(lambda: all(worker.count("answers again") for worker in workers))
+    for text in f"Redis at {limits_redis.hostname}:6379/0 does not answer", "answers again":
+        assert [worker.count(text) for worker in workers] == [1, 1]
+
 
 JOBS = list(range(16))
 
