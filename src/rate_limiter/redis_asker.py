@@ -256,7 +256,7 @@ class Asked:
 
     def answer(self, sent: float, question: Question, reply: list[Any]) -> None:
         """Take note of a reply, and tell who waits."""
-        if not question.parts:
+        if not question.takes:
             question.learn_look(reply)
             with self._lock:
                 self._is_out = False
@@ -416,8 +416,8 @@ class Asker:
             self.need(bucket)
         if not server.outages.is_down:
             for _, question in questions:
-                for state in question.states:
-                    state.tell_rest()
+                for part in question.parts:
+                    part.state.tell_rest()
             with contextlib.suppress(*ERRORS):
                 server.show_life()
 

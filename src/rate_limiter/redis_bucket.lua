@@ -6,48 +6,54 @@
 --   c, r     capacity and rate that an operator has set; v, the version: when; y, why; w, who
 --   d, e     the capacity and the rate of the code at that time
 --
--- KEYS: for each bucket its hash, and the hash whose c and r count where its own has none: of all keys of a
--- BucketPerKey; of other buckets the same again.
--- ARGV: the command and two numbers for it; then for each bucket the capacity, the rate and the first level
--- that its caller has in the code, the version that the caller knows, and for "take" the tokens to give back
--- (below 0: to charge), those that the caller was promised, and those that one job takes. The arguments
--- of "configure" stand behind.
+-- KEYS: for each bucket its hash. Behind them: the hashes whose c and r count for a bucket that has none of its
+-- own, as the keys of a BucketPerKey.
+-- ARGV: the command, two numbers for it, and the number of buckets, as one text with spaces: a client takes its
+-- time for each argument.
+-- Then such a text for each bucket: the capacity, the rate and the first level that its caller has in the code;
+-- the version that the caller knows; for "take" the tokens to give back (below 0: to charge), those that the
+-- caller was promised, and those that one job takes; and the place in KEYS of the hash that counts for it
+-- too, or 0. The arguments of "configure" stand behind.
 --
--- The answer: what the command gives, and then a list for each bucket: the version and the level; behind
--- them, if the caller does not know this version, all that is stored of it. Numbers with fractions go out as
--- text: Redis would cut them off.
+-- The answer is one text with spaces: what the command gives, and then for each bucket its version and its level.
+-- If the caller does not know the version of one, it is a list: that text, and for each bucket a list of what
+-- is stored, empty if the caller knows it.
 
 local MICRO = 1000000
 local SLACK = 1000       -- promised callers may be late by so many microseconds
 local DAY = 86400        -- seconds for which a bucket that starts below its capacity is kept, once it is full
-local FIELDS = 7
 
 local clock = redis.call('TIME')
 local now = clock[1] * MICRO + clock[2]
-local command, first, second = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local command, first, second, count = string.match(ARGV[1], '^(%S+) (%S+) (%S+) (%S+)$')
+first, second = tonumber(first), tonumber(second)
+
+local FIELDS = '^(%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+)$'
 
 local function text(number) return string.format('%.17g', number) end
 local function whole(number) return string.format('%.0f', number) end
 
 local function open(i)
-  local at, key, parent = 3 + (i - 1) * FIELDS, KEYS[2 * i - 1], KEYS[2 * i]
+  local capacity, rate, initial, known, back, held, unit, parent = string.match(ARGV[1 + i], FIELDS)
+  local key = KEYS[i]
   local b = {
-    key = key, known = ARGV[at + 4], code_capacity = tonumber(ARGV[at + 1]), code_rate = tonumber(ARGV[at + 2]),
-    back = tonumber(ARGV[at + 5]), held = tonumber(ARGV[at + 6]), unit = tonumber(ARGV[at + 7]),
+    key = key, known = known, code_capacity = tonumber(capacity), code_rate = tonumber(rate),
+    back = tonumber(back), held = tonumber(held), unit = tonumber(unit),
     paused = 0, promised = 0, most = 0,
   }
   local h = redis.call('HMGET', key, 'l', 't', 'p', 'o', 'm', 'c', 'r', 'v')
   b.capacity, b.rate = tonumber(h[6] or b.code_capacity), tonumber(h[7] or b.code_rate)
   b.own_version, b.stored = h[8] or '0', h[8] and key
   b.version = b.own_version
-  if parent ~= key then
-    local d = redis.call('HMGET', parent, 'c', 'r', 'v')
+  if parent ~= '0' then
+    local of_all = KEYS[tonumber(parent)]
+    local d = redis.call('HMGET', of_all, 'c', 'r', 'v')
     if d[3] then
-      if not h[6] then b.capacity, b.rate, b.stored = tonumber(d[1]), tonumber(d[2]), parent end
+      if not h[6] then b.capacity, b.rate, b.stored = tonumber(d[1]), tonumber(d[2]), of_all end
       b.version = b.version .. '/' .. d[3]
     end
   end
-  local initial = math.min(tonumber(ARGV[at + 3]), b.capacity)
+  initial = math.min(tonumber(initial), b.capacity)
   b.keep = initial < b.capacity and DAY or 1
   b.level, b.moment = initial, now
   if h[1] then
@@ -92,11 +98,9 @@ local function after(b, short)
   return wait
 end
 
-local function shown(b)
-  if b.version == b.known then return {b.version, text(b.level)} end
+local function stored(b)
   local more = b.stored and redis.call('HMGET', b.stored, 'v', 'y', 'w', 'd', 'e') or {}
-  return {b.version, text(b.level), text(b.capacity), text(b.rate),
-    more[1] or '', more[2] or '', more[3] or '', more[4] or '', more[5] or ''}
+  return {text(b.capacity), text(b.rate), more[1] or '', more[2] or '', more[3] or '', more[4] or '', more[5] or ''}
 end
 
 -- Takes for jobs that each take from all buckets: for as many as can go now, at most `want`. What the others
@@ -148,18 +152,18 @@ local function take(buckets, want, promise)
   for i, b in ipairs(buckets) do
     if given > 0 or b.held > 0 or b.back ~= 0 or b.stale or (promised > 0 and i == last) then save(b) end
   end
-  return {given, wait, last, text(promised)}
+  return string.format('%d %.0f %d %.17g', given, wait, last, promised)
 end
 
-local buckets, answer = {}, {}
-for i = 1, #KEYS / 2 do buckets[i] = open(i) end
+local buckets, answer = {}, '-'
+for i = 1, tonumber(count) do buckets[i] = open(i) end
 local b = buckets[1]
 
 if command == 'take' then
   answer = take(buckets, first, second)
 elseif command == 'look' then
   if b.stale then save(b) end
-  answer = {math.max(0, b.paused - now)}
+  answer = whole(math.max(0, b.paused - now))
 elseif command == 'pause' then
   local till = now + first
   if till > b.paused then
@@ -191,5 +195,11 @@ elseif command == 'clear' then
   save(b)
 end
 
-for i, each in ipairs(buckets) do answer[#answer + 1] = shown(each) end
+local news, unknown = {}, false
+for i, each in ipairs(buckets) do
+  answer = answer .. ' ' .. each.version .. ' ' .. text(each.level)
+  news[i] = {}
+  if each.version ~= each.known then news[i], unknown = stored(each), true end
+end
+if unknown then return {answer, unpack(news)} end
 return answer

@@ -92,7 +92,7 @@ class Server:
 
         """
         key = f"{_PREFIX}bucket:{name}"
-        state = self._get_or_add(name, State(self, (key, key), numbers, policy))
+        state = self._get_or_add(name, State(self, (key, ""), numbers, policy))
         if (state.numbers, state.policy) != (numbers, policy):
             raise ValueError(
                 f"RedisTokenBucket {name!r} on {self.where} is {(*state.numbers, state.policy)} elsewhere in "
@@ -113,10 +113,10 @@ class Server:
             follows: Whether the numbers that are stored for all keys count for this one.
 
         """
-        key = f"{_PREFIX}bucket:{name}"
-        keys = key, of_all.keys[0] if follows else key
+        key_of_all = of_all.key if follows else ""
+        keys = f"{_PREFIX}bucket:{name}", key_of_all
         state = self._get_or_add(name, State(self, keys, numbers, of_all.policy))
-        state.numbers, state.keys = numbers, keys
+        state.numbers, state.key_of_all = numbers, key_of_all
         return state
 
     def _get_or_add(self, name: str, state: State) -> State:
@@ -130,7 +130,7 @@ class Server:
             signs = [self._member, _GONE_AFTER]
             self.workers = max(1, int(self._beat(keys=[f"{_PREFIX}workers"], args=signs)))
 
-    def run(self, question: Question) -> list[Any]:
+    def run(self, question: Question) -> Any:
         """Call the script once.
 
         Raises:
@@ -140,7 +140,7 @@ class Server:
         if self.outages.left:
             raise ServerDownError
         try:
-            reply: list[Any] = self._script(keys=question.keys, args=question.arguments)
+            reply = self._script(keys=question.keys, args=question.arguments)
             self.show_life()
         except ERRORS as error:
             self.outages.failed(error)
@@ -148,12 +148,11 @@ class Server:
         self.outages.answered()
         return reply
 
-    def order(self, question: Question) -> list[Any]:
+    def order(self, question: Question) -> Any:
         """Call the script once, and raise what the client raises if the server does not answer."""
         if self.outages.left:
             raise redis.ConnectionError(f"Redis at {self.where} does not answer")
-        reply: list[Any] = self._script(keys=question.keys, args=question.arguments)
-        return reply
+        return self._script(keys=question.keys, args=question.arguments)
 
     def run_all(self, questions: Sequence[Question]) -> list[Any]:
         """Call the script for each question, on one way there and back; return replies and errors.

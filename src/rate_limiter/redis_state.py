@@ -86,7 +86,7 @@ class State:
 
     Args:
         server: Where the bucket is.
-        keys: Its key there, and the key whose stored numbers count where it has none of its own.
+        keys: Its key there, and the key whose stored numbers count where it has none of its own, or ``""``.
         numbers: Capacity, tokens per second and first level, as the code says.
         policy: What it does during an outage.
 
@@ -100,7 +100,7 @@ class State:
         policy: Policy,
     ) -> None:
         self.server = server
-        self.keys = keys
+        self.key, self.key_of_all = keys
         self.numbers = numbers
         self.policy = policy
         #: As last known; an operator may have changed them.
@@ -182,8 +182,8 @@ class State:
             redis.RedisError: The server does not answer.
 
         """
-        question = Question([self], ["configure", repr(capacity), repr(rate)], (reason, who))
-        self.learn(self.server.order(question)[0])
+        question = Question("configure", capacity, rate, [Part(self)], (reason, who))
+        question.learn(self.server.order(question))
 
     def restore(self) -> None:
         """Let the numbers of the code count again.
@@ -192,23 +192,35 @@ class State:
             redis.RedisError: The server does not answer.
 
         """
-        self.learn(self.server.order(Question([self], ["clear", 0, 0]))[0])
+        question = Question("clear", 0, 0, [Part(self)])
+        question.learn(self.server.order(question))
 
     def _tell(self, command: str, amount: float = 0.0) -> None:
-        self.learn(self.server.run(Question([self], [command, repr(amount), 0]))[0])
+        question = Question(command, amount, 0, [Part(self)])
+        question.learn(self.server.run(question))
 
     # -- what the script is given, and what it shows ----------------------------------------------
 
-    def arguments(self) -> list[str]:
-        """Return what the script is given for this bucket in every call."""
-        return [*map(repr, self.numbers), self._version]
+    def argument(self, part: "Part", back: float, place: int) -> str:
+        """Return what the script is given for this bucket.
 
-    def learn(self, shown: list[Any]) -> None:
+        Args:
+            part: What it is to do with it.
+            back: The tokens to give back; below 0: to charge.
+            place: Where the key stands whose stored numbers count too, or 0.
+
+        """
+        capacity, rate, initial = self.numbers
+        version = self._version or "?"
+        return (
+            f"{capacity!r} {rate!r} {initial!r} {version} {back!r} {part.held!r} {part.unit!r} {place}"
+        )
+
+    def learn(self, version: str, level: str, stored: list[Any]) -> None:
         """Take note of what the script shows of this bucket."""
-        version, level, *more = map(_text, shown)
         self._level, self.known_at = float(level), time.monotonic()
-        if more:
-            self._learn_numbers(version, *more)
+        if stored:
+            self._learn_numbers(version, *map(_text, stored))
 
     def learn_pause(self, seconds: float) -> None:
         """Take note of how long the bucket is paused."""
@@ -224,13 +236,13 @@ class State:
         at = datetime.fromtimestamp(float(moment) * MICRO, UTC).isoformat(timespec="seconds")
         reason, who, *base = texts
         self.stored = Stored(self.capacity, self.rate, at, reason, who)
-        told = self.keys[1], moment
+        told = self.key_of_all or self.key, moment
         if tuple(map(float, base)) != self.numbers[:2] and told not in self.server.told:
             self.server.told.add(told)
             logger.warning(
                 "%s: the code says capacity %g, %g tokens_per_second now. But capacity %g, %g tokens_per_second "
                 "count, which %s has set at %s%s, until they are cleared",
-                self.keys[0],
+                self.key,
                 *self.numbers[:2],
                 *self.stored[:2],
                 who,
@@ -331,71 +343,78 @@ class Question:
     """One call of the script.
 
     Args:
-        states: The buckets.
-        command: The command and its two numbers.
+        command: The command.
+        first: Its first number.
+        second: Its second number.
+        parts: The buckets, all of one server, and what it does with each.
         texts: The further arguments of the command.
-        parts: What it does with each bucket, if it takes.
 
     """
 
-    __slots__ = ("arguments", "debts", "keys", "parts", "states")
+    __slots__ = ("_debts", "arguments", "keys", "parts", "takes")
 
     def __init__(
         self,
-        states: Sequence[State],
-        command: list[Any],
+        command: str,
+        first: float,
+        second: float,
+        parts: Sequence[Part],
         texts: Sequence[str] = (),
-        parts: Sequence[Part] = (),
     ) -> None:
-        self.states = states
         self.parts = parts
-        self.debts: list[Debt] = []
-        self.keys = [key for state in states for key in state.keys]
-        self.arguments = command
-        for state in states if not parts else ():
-            self.arguments += [*state.arguments(), 0, 0, 0]
-        for state, unit, held, back in parts:
-            debt = state.take_debt()
-            self.debts.append(debt)
-            self.arguments += [*state.arguments(), repr(back - debt.tokens), repr(held), repr(unit)]
+        self.takes = command == "take"
+        #: What the server has missed is charged by each call that takes, or gives back.
+        self._debts = [part.state.take_debt() if self.takes else _NO_DEBT for part in parts]
+        self.keys = [part.state.key for part in parts]
+        self.arguments = [f"{command} {first!r} {second!r} {len(parts)}"]
+        for part, debt in zip(parts, self._debts, strict=True):
+            place = 0
+            if part.state.key_of_all:
+                self.keys.append(part.state.key_of_all)
+                place = len(self.keys)
+            self.arguments.append(part.state.argument(part, part.back - debt.tokens, place))
         self.arguments += texts
 
     @classmethod
     def look(cls, state: State) -> "Question":
         """Return a call that only looks at a bucket."""
-        return cls([state], ["look", 0, 0])
+        return cls("look", 0, 0, [Part(state)])
 
     @classmethod
     def take(cls, parts: Sequence[Part], jobs: int, promise: int) -> "Question":
         """Return a call that takes for some jobs, for each from all buckets or from none.
 
-        It charges what the server has missed, too. If it fails, that is to be owed again: `fail`.
-
         Args:
-            parts: The buckets, all of one server.
+            parts: The buckets.
             jobs: For how many jobs it takes at most.
-            promise: For how many of them it has promised what is not there.
+            promise: For how many of them it promises what is not there.
 
         """
-        return cls([part.state for part in parts], ["take", jobs, promise], parts=parts)
+        return cls("take", jobs, promise, parts)
 
     def fail(self) -> None:
         """Owe again what it was to charge: the server has not answered."""
-        for part, debt in zip(self.parts, self.debts, strict=True):
+        for part, debt in zip(self.parts, self._debts, strict=True):
             part.state.put_debt(debt)
 
-    def learn_look(self, reply: list[Any]) -> None:
-        """Take note of the reply to `look`."""
-        paused, shown = reply
-        self.states[0].learn(shown)
-        self.states[0].learn_pause(paused * MICRO)
+    def learn(self, reply: Any) -> list[str]:
+        """Take note of what the reply shows of each bucket; return what the command gives."""
+        text, *stored = reply if isinstance(reply, list) else [reply]
+        words = _text(text).split()
+        shown = len(words) - 2 * len(self.parts)
+        for number, part in enumerate(self.parts):
+            version, level = words[shown + 2 * number : shown + 2 * number + 2]
+            part.state.learn(version, level, stored[number] if stored else [])
+        return words[:shown]
 
-    def learn_taken(self, reply: list[Any]) -> Taken:
+    def learn_look(self, reply: Any) -> None:
+        """Take note of the reply to `look`."""
+        self.parts[0].state.learn_pause(float(self.learn(reply)[0]) * MICRO)
+
+    def learn_taken(self, reply: Any) -> Taken:
         """Take note of the reply to `take`."""
-        jobs, wait, last, promised, *shown = reply
-        for state, each in zip(self.states, shown, strict=True):
-            state.learn(each)
-        return Taken(jobs, wait * MICRO, last - 1, float(promised))
+        jobs, wait, last, promised = self.learn(reply)
+        return Taken(int(jobs), float(wait) * MICRO, int(last) - 1, float(promised))
 
 
 def call_take(parts: Sequence[Part], jobs: int = 0, promise: int = 0) -> Taken:
