@@ -7,8 +7,8 @@ from pathlib import Path
 
 from celery import Celery
 
-from rate_limiter import AllOf, TokenBucket
-from rate_limiter.celery import Gate, throttle
+from rate_limiter import AllOf, BucketPerKey, TokenBucket
+from rate_limiter.celery import Gate, current_charge, throttle
 from rate_limiter.redis_bucket import RedisTokenBucket
 
 CONFIG = json.loads(os.environ["LAB"])
@@ -59,6 +59,22 @@ def heavy(number, cost=1):
 @throttle(AllOf(TokenBucket(1, 20), bucket("both", 5, 100)), name="both")
 def both(number):
     note("both", number)
+
+
+@app.task(name="two", ignore_result=True)
+@throttle(AllOf(bucket("two quick", 5, 100), bucket("two slow", 3, 30)), name="two")
+def two(number):
+    note("two", number)
+
+
+tenants = BucketPerKey(2, 20, redis=CONFIG["settings"]["limits_url"], name="tenants")
+
+
+@app.task(name="tenant", bind=True, ignore_result=True)
+@throttle(tenants, key="tenant", tokens="cost", name="tenant")
+def per_tenant(self, number, tenant, cost=1, uses=1):
+    note("tenant " + tenant, number)
+    current_charge().settle(uses)
 
 
 @app.task(name="refused")

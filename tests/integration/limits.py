@@ -161,3 +161,11 @@ def fail_at_start(worker: Worker) -> str:
     wait_for(lambda: not worker.running)
     assert worker.process.returncode != 0
     return worker.output
+
+
+def control(lab, worker, command, **arguments):
+    """Return a worker's reply to a command."""
+    options = {"destination": [worker.node], "reply": True, "timeout": 5}
+    # On Redis a worker listens a moment after it is ready.
+    (reply,) = wait_for(lambda: lab.app.control.broadcast(command, arguments=arguments, **options))
+    return reply[worker.node]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import pytest
 import redis
 from harness import DEADLINE, ROOT, Lab, excess, wait_for
 from kombu_lab import Worker, running
-from limits import fail_at_start, start, stats
+from limits import control, fail_at_start, start, stats
 
 from rate_limiter import RateLimitExceeded
 from rate_limiter.kombu import Gate
@@ -24,6 +25,13 @@ def cluster(lab, redis_url):
     """Return a lab whose limits are in a Redis of their own database."""
     lab.settings["limits_url"] = redis_url()
     return lab
+
+
+@pytest.fixture
+def redis_cluster(redis_lab, redis_url):
+    """Return the same with Redis as the broker."""
+    redis_lab.settings["limits_url"] = redis_url()
+    return redis_lab
 
 
 def worker(lab, **options):
@@ -77,6 +85,99 @@ def test_beside_a_local_bucket(cluster):
     with worker(cluster, concurrency=1):
         assert cluster.wait_for_runs("both", 30) == list(range(30))
     assert_bound(cluster.log("both"), 1, 20)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "gevent"])
+def test_two_buckets_of_one_job(redis_cluster, pool):
+    """Both in Redis, at the gates of two workers: the slower one of both counts."""
+    cluster = redis_cluster
+    with worker(cluster, pool=pool), worker(cluster, pool=pool):
+        for number in range(60):
+            cluster.send("two", number)
+        assert sorted(cluster.wait_for_runs("two", 60)) == list(range(60))
+    assert_bound(cluster.log("two"), 3, 30)
+
+
+@pytest.mark.parametrize(
+    ("pool", "gate"), [("prefork", True), ("threads", True), ("gevent", True), ("prefork", False)]
+)
+def test_a_bucket_for_each_key(redis_cluster, pool, gate):
+    """Of all workers together, at the gate and in pool processes; what a job settles is refunded there too."""
+    cluster, tenants = redis_cluster, ("acme", "globex")
+    with worker(cluster, pool=pool, gate=gate), worker(cluster, pool=pool, gate=gate):
+        for number in range(30):
+            for tenant in tenants:
+                cluster.send("tenant", number, tenant)
+        for tenant in tenants:
+            assert sorted(cluster.wait_for_runs(f"tenant {tenant}", 30)) == list(range(30))
+        for tenant in tenants:
+            assert_bound(cluster.log(f"tenant {tenant}"), 2, 20)
+        cluster.send("tenant", 99, "initech", 2, 0)
+        cluster.wait_for_runs("tenant initech", 1)
+        with redis.Redis.from_url(cluster.settings["limits_url"], decode_responses=True) as client:
+            key = "rate_limiter:bucket:tenants:initech"
+            wait_for(lambda: float(client.hget(key, "l") or 2) > 1.9)
+
+
+def test_orders_are_stored(redis_cluster):
+    """A change reaches every worker, those that start later too, until it is restored; it is seen who made it."""
+    cluster = redis_cluster
+
+    def limits(one):
+        return control(cluster, one, "limits")
+
+    with worker(cluster) as one:
+        cluster.send("shared", 0)
+        cluster.wait_for_runs("shared", 1)
+        order = {"rate": "50/s", "capacity": 7, "reason": "a test", "who": "anna"}
+        reply = control(cluster, one, "limit", name="shared", **order)
+        assert reply == {"ok": "50 tokens_per_second (was 30), capacity 7 (was 3)"}
+        assert "ok" in control(
+            cluster, one, "limit", name="tenant", key="acme", rate="1/h", reason="one"
+        )
+        assert "ok" in control(cluster, one, "limit", name="tenant", rate="40/s", reason="all")
+    with worker(cluster) as one:
+        (bucket,) = wait_for(
+            lambda: [each for each in limits(one)["shared"]["buckets"] if each["stored"] is not None]
+        )
+        assert (bucket["rate"], bucket["capacity"]) == (50, 7)
+        assert bucket["declared"] == {"rate": 30, "capacity": 3}
+        assert (bucket["stored"]["reason"], bucket["stored"]["who"]) == ("a test", "anna")
+        assert bucket["stored"]["at"].startswith("20")
+        (bucket,) = limits(one)["tenant"]["buckets"]
+        assert (bucket["stored"]["rate"], bucket["stored"]["reason"]) == (40, "all")
+        for number in range(6):
+            cluster.send("tenant", number, "acme")
+            cluster.send("tenant", number, "globex")
+        cluster.wait_for_runs("tenant globex", 6)
+        assert len(cluster.runs("tenant acme")) == 2
+        for name in "shared", "tenant":
+            assert "ok" in control(cluster, one, "limit", name=name, changes=["restore"])
+        wait_for(lambda: limits(one)["shared"]["buckets"][0]["stored"] is None)
+        assert "ok" in control(cluster, one, "limit", name="tenant", key="acme", changes=["restore"])
+        cluster.wait_for_runs("tenant acme", 6)
+        reply = control(cluster, one, "limit", name="both", changes=["restore"])
+        assert "has no stored numbers" in reply["error"]
+
+
+def test_an_order_does_not_hold_up_the_worker(redis_cluster, own):
+    """Where Redis accepts and never answers: the reply says so in time, and other jobs go on."""
+    cluster = redis_cluster
+    cluster.settings["limits_url"] = own.url
+    with worker(cluster) as one:
+        cluster.send("shared", 0)
+        cluster.wait_for_runs("shared", 1)
+        own.process.send_signal(signal.SIGSTOP)
+        try:
+            for order in {"rate": "5/s"}, {"changes": ["restore"]}:
+                assert "error" in control(cluster, one, "limit", name="shared", **order)
+            cluster.send("shared", 1)
+            wait_for(lambda: control(cluster, one, "limits")["shared"]["buckets"][0]["outage"])
+            cluster.send("free", 1)
+            cluster.wait_for_runs("free", 1)
+        finally:
+            own.process.send_signal(signal.SIGCONT)
+        wait_for(lambda: "ok" in control(cluster, one, "limit", name="shared", rate="5/s"))
 
 
 def test_a_job_that_is_not_to_wait_is_refused(redis_lab, redis_url):

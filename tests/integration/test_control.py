@@ -4,17 +4,9 @@ import time
 
 import pytest
 from harness import wait_for
-from limits import limit, start, stats, waiting
+from limits import control, limit, start, stats, waiting
 
 POOLS = ["prefork", "threads", "gevent", "solo"]
-
-
-def control(lab, worker, command, **arguments):
-    """Return a worker's reply to a command."""
-    options = {"destination": [worker.node], "reply": True, "timeout": 5}
-    # On Redis a worker listens a moment after it is ready.
-    (reply,) = wait_for(lambda: lab.app.control.broadcast(command, arguments=arguments, **options))
-    return reply[worker.node]
 
 
 def limits_of(lab, worker):
