@@ -123,6 +123,7 @@ def took(
     each = [options | {"clock": clock} for clock in clocks]
     with started("redis_takers.py", each) as processes:
         ends = [result(process) for process in processes]
+    by = [len(end["granted"]) for end in ends]
     granted = sorted(tuple(between) for end in ends for between in end["granted"])
     beyond = excess_between(granted, RATE / 1e6) - capacity
     whole = (max(end["last"] for end in ends) - min(end["first"] for end in ends)) / 1e6
@@ -130,7 +131,7 @@ def took(
     ours = kind in OURS
     bench.report(
         f"bound: {kind}, capacity {capacity}{', 1 h apart' * any(clocks)}",
-        f"{beyond:+.2f} tokens beyond, {used:.3f} used",
+        f"{beyond:+.2f} tokens beyond, {used:.3f} used, by {min(by)} to {max(by)} a process",
         "<= 0, >= 0.98" if ours else "",
         beyond <= 1e-6 and used >= 0.98 if ours else None,
     )
