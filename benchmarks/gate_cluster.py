@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import redis
 from gate_lab import Redis, Run, excess, rate_of
@@ -29,13 +29,55 @@ def cluster(bench: Any) -> None:
     broker = bench.server("redis")
     with Redis(bench.directory) as limits:
         for setup in SETUPS[:1] if bench.short else SETUPS:
-            together(bench, broker, limits, *setup)
+            shared(bench, broker, limits, *setup)
         killed(bench, broker, limits)
         for policy in ("local",) if bench.short else ("local", "closed"):
             away(bench, broker, limits, policy)
 
 
-def together(
+class Together(NamedTuple):
+    """What workers did that started together, with a backlog for all of them."""
+
+    #: Jobs per second, all of them taking part.
+    rate: float
+    #: By how many jobs the worst window exceeds the capacity and the rate.
+    beyond: float
+    #: What each worker ran of it.
+    shares: list[int]
+    #: Calls of Redis for each job.
+    calls_each: float
+    #: How many jobs ran twice.
+    twice: int
+
+
+def together(broker: Any, url: str, count: int, rate: float, capacity: float, jobs: int) -> Together:
+    """Run so many jobs on several workers whose bucket is on the Redis at a URL."""
+    forget(url)
+    with Run(broker, rate=rate, capacity=capacity, pool="threads", slots=4, cluster=url) as run:
+        names = [f"w{number}" for number in range(count)]
+        for name in names:
+            run.start(name)
+        run.ready(count)
+        client = redis.Redis.from_url(url)
+        before = calls(client)
+        run.send("limited", jobs)
+        run.wait("limited", jobs, 60 + jobs / rate, "the jobs did not all run")
+        asked = calls(client) - before
+        client.close()
+        ran = run.ran("limited")
+        moments = [each.moment for each in ran]
+        window = [each for each in ran if moments[0] + SETTLED <= each.moment <= moments[-1] - SETTLED]
+        by = Counter(each.worker for each in window)
+        return Together(
+            rate_of([each.moment for each in window]),
+            excess(moments, rate) - capacity,
+            [by[name] for name in names],
+            asked / jobs,
+            jobs - len({each.number for each in ran}),
+        )
+
+
+def shared(
     bench: Any,
     broker: Any,
     limits: Redis,
@@ -46,53 +88,34 @@ def together(
     apart: int,
     calls_each: float,
 ) -> None:
-    """Measure workers that start together, with a backlog for all of them."""
-    forget(limits)
-    with Run(broker, rate=rate, capacity=capacity, pool="threads", slots=4, cluster=limits.url) as run:
-        names = [f"w{number}" for number in range(count)]
-        for name in names:
-            run.start(name)
-        run.ready(count)
-        client = redis.Redis.from_url(limits.url)
-        before = calls(client)
-        run.send("limited", jobs)
-        run.wait("limited", jobs, 60 + jobs / rate, "the jobs did not all run")
-        asked = calls(client) - before
-        client.close()
-        ran = run.ran("limited")
-        moments = [each.moment for each in ran]
-        window = [each for each in ran if moments[0] + SETTLED <= each.moment <= moments[-1] - SETTLED]
-        measured = rate_of([each.moment for each in window])
-        shares = Counter(each.worker for each in window)
-        least, most = min(shares[name] for name in names), max(shares.values())
-        beyond = excess(moments, rate) - capacity
-        twice = jobs - len({each.number for each in ran})
-        name = f"cluster: {count} workers, {rate:g}/s, capacity {capacity:g}"
-        near = 0.98 if capacity >= 3 else 0.95
-        bench.report(
-            f"{name}: rate",
-            f"{measured:.2f}/s, {beyond:+.2f} jobs beyond the bound",
-            f"{near * rate:g} .. {1.0034 * rate:g}/s",
-            near * rate <= measured <= 1.0034 * rate and not twice,
-        )
-        bench.report(
-            f"{name}: shares",
-            "/".join(str(shares[each]) for each in names),
-            f"within {apart} %",
-            most <= least * (1 + apart / 100),
-        )
-        bench.report(
-            f"{name}: calls for each job",
-            f"{asked / jobs:.2f}",
-            f"<= {calls_each}",
-            asked <= calls_each * jobs,
-        )
+    """Measure whether several workers keep the rate, and have equal shares of it."""
+    ran = together(broker, limits.url, count, rate, capacity, jobs)
+    name = f"cluster: {count} workers, {rate:g}/s, capacity {capacity:g}"
+    near = 0.98 if capacity >= 3 else 0.95
+    bench.report(
+        f"{name}: rate",
+        f"{ran.rate:.2f}/s, {ran.beyond:+.2f} jobs beyond the bound",
+        f"{near * rate:g} .. {1.0034 * rate:g}/s",
+        near * rate <= ran.rate <= 1.0034 * rate and not ran.twice,
+    )
+    bench.report(
+        f"{name}: shares",
+        "/".join(map(str, ran.shares)),
+        f"within {apart} %",
+        max(ran.shares) <= min(ran.shares) * (1 + apart / 100),
+    )
+    bench.report(
+        f"{name}: calls for each job",
+        f"{ran.calls_each:.2f}",
+        f"<= {calls_each}",
+        ran.calls_each <= calls_each,
+    )
 
 
 def killed(bench: Any, broker: Any, limits: Redis) -> None:
     """Kill two of four workers at once, with what they hold and were promised."""
     rate, count = 60.0, 4
-    forget(limits)
+    forget(limits.url)
     with Run(broker, rate=rate, capacity=6.0, pool="threads", slots=4, cluster=limits.url) as run:
         for number in range(count):
             run.start(f"w{number}")
@@ -119,7 +142,7 @@ def killed(bench: Any, broker: Any, limits: Redis) -> None:
 def away(bench: Any, broker: Any, limits: Redis, policy: str) -> None:
     """Stop the limits' Redis for 10 s, and start it again, empty."""
     rate, capacity, count = 60.0, 6.0, 3
-    forget(limits)
+    forget(limits.url)
     with Run(
         broker,
         rate=rate,
@@ -160,9 +183,9 @@ def away(bench: Any, broker: Any, limits: Redis, policy: str) -> None:
         )
 
 
-def forget(limits: Redis) -> None:
-    """Empty it: workers of a run before count as alive for 15 s."""
-    with redis.Redis.from_url(limits.url) as client:
+def forget(url: str) -> None:
+    """Empty a Redis: workers of a run before count as alive for 15 s."""
+    with redis.Redis.from_url(url) as client:
         client.flushall()
 
 

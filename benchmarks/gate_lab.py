@@ -148,7 +148,7 @@ class Server:
 
 
 class Redis(Server):
-    """A Redis; if durable, one that has each change on disk before it answers."""
+    """A Redis, or what $REDIS_SERVER names; if durable, one that has each change on disk before it answers."""
 
     name = "Redis"
 
@@ -158,9 +158,10 @@ class Redis(Server):
         options = f"--port {self.port} --bind 127.0.0.1 --dir {self.directory}"
         if durable:
             options += " --appendonly yes --appendfsync always"
-        self.command = ["redis-server", *options.split(), "--save", ""]
-        if shutil.which("redis-server") is None:
-            raise LabError("redis-server is not on PATH")
+        binary = os.environ.get("REDIS_SERVER", "redis-server")
+        self.command = [binary, *options.split(), "--save", ""]
+        if shutil.which(binary) is None:
+            raise LabError(f"{binary} is not on PATH")
 
     def close_connections(self) -> None:
         """Close all connections to it, as a network would."""

@@ -27,7 +27,9 @@ def _find(command):
     return str(debian) if debian.exists() else shutil.which(command)
 
 
-REDIS, RABBITMQ, RABBITMQCTL = map(_find, ("redis-server", "rabbitmq-server", "rabbitmqctl"))
+RABBITMQ, RABBITMQCTL = map(_find, ("rabbitmq-server", "rabbitmqctl"))
+# Another server of the same kind may be tested: $REDIS_SERVER, such as a valkey-server.
+REDIS = shutil.which(os.environ.get("REDIS_SERVER", "redis-server"))
 
 # timeout: pytest-redis has the server close connections that are idle for 15 s. A real one keeps them
 # (0, which the factory takes for "not given").
