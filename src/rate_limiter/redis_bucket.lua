@@ -30,8 +30,9 @@ first, second = tonumber(first), tonumber(second)
 
 local FIELDS = '^(%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+)$'
 
-local function text(number) return string.format('%.17g', number) end
-local function whole(number) return string.format('%.0f', number) end
+local format = string.format
+local function text(number) return number == 0 and '0' or format('%.17g', number) end
+local function whole(number) return number == 0 and '0' or format('%.0f', number) end
 
 local function open(i)
   local capacity, rate, initial, known, back, held, unit, parent = string.match(ARGV[1 + i], FIELDS)

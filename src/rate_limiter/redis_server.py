@@ -140,7 +140,7 @@ class Server:
         if self.outages.left:
             raise ServerDownError
         try:
-            reply = self._script(keys=question.keys, args=question.arguments)
+            reply = self._call(question)
             self.show_life()
         except ERRORS as error:
             self.outages.failed(error)
@@ -152,7 +152,15 @@ class Server:
         """Call the script once, and raise what the client raises if the server does not answer."""
         if self.outages.left:
             raise redis.ConnectionError(f"Redis at {self.where} does not answer")
-        return self._script(keys=question.keys, args=question.arguments)
+        return self._call(question)
+
+    def _call(self, question: Question) -> Any:
+        try:
+            return self._client.evalsha(
+                self._script.sha, len(question.keys), *question.keys, *question.arguments
+            )
+        except NoScriptError:
+            return self._script(keys=question.keys, args=question.arguments)
 
     def run_all(self, questions: Sequence[Question]) -> list[Any]:
         """Call the script for each question, on one way there and back; return replies and errors.
