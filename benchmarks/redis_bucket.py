@@ -46,8 +46,12 @@ from core import interleaved
 from gate import Bench
 from gate_cluster import calls, forget, together
 from gate_lab import LabError, Redis, free_port, wait_until
+from redis_askers import Gate
 from redis_takers import OURS, PEERS
 
+from rate_limiter import BucketPerKey
+from rate_limiter.gating.engine import Engine
+from rate_limiter.gating.limit import Call, Limit
 from rate_limiter.redis_bucket import RedisTokenBucket
 
 HERE: Final = Path(__file__).parent
@@ -330,6 +334,62 @@ def command_of(url: str, full_after: float) -> Callable[[str], list[Any]]:
     return lambda name: [replaced(argument, name) for argument in command]
 
 
+# -- held -----------------------------------------------------------------------------------------
+
+HELD: Final = 1000
+
+
+class Keyed(Gate):
+    """A gate whose jobs are numbers: the number says whose job it is."""
+
+    def call_of(self, job: int, asks_headers: bool) -> Call:
+        """Give the number."""
+        return Call("job", (job,), {})
+
+
+def held(bench: Bench) -> None:
+    """Hold jobs of a thousand keys in one gate: first none of them is due, then each key's every ten seconds."""
+    with Redis(bench.directory) as server, redis.Redis.from_url(server.url) as client:
+        client.config_set("slowlog-log-slower-than", 2000)
+        for rate, seconds in (1 / 600, 10.0), (0.1, 20.0):
+            tenants = BucketPerKey(1, rate, redis=server.url, name=f"held {rate:g}", max_keys=2 * HELD)
+            limit = Limit(tenants, key=lambda number: number % HELD, name="tenant")
+            host = Keyed()
+            engine = Engine(host, lambda _, limit=limit: (limit,), max_held=10 * HELD)
+            plan = engine.plan("job")
+            for number in range(5 * HELD):
+                engine.offer(number, plan)
+            run(
+                engine, host, 5.0
+            )  # the first of each key goes, and the moments of the others are known
+            client.slowlog_reset()
+            called, used = calls(client), time.process_time()
+            jobs = run(engine, host, seconds)
+            called, used = calls(client) - called, time.process_time() - used
+            name = f"held: {HELD} keys at {rate:.3g}/s"
+            if not jobs:
+                called, used = called / seconds, used / seconds
+                bench.report(f"{name}: calls a second", f"{called:.1f}", "<= 5", called <= 5)
+                bench.report(f"{name}: of a core", f"{100 * used:.1f} %", "<= 5 %", used <= 0.05)
+            else:
+                each = called / jobs
+                bench.report(
+                    f"{name}: {jobs} jobs", f"{each:.2f} calls for each", "<= 1.6", each <= 1.6
+                )
+            slow = len(client.slowlog_get(1000))
+            bench.report(f"{name}: calls that took Redis over 2 ms", f"{slow}", "0", not slow)
+
+
+def run(engine: Engine[int], host: Gate, seconds: float) -> int:
+    """Let an engine release jobs for some time; return how many went."""
+    went, end = 0, time.monotonic() + seconds
+    while time.monotonic() < end:
+        host.woken.wait(max(0.0, min(engine.next_due, end) - time.monotonic()))
+        host.woken.clear()
+        went += len(engine.release())
+    return went
+
+
 # -- all of it ------------------------------------------------------------------------------------
 
 
@@ -373,6 +433,7 @@ PARTS: Final[dict[str, Callable[[Bench], None]]] = {
     "askers": askers,
     "late": late,
     "keys": keys,
+    "held": held,
 }
 
 

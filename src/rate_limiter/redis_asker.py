@@ -34,11 +34,8 @@ _STASHED: Final = 0.05
 #: A batch is what the rate gives this process in so many seconds, or in two round trips if these take longer.
 _SPAN: Final = 0.05
 
-#: Seconds after which a bucket is looked at, though its next tokens come later: somebody may have changed it.
+#: How often it is asked, in seconds, whether somebody has changed a bucket on the server.
 _LOOK: Final = 1.0
-
-#: The most buckets that are looked at in one second.
-_LOOKS: Final = 50
 
 #: Seconds for which a capacity counts as known, once the server has told it.
 _KNOWN: Final = 1.0
@@ -91,12 +88,10 @@ class Asked:
         #: Tokens that were granted and not taken yet, and when they go back.
         self._stash = 0.0
         self._stashed_until = math.inf
-        #: What the server has promised, at which bucket, and when that is there; when to look whether that
-        #: has changed.
+        #: What the server has promised, at which bucket, and when that is there.
         self._held = 0.0
         self._held_at = self._state
         self._next = 0.0
-        self._look_at = math.inf
         self._is_out = False
         #: Whether what is out only gives tokens back: the promise stays.
         self._keeps = False
@@ -210,7 +205,7 @@ class Asked:
             missed = state.server.outages.is_down or state.has_missed
             gives_up = self._held > 0.0 and not waits
             if not (asks or back or missed or gives_up):
-                if not self._wants_look and not (waits and self._held and now >= self._look_at):
+                if not self._wants_look:
                     return None
                 self._is_out, self._wants_look = True, False
                 return Question.look(state)
@@ -232,7 +227,8 @@ class Asked:
     def _jobs(self, span: float) -> tuple[int, int]:
         """Return for how many jobs tokens are asked, and for how many of them they are promised."""
         state, unit = self._state, self._unit
-        jobs = max(unit, min(self._waiting, state.capacity)) / unit
+        # One more than it can hold is promised in the same call.
+        jobs = max(unit, min(self._waiting, state.capacity + unit)) / unit
         workers = state.server.workers
         batch = min(state.capacity / 2, state.rate / workers * span) / unit
         together = []
@@ -247,7 +243,7 @@ class Asked:
                 if bucket._stash >= tokens:  # fetched before
                     jobs = min(jobs, bucket._stash / tokens)
                     continue
-                jobs = min(jobs, other.capacity / tokens)
+                jobs = min(jobs, other.capacity / tokens + 1)
                 batch = min(batch, other.capacity / 2 / tokens, other.rate / workers * span / tokens)
                 together.append(each)
         self._with = tuple(together)
@@ -264,8 +260,6 @@ class Asked:
                 changed, self._seen = seen != self._seen, seen
                 if changed:
                     self._next = 0.0  # it is asked anew, in its place
-                elif self._held:
-                    self._look_again(sent)
             self.tell()
             return
         taken = question.learn_taken(reply)
@@ -278,7 +272,8 @@ class Asked:
                 self._asks_alone = taken.wait < 0.0 and self._held_at is not self._state
                 self._put(taken.jobs * question.parts[0].unit)
             if self._held:
-                self._look_again(sent)
+                self._asker.need_at(self._next, self)
+        self._asker.note(self, waits=self._held > 0.0)
         if taken.jobs:
             for bucket, tokens in self._with:
                 with bucket._lock:
@@ -291,17 +286,13 @@ class Asked:
             self._stash += tokens
             self._expire()
 
-    def _look_again(self, now: float) -> None:
-        """Have it asked for when its tokens are there; or looked at, if that is long."""
-        self._look_at = now + self._asker.look_after
-        self._asker.need_at(min(self._next, self._look_at), self)
-
     def failed(self, question: Question) -> None:
         """Take note that no reply came. What was asked for counts as taken."""
         question.fail()
         with self._lock:
             self._is_out = False
             self._held = self._next = 0.0
+        self._asker.note(self, waits=False)
         self.tell()
 
     def tell(self) -> None:
@@ -329,6 +320,10 @@ class Asker:
         self._later: list[tuple[float, int, Asked]] = []
         self._count = itertools.count()
         self._thread: threading.Thread | None = None
+        #: Those that wait for a promised moment. What has changed on the server may be for them.
+        self._waiting: set[Asked] = set()
+        self._changes: Any = None
+        self._look_at = 0.0
         #: When the call that is out was sent, and the seconds that calls have taken.
         self._sent: float | None = None
         self._took = 0.0
@@ -338,10 +333,12 @@ class Asker:
         sent = self._sent
         return self._server.outages.is_down or (sent is not None and now - sent > _OVERDUE)
 
-    @property
-    def look_after(self) -> float:
-        """The seconds until a bucket is looked at: longer if many wait for far moments."""
-        return max(_LOOK, len(self._later) / _LOOKS)
+    def note(self, bucket: Asked, *, waits: bool) -> None:
+        """Take note whether a bucket waits for a promised moment."""
+        if waits:
+            self._waiting.add(bucket)
+        else:
+            self._waiting.discard(bucket)
 
     def need(self, bucket: Asked) -> None:
         """Have something asked for a bucket soon."""
@@ -378,19 +375,24 @@ class Asker:
                 while self._later and self._later[0][0] <= now:
                     self._needed[heapq.heappop(self._later)[2]] = None
                 pause = self._server.outages.left
+                if self._waiting and now >= self._look_at and not pause:
+                    return []
                 if self._needed and not pause:
                     due = list(itertools.islice(self._needed, _MOST))
                     for bucket in due:
                         del self._needed[bucket]
                     return due
                 until = self._later[0][0] - now if self._later else math.inf
-                until = pause if self._needed else until
+                until = min(until, self._look_at - now) if self._waiting else until
+                until = pause if self._needed or pause else until
                 self._changed.wait(None if until == math.inf else max(until, 1e-4))
 
     def _ask(self, due: list[Asked]) -> None:
         server = self._server
         span = max(_SPAN, 2 * self._took)
         questions = [(bucket, asked) for bucket in due if (asked := bucket.question(span))]
+        if not due:
+            self._look()
         if not questions:
             return
         sent = self._sent = time.monotonic()
@@ -420,6 +422,19 @@ class Asker:
                     part.state.tell_rest()
             with contextlib.suppress(*ERRORS):
                 server.show_life()
+
+    def _look(self) -> None:
+        """Ask whether somebody has changed a bucket; if so, look at each that somebody waits for."""
+        self._look_at = time.monotonic() + _LOOK
+        try:
+            changes = self._server.changes()
+        except ERRORS as error:
+            self._server.outages.failed(error)
+            return
+        if changes != self._changes:
+            self._changes = changes
+            for bucket in list(self._waiting):
+                bucket.look()
 
 
 def asker_of(server: Server) -> Asker:

@@ -1,5 +1,6 @@
 """The Redis of `redis_bucket`, as one process uses it: its connections, signs of life, outages, forks."""
 
+import contextlib
 import functools
 import os
 import threading
@@ -33,6 +34,9 @@ return redis.call('ZCARD', KEYS[1])
 
 #: All keys in Redis begin with this.
 _PREFIX: Final = "rate_limiter:"
+
+#: Counts how often somebody has changed a bucket.
+_CHANGES: Final = f"{_PREFIX}changes"
 
 #: Seconds between two signs of life of a process, and seconds without one after which it counts as gone.
 _BEAT_EVERY: Final = 5.0
@@ -129,6 +133,15 @@ class Server:
             self._beat_at = now + _BEAT_EVERY
             signs = [self._member, _GONE_AFTER]
             self.workers = max(1, int(self._beat(keys=[f"{_PREFIX}workers"], args=signs)))
+
+    def note_change(self) -> None:
+        """Tell all processes that a bucket was changed: those that wait for it look at it."""
+        with contextlib.suppress(*ERRORS):
+            self._client.incr(_CHANGES)
+
+    def changes(self) -> Any:
+        """Return what is another value after each `note_change`."""
+        return self._client.get(_CHANGES)
 
     def run(self, question: Question) -> Any:
         """Call the script once.

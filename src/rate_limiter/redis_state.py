@@ -184,6 +184,7 @@ class State:
         """
         question = Question("configure", capacity, rate, [Part(self)], (reason, who))
         question.learn(self.server.order(question))
+        self.server.note_change()
 
     def restore(self) -> None:
         """Let the numbers of the code count again.
@@ -194,10 +195,12 @@ class State:
         """
         question = Question("clear", 0, 0, [Part(self)])
         question.learn(self.server.order(question))
+        self.server.note_change()
 
     def _tell(self, command: str, amount: float = 0.0) -> None:
         question = Question(command, amount, 0, [Part(self)])
         question.learn(self.server.run(question))
+        self.server.note_change()
 
     # -- what the script is given, and what it shows ----------------------------------------------
 
