@@ -13,6 +13,7 @@ import threading
 import time
 from typing import Any
 
+from rate_limiter import AllOf, Bucket, TokenBucket
 from rate_limiter.gating.engine import Engine, Host
 from rate_limiter.gating.limit import Limit
 from rate_limiter.redis_asker import Asked
@@ -48,7 +49,7 @@ class Watched(Asked):
         self.__dict__["stash"] = tokens
 
 
-class Bucket(RedisTokenBucket):
+class Counted(RedisTokenBucket):
     """A bucket whose tokens are counted."""
 
     watched: Watched
@@ -65,10 +66,16 @@ class Bucket(RedisTokenBucket):
 
 def main() -> None:
     options = json.loads(sys.argv[1])
-    bucket = Bucket(
+    bucket = Counted(
         "asked", options["capacity"], options["rate"], url=options["url"], on_outage="closed"
     )
-    host, limit = Gate(), Limit(bucket, name="asked")
+    # Two more that a job takes from, if they have a rate: in this process, and in Redis.
+    beside: list[Bucket] = []
+    if rate := options.get("local"):
+        beside.append(TokenBucket(options["capacity"], rate))
+    if rate := options.get("second"):
+        beside.append(RedisTokenBucket("second", options["capacity"], rate, url=options["url"]))
+    host, limit = Gate(), Limit(AllOf(bucket, *beside), name="asked")
     engine = Engine(host, lambda _: (limit,))
     plan = engine.plan("job")
     numbers = itertools.count()

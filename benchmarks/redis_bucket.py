@@ -212,12 +212,17 @@ ASKERS: Final = (
     (4, 2_000.0, 100.0, 0.1, 0.98),
 )
 
+#: The rates of a bucket, of another one in Redis, and of one in each of two processes that a job takes from too.
+TOGETHER: Final = ((60.0, 40.0, 0.0), (40.0, 60.0, 0.0), (60.0, 0.0, 20.0), (40.0, 0.0, 30.0))
+
 
 def askers(bench: Bench) -> None:
     """Let gates without a worker ask all the time; then kill half of those that are many."""
     with Redis(bench.directory) as server:
         for setup in ASKERS:
             asked(bench, server, *setup)
+        for rates in TOGETHER:
+            all_of(bench, server, *rates)
 
 
 def asked(
@@ -281,6 +286,33 @@ def asked(
             ">= 0.95, 0.98",
             second >= 0.95 and third >= 0.98,
         )
+
+
+def all_of(bench: Bench, server: Redis, rate: float, second: float, local: float) -> None:
+    """Measure what two processes use and give back whose jobs take from two buckets each."""
+    seconds = 5.0 if bench.short else 10.0
+    forget(server.url)
+    options = {"url": server.url, "rate": rate, "second": second, "local": local, "capacity": 6.0}
+    log = server.directory / f"{rate:g}-{second:g}-{local:g}"
+    each = [
+        options | {"backlog": 300, "seconds": seconds, "log": f"{log}-{number}"} for number in range(2)
+    ]
+    with redis.Redis.from_url(server.url) as client, started("redis_askers.py", each) as processes:
+        before = calls(client)
+        ends = [result(process) for process in processes]
+        called = calls(client) - before
+    jobs = sum(end["ran"] for end in ends)
+    most = min(rate, second or rate, 2 * local or rate)
+    used = jobs / (6 * (2 if most < min(rate, second or rate) else 1) + most * seconds)
+    came = sum(end["came"] for end in ends)
+    back = came - jobs - sum(end["left"] for end in ends)
+    beside = f"{second:g}/s in Redis" if second else f"{local:g}/s in each process"
+    bench.report(
+        f"askers: 2 at {rate:g}/s and {beside}",
+        f"{used:.3f} used, {called / jobs:.2f} calls for each job, {100 * back / came:.1f} % given back",
+        ">= 0.98, < 2 %",
+        used >= 0.98 and back < 0.02 * came,
+    )
 
 
 def ran_at(log: Path) -> list[float]:
