@@ -227,10 +227,6 @@ def test_in_the_settings(redis_lab):
             "per='cluster' goes without key",
         ),
         (
-            {"rate_limiter_limits": {"free": "1/s"}, "rate_limiter_per": "cluster"},
-            "per='cluster' needs a Redis: set rate_limiter_redis",
-        ),
-        (
             {
                 "rate_limiter_limits": {"free": {"rate": 1, "per": "cluster"}},
                 "rate_limiter_redis": "x://",

@@ -18,12 +18,14 @@ A value is a rate, or a mapping with a ``rate`` and any of these:
 - ``when_limited``, ``max_wait``, ``shadow``, ``name``, ``max_held``, ``overflow``: as in ``Gate.limit``.
 - ``queue``: as in ``Gate.limit``; in the settings only.
 - ``per``: ``"worker"``, or ``"cluster"``: one rate for all workers, in a `RedisTokenBucket` of the Redis at
-  ``app.conf.rate_limiter_redis``. By default that is the broker or the result backend, if it is a Redis.
+  ``app.conf.rate_limiter_redis``. By default that is the broker or the result backend, if it is a Redis. Without a
+  Redis each worker has an equal share of the rate, see `division`.
   ``app.conf.rate_limiter_per`` is the default for all limits of the settings and of task attributes.
 
 A callable is given the job's arguments.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -31,10 +33,12 @@ from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 from celery.utils.imports import symbol_by_name
 
+from ..bucket import Bucket
 from ..checks import positive
 from ..gating.declared import Declarations, check_options, new_limit
 from ..gating.leaving import LONGEST_HOLD
 from ..gating.limit import Limit
+from .division import DividedBucket
 
 __all__ = ["controlled", "declare_settings", "enabled", "limit_from", "longest_hold"]
 
@@ -146,21 +150,27 @@ def limit_from(app: Celery, setting: str, what: str, value: Any, others: tuple[s
 
 
 def _for_cluster(app: Celery, what: str, options: dict[str, Any]) -> Limit:
-    """Make a limit whose bucket is in Redis."""
+    """Make a limit whose bucket is in Redis, or is this worker's share."""
     if "key" in options or "limits" in options:
         raise ValueError(
-            "per='cluster' goes without key: give a callable for bucket in Gate.limit instead"
+            "per='cluster' goes without key: with a Redis, give a callable for bucket in Gate.limit instead; "
+            "per='worker' gives each worker this rate for each key"
         )
-    from ..redis_bucket import RedisTokenBucket  # noqa: PLC0415 - it needs the package redis
+    limit = new_limit(**options)
+    local: Any = limit.bucket
+    numbers = local.capacity, local.tokens_per_second
+    bucket: Bucket
+    if url := _redis_url(app):
+        from ..redis_bucket import RedisTokenBucket  # noqa: PLC0415 - it needs the package redis
 
-    local: Any = new_limit(**options).bucket
-    name = f"{app.main}:{options.get('name') or what}"
-    bucket = RedisTokenBucket(name, local.capacity, local.tokens_per_second, url=_redis_url(app))
+        bucket = RedisTokenBucket(f"{app.main}:{options.get('name') or what}", *numbers, url=url)
+    else:
+        bucket = DividedBucket(*numbers, least=math.inf if limit.cost is None else limit.cost)
     others = {option: value for option, value in options.items() if option not in ("rate", "burst")}
     return new_limit(bucket, **others)
 
 
-def _redis_url(app: Celery) -> str:
+def _redis_url(app: Celery) -> str | None:
     if url := app.conf.get(_REDIS):
         return str(url)
     for url in app.conf.broker_url, app.conf.result_backend:
@@ -171,6 +181,4 @@ def _redis_url(app: Celery) -> str:
                     "servers, or options of Celery"
                 )
             return url
-    raise ValueError(
-        f"per='cluster' needs a Redis: set {_REDIS}, for neither the broker nor the result backend is one"
-    )
+    return None
