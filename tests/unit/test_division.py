@@ -385,7 +385,7 @@ def test_what_the_log_says(caplog):
     assert len(caplog.records) == 1
     fleet.start()
     fleet.run(10.2)
-    assert "2 workers have a share now of: mail" in caplog.messages
+    assert "Workers that divide mail: 2" in caplog.messages
 
 
 @pytest.mark.parametrize(

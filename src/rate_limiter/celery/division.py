@@ -174,9 +174,7 @@ class Division:
             self._limits.append(limit)
             self._announce(name, bucket)
             bucket.divide(self._workers)
-            if (
-                self._paused_until is not None
-            ):  # a late one, of a task that was imported after the start
+            if self._paused_until is not None:  # its task was imported after the start
                 self._begin_signs()
                 if self._workers > 1 or self._beats < _ALL_HEARD:
                     bucket.pause(max(0.0, self._paused_until - self._clock()))
@@ -248,8 +246,7 @@ class Division:
         self._others = {who: until for who, until in self._others.items() if until >= self._beats}
         if self._beats == _ALL_HEARD and not self._others:
             for bucket in self._buckets():
-                if not bucket.pause_left:  # else somebody has paused it
-                    bucket.refund(bucket.capacity)
+                bucket.refund(bucket.capacity)  # it is lost if somebody has paused the bucket meanwhile
 
     def _follow(self) -> None:
         workers = 1 + len(self._others)
@@ -260,7 +257,7 @@ class Division:
             bucket.divide(workers)
         if self._limits:
             names = listed(record_of(limit).name for limit in self._limits)
-            logger.info("%d workers have a share now of: %s", workers, names)
+            logger.info("Workers that divide %s: %d", names, workers)
 
     def _begin_signs(self) -> None:
         if self._is_solo and self._limits and self._end_signs is None:

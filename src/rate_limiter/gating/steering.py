@@ -92,7 +92,7 @@ def carry_out(order: Order, limit: Limit, limits: Iterable[Limit]) -> str:
             done.append(f"{rate:g} tokens_per_second (was {before[1]:g})")
         if capacity is not None:
             done.append(f"capacity {capacity:g} (was {before[0]:g})")
-        if share_of := getattr(meant[0], "share_of", None):
+        if (share_of := getattr(meant[0], "share_of", 1)) > 1:
             done.append(f"divided by {share_of} workers")
     if pause is not None:
         for bucket in meant:
