@@ -88,6 +88,8 @@ def limit() -> Callable[[Any], Any]:
         return lambda function: function
     if OPTIONS["gate"]:
         Gate(app, max_held=OPTIONS["max_held"])
+    if OPTIONS["divided"]:
+        return lambda function: function  # the settings have the limit
     if OPTIONS["keyed"]:
         per_key = BucketPerKey(OPTIONS["capacity"], OPTIONS["rate"])
         return throttle(per_key, key=lambda number: number // OPTIONS["keyed"])

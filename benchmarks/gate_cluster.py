@@ -1,4 +1,8 @@
-"""The part of gate.py with several workers on one RedisTokenBucket: its rate, its shares, its calls, an outage."""
+"""The part of gate.py with one rate for several workers.
+
+On Redis that is one RedisTokenBucket: its rate, its shares, its calls, an outage. On RabbitMQ each worker has its
+share of the rate: how near to it they are together, while workers come and go.
+"""
 
 import time
 from collections import Counter
@@ -22,10 +26,20 @@ SETUPS: Final = (
 )
 
 
+#: Of the part without Redis: the rate, and the capacity.
+DIVIDED: Final = 60.0, 6.0
+
+
 def cluster(bench: Any) -> None:
+    """Run several workers on one bucket in a Redis of its own, then several with a share each."""
+    if "redis" in bench.brokers:
+        on_redis(bench)
+    if "rabbitmq" in bench.brokers:
+        divided(bench, bench.server("rabbitmq"))
+
+
+def on_redis(bench: Any) -> None:
     """Run several workers on one bucket in a Redis of its own."""
-    if "redis" not in bench.brokers:
-        return
     broker = bench.server("redis")
     with Redis(bench.directory) as limits:
         for setup in SETUPS[:1] if bench.short else SETUPS:
@@ -193,3 +207,59 @@ def calls(client: Any) -> int:
     """Return how many commands of the buckets a Redis has run."""
     stats = client.info("commandstats")
     return int(stats.get("cmdstat_evalsha", {}).get("calls", 0))
+
+
+def divided(bench: Any, broker: Any) -> None:
+    """Let three workers start one after the other, and one each stop and be killed, with a backlog for all."""
+    rate, capacity = DIVIDED
+    with Run(
+        broker,
+        rate=rate,
+        capacity=capacity,
+        pool="threads",
+        slots=4,
+        gossip=True,
+        divided=True,
+        max_held=40,
+    ) as run:
+        run.send("limited", 9_000)
+        times: dict[str, float] = {}
+
+        def happens(what: str, act: Any, *arguments: Any) -> None:
+            act(*arguments)
+            times[what] = time.monotonic()
+            time.sleep(18)
+
+        run.start("w1")
+        times["w1 starts"] = run.ready(1)
+        time.sleep(12)
+        for number in 2, 3:
+            run.start(f"w{number}")
+            happens(f"w{number} starts", run.ready, number)
+        happens("w3 stops", run.stop, "w3")
+        run.start("w4")
+        happens("w4 starts", run.ready, 4)
+        happens("w4 killed", run.kill, "w4")
+        ran = run.ran("limited")
+        moments = [each.moment for each in ran]
+
+        def between(first: float, last: float) -> float:
+            return sum(first <= moment < last for moment in moments) / (last - first) / rate
+
+        for what, at in times.items():
+            steady = between(at + 9, at + 18) if what != "w1 starts" else between(at + 5, at + 12)
+            first = [between(at + second, at + second + 2) for second in range(0, 8, 2)]
+            bench.report(
+                f"cluster without Redis: {what}",
+                f"x {steady:.3f} then; first x " + ", ".join(f"{part:.2f}" for part in first),
+                "0.97 .. 1.0034",
+                0.97 <= steady <= 1.0034,
+            )
+        twice = len(ran) - len({each.number for each in ran})
+        beyond = excess(moments, rate) - capacity
+        bench.must(
+            "cluster without Redis: beyond the bound",
+            f"{beyond:+.2f} jobs, {twice} twice",
+            "<= 3",  # 50 ms: tasks note their start late
+            beyond <= 3,
+        )

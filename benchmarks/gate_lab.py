@@ -269,6 +269,7 @@ class Run:
         watched: ``"all"``: receivers of all signals, and metrics. ``"none"``: signals without receivers.
         cluster: The URL of a Redis that has the bucket, for all workers of this run.
         on_outage: What they do while that is away.
+        divided: Whether each worker has its share of the rate, without a Redis.
         keyed: How many numbers in a row have a bucket of their own. 0: all have the same bucket.
         asks: Whether to note how often buckets are asked, in each turn of the event loop.
         when_limited: What becomes of a limited job that has to wait.
@@ -297,6 +298,7 @@ class Run:
         watched: str | None = None,
         cluster: str | None = None,
         on_outage: str = "local",
+        divided: bool = False,
         keyed: int = 0,
         asks: bool = False,
         when_limited: str = "wait",
@@ -326,6 +328,9 @@ class Run:
             "broker_connection_retry_on_startup": True,
             "broker_connection_max_retries": None,
         } | (conf or {})
+        if divided:
+            limit = {"rate": rate, "burst": self.capacity, "per": "cluster"}
+            self.conf["rate_limiter_limits"] = {"limited": limit}
         self.options = {
             "broker": server.url,
             "log": str(self.path),
@@ -334,6 +339,7 @@ class Run:
             "watched": watched,
             "cluster": cluster,
             "on_outage": on_outage,
+            "divided": divided,
             "keyed": keyed,
             "asks": asks,
             "rate": rate,

@@ -3,8 +3,10 @@
 Where one of these fails with a new Celery, the gate needs a change.
 """
 
+import contextlib
 import functools
 import inspect
+import os
 import queue
 import threading
 import time
@@ -486,6 +488,49 @@ def test_gossip_brings_events_of_other_workers(redis_url):
     gossip.on_message(lambda payload: (None, payload), message)
     assert told[0][0]["limits"] == {"emails": 5}
     assert [worker.hostname for worker in gossip.state.alive_workers()] == ["other"]
+    app.close()
+
+
+def test_gossip_hands_what_it_gets_to_on_message(redis_url):
+    """Each event, also the worker's own, which it would pass over; and what stands in for the method."""
+    app = make_app(redis_url())
+    gossip, told = app.WorkController(pool="solo").consumer.gossip, []
+    assert gossip.enabled
+    gossip.on_message = lambda prepare, message: told.append(message.payload)
+    with app.connection() as connection:
+        (consumer,) = gossip.get_consumers(connection.default_channel)
+        consumer.consume()
+        with contextlib.suppress(TimeoutError):
+            connection.drain_events(timeout=0.5)  # on Redis it subscribes only now
+        for name in gossip.hostname, "other":
+            app.events.Dispatcher(connection, hostname=name).send("worker-heartbeat", freq=2.0)
+        while len(told) < 2:
+            connection.drain_events(timeout=5)
+    assert [event["hostname"] for event in told] == [gossip.hostname, "other"]
+    assert {(event["type"], event["pid"], event["freq"]) for event in told} == {
+        ("worker-heartbeat", os.getpid(), 2.0)
+    }
+    app.close()
+
+
+def test_what_a_step_is_told_of_the_command_line():
+    """Whether the worker listens and is heard, and how often it sends heartbeats."""
+    told = []
+
+    class Step(bootsteps.Step):
+        requires = ("celery.worker.consumer.gossip:Gossip",)
+
+        def __init__(self, consumer, **options):
+            told.append((consumer.gossip.enabled, options))
+
+    app = make_app("redis://")
+    app.steps["consumer"].add(Step)
+    options = {"without_heartbeat": True, "heartbeat_interval": 7.0}
+    app.WorkController(pool="solo", without_gossip=True, **options)
+    app.WorkController(pool="solo")
+    assert told[0][0] is False
+    assert told[0][1] == told[0][1] | options | {"without_gossip": True}
+    assert told[1][0] is True
     app.close()
 
 

@@ -325,11 +325,7 @@ def test_in_the_settings(redis_lab):
         ({"rate_limiter_limits": {"free": {"rate": 1, "per": "world"}}}, "per must be one of 'worker'"),
         (
             {"rate_limiter_limits": {"free": {"rate": 1, "per": "cluster", "key": "number"}}},
-            "per='cluster' goes without key",
-        ),
-        (
-            {"rate_limiter_limits": {"free": "1/s"}, "rate_limiter_per": "cluster"},
-            "per='cluster' needs a Redis: set rate_limiter_redis",
+            "per='cluster' with key needs a Redis",
         ),
         (
             {

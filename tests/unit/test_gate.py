@@ -154,11 +154,35 @@ def test_initial_goes_with_a_rate_for_all_workers_too(app):
     setting = {"rate": "5/s", "burst": 9, "initial": 3, "per": "cluster"}
     app.conf.rate_limiter_limits = {"jobs.upload": setting}
     (limit,) = Gate(app).tasks_of()
-    assert (limit.bucket.capacity, limit.bucket.tokens_per_second) == (9, 5)
+    assert limit.bucket._state.numbers == (9, 5, 3)
     other = Celery("other", broker="redis://nobody.invalid", set_as_current=False)
     other.conf.rate_limiter_limits = {"jobs.*": {**setting, "initial": 10}}
     with pytest.raises(ImproperlyConfigured, match="initial must be at most the capacity 9, not 10"):
         Gate(other).declared  # noqa: B018
+
+
+def test_keys_for_all_workers(app):
+    """Each has a bucket in Redis, with its own numbers where it has some, and the policy that is set."""
+    app.conf.rate_limiter_redis = "redis://keys.invalid"
+    setting = {
+        "rate": "5/s",
+        "key": "name",
+        "limits": {"acme": {"rate": "50/s", "burst": 7}},
+        "initial": 0,
+    }
+    app.conf.rate_limiter_limits = {"jobs.upload": {**setting, "per": "cluster", "on_outage": "closed"}}
+    (limit,) = Gate(app).tasks_of()
+    acme, other = limit.bucket["acme"], limit.bucket["other"]
+    assert (acme.name, acme._state.numbers) == (f"{app.main}:jobs.upload:acme", (7, 50, 0))
+    assert (other._state.numbers, other._state.policy) == ((1, 5, 0), "closed")
+
+
+def test_an_outage_is_that_of_a_server():
+    """A limit of each worker has none."""
+    app = Celery("other", set_as_current=False)
+    app.conf.rate_limiter_limits = {"jobs.*": {"rate": 1, "on_outage": "open"}}
+    with pytest.raises(ImproperlyConfigured, match="on_outage goes with per='cluster'"):
+        Gate(app).declared  # noqa: B018
 
 
 @pytest.mark.parametrize("option", ["tokens", "key", "limits"])

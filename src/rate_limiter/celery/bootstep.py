@@ -27,6 +27,7 @@ from ..gating.record import record_of
 from ..gating.tally import tally_of
 from . import receipt
 from .declarations import parameters_of
+from .division import Division
 from .ending import refuse_at_gate
 from .events import send_together
 from .loop import Loop
@@ -53,7 +54,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
     """The gate in one worker's consumer. Jobs are Celery's requests."""
 
     label = "Gate"
-    requires = ("celery.worker.consumer.tasks:Tasks",)
+    requires = ("celery.worker.consumer.tasks:Tasks", "celery.worker.consumer.gossip:Gossip")
     has_slots = True
 
     def __init__(self, consumer: Any, gate: "Gate", **kwargs: Any) -> None:
@@ -88,6 +89,8 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self.declared = {declared.limit: declared for declared in gate.declared}
         self.leftovers = Leftovers()
         _refuse_prefetch_without_bound(consumer, limits)
+        self.division = Division(consumer, **kwargs)
+        self.division.add(limits)
         self.by_queue = any(limit.overflow == "pause" for limit in limits) or any(
             declared.queue for declared in self.declared.values()
         )
@@ -126,6 +129,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         )
         send_together(consumer.event_dispatcher)
         self.sharing = Sharing(consumer, self._counts, self._share)
+        self.division.start()
         self.engine.look(self.tasks_of)
         self.open = True
 
@@ -142,6 +146,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
                 state.requests.pop(request.id, None)
         if was_open:
             self.sharing.stop()
+            self.division.stop()
             self.loop.stop()
             self.returning.stop()
             self.window.stop(forgotten)
@@ -288,6 +293,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
     def _limits_for(self, task: Any, queue: str | None) -> tuple[Limit, ...]:
         """Return the limits of a task's jobs. Asked at its first job: a task may be imported late."""
         limits = self.gate.limits_for(task, queue)
+        self.division.add(limits)
         if limits:
             watch(task, self.gate.limits_for(task))
         for limit in limits:

@@ -5,6 +5,7 @@ from celery.exceptions import ImproperlyConfigured
 
 from ..gating.record import listed, record_of
 from .declarations import gates, limits_of, name_limits
+from .division import DividedBucket, why_no_share
 from .prefork import why_not_shared
 from .settings import longest_hold
 from .startup import without_gate
@@ -42,6 +43,11 @@ def problems(app: Celery) -> list[str]:
     for limit, tasks in tasks_of.items():
         if not tasks:
             found.append(f"Limit {record_of(limit).name} matches no registered task")
+        if isinstance(limit.bucket, DividedBucket):
+            with app.connection_for_read() as connection:  # it is not opened
+                reason = why_no_share(connection.transport.driver_type)
+            if reason:
+                found.append(f"Limit {record_of(limit).name}: {reason}")
     limited = sorted({name for names in tasks_of.values() for name in names})
     found += [
         f"`{name}` also has Celery's rate_limit={app.tasks[name].rate_limit!r}; both apply"

@@ -20,12 +20,15 @@ A value is a rate, or a mapping with a ``rate`` and any of these:
 - ``when_limited``, ``max_wait``, ``shadow``, ``name``, ``max_held``, ``overflow``: as in ``Gate.limit``.
 - ``queue``: as in ``Gate.limit``; in the settings only.
 - ``per``: ``"worker"``, or ``"cluster"``: one rate for all workers, in a `RedisTokenBucket` of the Redis at
-  ``app.conf.rate_limiter_redis``. By default that is the broker or the result backend, if it is a Redis.
+  ``app.conf.rate_limiter_redis``. By default that is the broker or the result backend, if it is a Redis. Without a
+  Redis each worker has an equal share of the rate, see `division`.
   ``app.conf.rate_limiter_per`` is the default for all limits of the settings and of task attributes.
+- ``on_outage``: with ``per="cluster"`` and a Redis: as in `RedisTokenBucket`.
 
 A callable is given the job's arguments.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -33,10 +36,13 @@ from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 from celery.utils.imports import symbol_by_name
 
+from ..bucket import Bucket
+from ..bucket_per_key import BucketPerKey
 from ..checks import positive
 from ..gating.declared import Declarations, check_options, new_limit
 from ..gating.leaving import LONGEST_HOLD
 from ..gating.limit import Limit
+from .division import DividedBucket
 
 __all__ = ["controlled", "declare_settings", "enabled", "limit_from", "longest_hold"]
 
@@ -61,6 +67,7 @@ _OPTIONS: Final = (
     "max_held",
     "overflow",
     "per",
+    "on_outage",
 )
 
 _SCOPES: Final = ("worker", "cluster")
@@ -143,28 +150,53 @@ def limit_from(app: Celery, setting: str, what: str, value: Any, others: tuple[s
             raise ValueError(f"per must be one of {', '.join(map(repr, _SCOPES))}, not {per!r}")
         if per == "cluster":
             return _for_cluster(app, what, options)
+        if "on_outage" in options:
+            raise ValueError("on_outage goes with per='cluster': other buckets ask no server")
         return new_limit(**options)
     except (ValueError, TypeError, ImportError, AttributeError) as error:
         raise ImproperlyConfigured(f"{setting}: {error}") from error
 
 
 def _for_cluster(app: Celery, what: str, options: dict[str, Any]) -> Limit:
-    """Make a limit whose bucket is in Redis."""
-    if "key" in options or "limits" in options:
+    """Make a limit whose buckets are in Redis, or whose bucket is this worker's share."""
+    on_outage = options.pop("on_outage", None)
+    limit = new_limit(**options)
+    local: Any = limit.bucket
+    name, url = f"{app.main}:{options.get('name') or what}", _redis_url(app)
+    bucket: Bucket | BucketPerKey
+    numbers = local.capacity, local.tokens_per_second
+    initial = options.get("initial")
+    if url is not None:
+        from ..redis_bucket import RedisTokenBucket  # noqa: PLC0415 - it needs the package redis
+
+        policy: Any = on_outage or "local"
+        if isinstance(local, BucketPerKey):
+            bucket = BucketPerKey(
+                *numbers,
+                initial=initial,
+                limits=local.limits,
+                redis=url,
+                name=name,
+                on_outage=policy,
+            )
+        else:
+            bucket = RedisTokenBucket(name, *numbers, url=url, on_outage=policy, initial=initial)
+    elif isinstance(local, BucketPerKey) or on_outage is not None:
+        option = "key" if isinstance(local, BucketPerKey) else "on_outage"
         raise ValueError(
-            "per='cluster' goes without key: give a callable for bucket in Gate.limit instead"
+            f"per='cluster' with {option} needs a Redis: set {_REDIS}, for neither the broker nor the result "
+            "backend is one"
         )
-    from ..redis_bucket import RedisTokenBucket  # noqa: PLC0415 - it needs the package redis
+    else:
+        least = math.inf if limit.cost is None else limit.cost
+        bucket = DividedBucket(*numbers, least=least, initial=initial)
+    of_bucket = ("rate", "burst", "initial", "limits")
+    return new_limit(
+        bucket, **{each: value for each, value in options.items() if each not in of_bucket}
+    )
 
-    local: Any = new_limit(**options).bucket
-    name = f"{app.main}:{options.get('name') or what}"
-    bucket = RedisTokenBucket(name, local.capacity, local.tokens_per_second, url=_redis_url(app))
-    of_bucket = ("rate", "burst", "initial")
-    others = {option: value for option, value in options.items() if option not in of_bucket}
-    return new_limit(bucket, **others)
 
-
-def _redis_url(app: Celery) -> str:
+def _redis_url(app: Celery) -> str | None:
     if url := app.conf.get(_REDIS):
         return str(url)
     for url in app.conf.broker_url, app.conf.result_backend:
@@ -175,6 +207,4 @@ def _redis_url(app: Celery) -> str:
                     "servers, or options of Celery"
                 )
             return url
-    raise ValueError(
-        f"per='cluster' needs a Redis: set {_REDIS}, for neither the broker nor the result backend is one"
-    )
+    return None

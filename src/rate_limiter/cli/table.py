@@ -129,6 +129,11 @@ def _tokens(bucket: dict[str, Any] | None) -> str:
 def _state(limit: dict[str, Any]) -> str:
     paused = max((each.get("paused", 0.0) for each in limit["buckets"]), default=0.0)
     states = [f"paused for {paused:.3g} s"] if paused else []
+    states += [
+        f"1/{each['share_of']} of {rate_text(each['whole']['rate'])}"
+        for each in limit["buckets"]
+        if "share_of" in each
+    ]
     if limit["shadow"]:
         states.append(f"shadow: {limit['shadowed']:.0f} would have waited")
     if limit["enforced"].startswith("in the task"):

@@ -47,10 +47,11 @@ def shown(limit: Limit) -> dict[str, Any]:
 
     All of it can be written as JSON. ``buckets`` has a mapping for each bucket: ``kind``, ``capacity`` and
     ``rate`` (tokens per second); for a `BucketPerKey` the number of its ``keys``; for all others ``tokens``,
-    and ``paused``, the seconds until the end of a pause. It is empty where a callable returns the bucket and
-    ``buckets=…`` does not name what it may return. Of a bucket in Redis it is what this process knows: no
-    server is asked. There ``declared`` has the numbers of the code, ``stored`` those that an operator has set
-    and that count instead, or ``None``, and ``outage`` whether the server does not answer.
+    and ``paused``, the seconds until the end of a pause. A worker's share of a rate has ``share_of``, the number
+    of workers, and ``whole``, the ``capacity`` and ``rate`` of them all. Of a bucket in Redis it is what this
+    process knows: no server is asked. There ``declared`` has the numbers of the code, ``stored`` those that an
+    operator has set and that count instead, or ``None``, and ``outage`` whether the server does not answer.
+    ``buckets`` is empty where a callable returns the bucket and ``buckets=…`` does not name what it may return.
     """
     return {
         "buckets": [_shown(bucket) for bucket in buckets_of(limit)],
@@ -91,7 +92,7 @@ def carry_out(order: Order, limit: Limit, limits: Iterable[Limit]) -> str:
     done = []
     if rate is not None or capacity is not None:
         _check_change(limit, meant, capacity, limits)
-        before = meant[0].capacity, meant[0].tokens_per_second
+        before = _numbers(meant[0])
         for bucket in meant:
             stored = {"reason": order.reason} if is_in_redis(bucket) else {}
             if stored and order.who:
@@ -101,6 +102,8 @@ def carry_out(order: Order, limit: Limit, limits: Iterable[Limit]) -> str:
             done.append(f"{rate:g} tokens_per_second (was {before[1]:g})")
         if capacity is not None:
             done.append(f"capacity {capacity:g} (was {before[0]:g})")
+        if (share_of := getattr(meant[0], "share_of", 1)) > 1:
+            done.append(f"divided by {share_of} workers")
     if order.restore:
         for bucket in meant:
             _do(bucket, "restore")
@@ -176,7 +179,16 @@ def _shown(bucket: Any) -> dict[str, Any]:
             return numbers | {"tokens": known.tokens, "paused": known.pause_left}
     if isinstance(bucket, BucketPerKey):
         return numbers | {"keys": len(bucket)}
+    if share_of := getattr(bucket, "share_of", None):
+        capacity, rate = _numbers(bucket)
+        numbers |= {"share_of": share_of, "whole": {"capacity": capacity, "rate": rate}}
     return numbers | {"tokens": bucket.tokens, "paused": getattr(bucket, "pause_left", 0.0)}
+
+
+def _numbers(bucket: Any) -> tuple[float, float]:
+    """Return the capacity and the rate as an order changes them: for all workers, of one that is divided."""
+    whole: tuple[float, float] = getattr(bucket, "whole", (bucket.capacity, bucket.tokens_per_second))
+    return whole
 
 
 def _named(when_limited: Any) -> str:
