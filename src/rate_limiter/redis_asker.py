@@ -113,6 +113,16 @@ class Asked:
         return self._state.rate
 
     @property
+    def workers(self) -> int:
+        """How many processes share the rate."""
+        return self._state.server.workers
+
+    @property
+    def pause_left(self) -> float:
+        """The seconds until the end of a pause, as far as known."""
+        return self._state.pause_left
+
+    @property
     def tokens(self) -> float:
         """The tokens that were granted to this gate and that no job has taken yet."""
         return self._stash
