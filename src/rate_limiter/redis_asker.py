@@ -371,11 +371,17 @@ class Asker:
 
     def _run(self) -> None:
         while True:
+            due = self._due()
             try:
-                self._ask(self._due())
+                if due:
+                    self._ask(due)
+                else:
+                    self._look()
             except Exception:
                 logger.exception("The thread that asks Redis at %s goes on", self._server.where)
                 time.sleep(1.0)
+            finally:
+                self._sent = None
 
     def _due(self) -> list[Asked]:
         """Wait until something is to be asked; return for which buckets."""
@@ -401,8 +407,6 @@ class Asker:
         server = self._server
         span = max(_SPAN, 2 * self._took)
         questions = [(bucket, asked) for bucket in due if (asked := bucket.question(span))]
-        if not due:
-            self._look()
         if not questions:
             return
         sent = self._sent = time.monotonic()
@@ -413,15 +417,18 @@ class Asker:
             if not isinstance(error, ERRORS):
                 logger.exception("Redis at %s cannot be asked", server.where)
             replies = [error] * len(questions)
-        finally:
-            self._sent = None
-        now = time.monotonic()
+        now = self._sent = time.monotonic()
         self._took += (min(now - sent, 1.0) - self._took) / 8
         for (bucket, question), reply in zip(questions, replies, strict=True):
             if not isinstance(reply, Exception):
-                server.outages.answered()
-                bucket.answer(sent, question, reply)
-                continue
+                try:
+                    bucket.answer(sent, question, reply)
+                except Exception as error:
+                    logger.exception("Redis at %s answers what nobody understands", server.where)
+                    reply = error  # noqa: PLW2901
+                else:
+                    server.outages.answered()
+                    continue
             if not isinstance(reply, NoScriptError):
                 server.outages.failed(reply)
             bucket.failed(question)
@@ -435,7 +442,8 @@ class Asker:
 
     def _look(self) -> None:
         """Ask whether somebody has changed a bucket; if so, look at each that somebody waits for."""
-        self._look_at = time.monotonic() + _LOOK
+        self._sent = time.monotonic()
+        self._look_at = self._sent + _LOOK
         try:
             changes = self._server.changes()
         except ERRORS as error:
