@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from .outage import Policy, ServerDownError, StandIn
+from .outage import Outages, Policy, ServerDownError, StandIn
 from .token_bucket import TokenBucket
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Known(NamedTuple):
     pause_left: float
     #: What an operator has set. ``None``: the numbers of the code count.
     stored: Stored | None
-    #: Whether the server does not answer: the bucket does what its ``on_outage`` says.
+    #: Whether it cannot be asked for: it does what its ``on_outage`` says.
     is_outage: bool
 
 
@@ -101,7 +101,8 @@ class State:
         #: What the server has missed: tokens to charge, and the pause.
         self._owed = 0.0
         self._owes_pause = False
-        self.stand_in = StandIn(policy, server.outages)
+        self.outages = Outages(f"{keys[0]} on Redis at {server.where}", server.outages)
+        self.stand_in = StandIn(policy, self.outages)
         self._lock = threading.Lock()
 
     # -- what is known ----------------------------------------------------------------------------
@@ -273,6 +274,7 @@ class State:
         self._lock = threading.Lock()
         self._owed = 0.0
         self._owes_pause = False
+        self.outages.after_fork()
         self.stand_in.after_fork()
 
     def _share(self) -> TokenBucket:
@@ -400,4 +402,4 @@ def call_take(parts: Sequence[Part], jobs: int = 0, promise: int = 0) -> Taken:
 
 
 def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

@@ -230,13 +230,6 @@ def test_in_the_settings(redis_lab):
             {"rate_limiter_limits": {"free": "1/s"}, "rate_limiter_per": "cluster"},
             "per='cluster' needs a Redis: set rate_limiter_redis",
         ),
-        (
-            {
-                "rate_limiter_limits": {"free": {"rate": 1, "per": "cluster"}},
-                "rate_limiter_redis": "x://",
-            },
-            "scheme",
-        ),
     ],
 )
 def test_wrong_settings(tmp_path, settings, says):
