@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
-import redis
-from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError
-from redis.retry import Retry
-
+from .extras import extra
 from .outage import Outages, Policy, ServerDownError
 from .redis_state import Question, State
+
+with extra("redis", "redis"):
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.exceptions import NoScriptError
+    from redis.retry import Retry
 
 __all__ = ["ERRORS", "Server", "server_of"]
 
