@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "celery-token-bucket[redis]",
+#     "celery-token-bucket[celery,redis]",
 #     "opentelemetry-sdk",
 #     "psutil",
 #     # peers; one that is not there is left out

@@ -7,6 +7,7 @@ page that loads anything from another host.
 
 import os.path
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 
 #: The target of a link or picture, up to its anchor.
 _TARGET = re.compile(r"(?<=\]\()(\.\./[^)#\s]+)")
@@ -44,7 +46,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
         path = target.relative_to(ROOT).as_posix()
         if target.suffix == ".svg":
             return Path(os.path.relpath(docs / path, here)).as_posix()
-        return f"{config.extra['repository']}/blob/main/{path}"
+        return f"{REPOSITORY}/blob/main/{path}"
 
     return _TARGET.sub(there, markdown)
 

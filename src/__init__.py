@@ -28,7 +28,7 @@ for _module in pkgutil.walk_packages(rate_limiter.__path__, "rate_limiter."):
         continue
     try:
         sys.modules[f"src.{_module.name}"] = importlib.import_module(_module.name)
-    except ModuleNotFoundError as missing:
+    except ImportError as missing:
         if (missing.name or "").startswith("rate_limiter"):
             raise
-        # An optional dependency is missing. Importing that module raises this error again.
+        # An optional dependency is missing or too old. Importing that module raises this error again.

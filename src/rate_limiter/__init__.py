@@ -10,6 +10,8 @@ from .exceptions import RateLimitExceeded, RetryAfter
 from .shared_bucket import SharedTokenBucket
 from .token_bucket import TokenBucket
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AllOf",
     "Bucket",

@@ -25,11 +25,13 @@ from collections.abc import Iterable, Sequence
 from threading import Lock
 from typing import Any
 
-from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation, get_meter
-
+from .extras import extra
 from .gating.limit import Demand, Limit
 from .gating.record import record_of
 from .gating.tally import Observer, observers
+
+with extra("otel", "opentelemetry.metrics"):
+    from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation, get_meter
 
 __all__ = ["instrument"]
 

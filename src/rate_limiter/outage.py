@@ -1,4 +1,4 @@
-"""What a bucket does while its server does not answer: ``"open"``, ``"closed"`` or ``"local"``."""
+"""What a bucket does while it cannot ask its server: ``"open"``, ``"closed"`` or ``"local"``."""
 
 import logging
 import threading
@@ -15,60 +15,66 @@ logger = logging.getLogger("rate_limiter")
 Policy = Literal["open", "closed", "local"]
 POLICIES: Final[tuple[str, ...]] = get_args(Policy)
 
-#: Seconds until a server that has not answered is asked again, at first and at most.
+#: Seconds until what has failed is asked again, at first and at most.
 _PAUSE: Final = 0.5
 _LONGEST_PAUSE: Final = 1.0
 
 
 class ServerDownError(Exception):
-    """The server does not answer. It never leaves the buckets."""
+    """The server does not answer, or has an error for an answer. It never leaves the buckets."""
 
 
 class Outages:
-    """Whether a server answers, for all buckets of a process that are there.
+    """Whether a server answers, or one bucket of a server that does can be used.
 
     Args:
-        server: What to call it in the log.
+        what: What to call it in the log.
+        server: Of a bucket: those of its server. They are outages of the bucket, too.
 
     """
 
-    def __init__(self, server: str) -> None:
+    def __init__(self, what: str, server: "Outages | None" = None) -> None:
+        self._what = what
         self._server = server
         self._lock = threading.Lock()
         self._pause = _PAUSE
-        #: How many outages there were.
-        self.count = 0
+        self._count = 0
         #: Until when it is not asked. ``None``: it answers.
         self._until: float | None = None
+
+    @property
+    def count(self) -> int:
+        """How many outages there were."""
+        return self._count if self._server is None else self._count + self._server.count
 
     @property
     def left(self) -> float:
         """The seconds until it is asked again; 0.0: it may be asked now."""
         until = self._until
-        return 0.0 if until is None else max(0.0, until - monotonic())
+        left = 0.0 if until is None else max(0.0, until - monotonic())
+        return left if self._server is None else max(left, self._server.left)
 
     @property
     def is_down(self) -> bool:
-        """Whether it has not answered the last time."""
-        return self._until is not None
+        """Whether it has failed the last time."""
+        return self._until is not None or (self._server is not None and self._server.is_down)
 
     def failed(self, error: Exception) -> None:
-        """Take note that it has not answered. The first time is logged."""
+        """Take note that it has failed. The first time is logged."""
         with self._lock:
             first = self._until is None
-            self.count += first
+            self._count += first
             self._pause = _PAUSE if first else min(2 * self._pause, _LONGEST_PAUSE)
             self._until = monotonic() + self._pause
         if first:
             logger.error(
-                "%s does not answer: %s. Until it does, each bucket there does what its on_outage says",
-                self._server,
+                "%s does not answer: %s: %s. Until it does, each bucket there does what its on_outage says"
+                if self._server is None
+                else "%s cannot be used: %s: %s. Until it can, it does what its on_outage says",
+                self._what,
+                type(error).__name__,
                 error,
             )
-
-    def after_fork(self) -> None:
-        """Forget the other threads of the parent, one of which may have held the lock."""
-        self._lock = threading.Lock()
 
     def answered(self) -> None:
         """Take note that it has answered. The first time after an outage is logged."""
@@ -77,7 +83,12 @@ class Outages:
         with self._lock:
             was_down, self._until = self._until is not None, None
         if was_down:
-            logger.info("%s answers again", self._server)
+            ended = "answers" if self._server is None else "can be used"
+            logger.info("%s %s again", self._what, ended)
+
+    def after_fork(self) -> None:
+        """Forget the other threads of the parent, one of which may have held the lock."""
+        self._lock = threading.Lock()
 
 
 class StandIn:
@@ -86,7 +97,7 @@ class StandIn:
     Args:
         policy: ``"open"``: all is granted. ``"closed"``: nothing is. ``"local"``: this process has its
             share of the rate.
-        outages: Of the bucket's server.
+        outages: Of the bucket.
 
     """
 

@@ -5,7 +5,6 @@ what all held jobs need next, bucket by bucket, with the moment at which there w
 only if a job is here that takes them. What no job has taken within 50 ms goes back.
 """
 
-import contextlib
 import heapq
 import itertools
 import logging
@@ -14,8 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
-
-from redis.exceptions import NoScriptError
 
 from .redis_server import ERRORS, Server
 from .redis_state import Part, Question, State
@@ -103,6 +100,11 @@ class Asked:
         self._seen = self._state.seen
 
     @property
+    def pause(self) -> float:
+        """The seconds until it may be asked for: it has failed just now."""
+        return self._state.outages.left
+
+    @property
     def capacity(self) -> float:
         """As of the bucket."""
         return self._state.capacity
@@ -111,6 +113,16 @@ class Asked:
     def tokens_per_second(self) -> float:
         """As of the bucket."""
         return self._state.rate
+
+    @property
+    def workers(self) -> int:
+        """How many processes share the rate."""
+        return self._state.server.workers
+
+    @property
+    def pause_left(self) -> float:
+        """The seconds until the end of a pause, as far as known."""
+        return self._state.pause_left
 
     @property
     def tokens(self) -> float:
@@ -148,7 +160,7 @@ class Asked:
             is_out = self._is_out
         if tokens > state.capacity and now - state.known_at < _KNOWN:
             raise state.too_many(tokens)
-        if self._asker.is_stuck(now):
+        if state.outages.is_down or self._asker.is_overdue(now):
             self._asker.need(self)
             return state.take_without_server(tokens)
         if delay > 0.0:
@@ -202,7 +214,7 @@ class Asked:
             if self._stash and (now >= self._stashed_until or (waits and self._stash < self._unit)):
                 back, self._stash = self._stash, 0.0
             asks = waits and self._unit > 0.0 and not (self._held and now < self._next)
-            missed = state.server.outages.is_down or state.has_missed
+            missed = state.outages.is_down or state.has_missed
             gives_up = self._held > 0.0 and not waits
             if not (asks or back or missed or gives_up):
                 if not self._wants_look:
@@ -238,7 +250,7 @@ class Asked:
                 jobs = min(jobs, bucket.tokens / tokens)  # what it refuses was fetched in vain
             elif isinstance(bucket, Asked) and not self._asks_alone:
                 other = bucket._state
-                if other.server is not state.server:
+                if other.server is not state.server or other.outages.is_down:
                     continue
                 if bucket._stash >= tokens:  # fetched before
                     jobs = min(jobs, bucket._stash / tokens)
@@ -298,7 +310,10 @@ class Asked:
     def tell(self) -> None:
         """Tell who waits that there is news."""
         for listener in list(self._listeners):
-            listener(self)
+            try:
+                listener(self)
+            except Exception:  # one gate is not to hold up the others
+                logger.exception("A gate cannot be told of an answer of Redis")
 
 
 def _policy_of(demand: Any) -> tuple[Any, float]:
@@ -322,16 +337,15 @@ class Asker:
         self._thread: threading.Thread | None = None
         #: Those that wait for a promised moment. What has changed on the server may be for them.
         self._waiting: set[Asked] = set()
-        self._changes: Any = None
         self._look_at = 0.0
         #: When the call that is out was sent, and the seconds that calls have taken.
         self._sent: float | None = None
         self._took = 0.0
 
-    def is_stuck(self, now: float) -> bool:
-        """Tell whether the server is down, or its answer is overdue: a look-up of its name has no timeout."""
+    def is_overdue(self, now: float) -> bool:
+        """Tell whether an answer is overdue: a look-up of the server's name has no timeout."""
         sent = self._sent
-        return self._server.outages.is_down or (sent is not None and now - sent > _OVERDUE)
+        return sent is not None and now - sent > _OVERDUE
 
     def note(self, bucket: Asked, *, waits: bool) -> None:
         """Take note whether a bucket waits for a promised moment."""
@@ -361,11 +375,17 @@ class Asker:
 
     def _run(self) -> None:
         while True:
+            due = self._due()
             try:
-                self._ask(self._due())
+                if due:
+                    self._ask(due)
+                else:
+                    self._look()
             except Exception:
                 logger.exception("The thread that asks Redis at %s goes on", self._server.where)
                 time.sleep(1.0)
+            finally:
+                self._sent = None
 
     def _due(self) -> list[Asked]:
         """Wait until something is to be asked; return for which buckets."""
@@ -378,21 +398,23 @@ class Asker:
                 if self._waiting and now >= self._look_at and not pause:
                     return []
                 if self._needed and not pause:
-                    due = list(itertools.islice(self._needed, _MOST))
-                    for bucket in due:
-                        del self._needed[bucket]
-                    return due
+                    asked = (bucket for bucket in self._needed if not bucket.pause)
+                    if due := list(itertools.islice(asked, _MOST)):
+                        for bucket in due:
+                            del self._needed[bucket]
+                        return due
+                    pause = min(bucket.pause for bucket in self._needed)
                 until = self._later[0][0] - now if self._later else math.inf
-                until = min(until, self._look_at - now) if self._waiting else until
-                until = pause if self._needed or pause else until
+                if self._waiting:
+                    until = min(until, max(self._look_at - now, self._server.outages.left))
+                if self._needed:
+                    until = min(until, pause)
                 self._changed.wait(None if until == math.inf else max(until, 1e-4))
 
     def _ask(self, due: list[Asked]) -> None:
         server = self._server
         span = max(_SPAN, 2 * self._took)
         questions = [(bucket, asked) for bucket in due if (asked := bucket.question(span))]
-        if not due:
-            self._look()
         if not questions:
             return
         sent = self._sent = time.monotonic()
@@ -402,37 +424,31 @@ class Asker:
         except Exception as error:
             if not isinstance(error, ERRORS):
                 logger.exception("Redis at %s cannot be asked", server.where)
+            server.outages.failed(error)
             replies = [error] * len(questions)
-        finally:
-            self._sent = None
-        now = time.monotonic()
+        now = self._sent = time.monotonic()
         self._took += (min(now - sent, 1.0) - self._took) / 8
         for (bucket, question), reply in zip(questions, replies, strict=True):
-            if not isinstance(reply, Exception):
-                server.outages.answered()
+            try:
+                if isinstance(reply, Exception):
+                    raise reply
                 bucket.answer(sent, question, reply)
+            except Exception as error:  # noqa: BLE001 - or the bucket would be asked for no more
+                if not server.outages.left:  # else it is known already that the server is down
+                    server.failed(question, error)
+                bucket.failed(question)
+                self.need(bucket)
                 continue
-            if not isinstance(reply, NoScriptError):
-                server.outages.failed(reply)
-            bucket.failed(question)
-            self.need(bucket)
-        if not server.outages.is_down:
-            for _, question in questions:
-                for part in question.parts:
-                    part.state.tell_rest()
-            with contextlib.suppress(*ERRORS):
-                server.show_life()
+            if not server.outages.left:
+                server.answered(question)
+                for state in question.states:
+                    state.tell_rest()
 
     def _look(self) -> None:
         """Ask whether somebody has changed a bucket; if so, look at each that somebody waits for."""
-        self._look_at = time.monotonic() + _LOOK
-        try:
-            changes = self._server.changes()
-        except ERRORS as error:
-            self._server.outages.failed(error)
-            return
-        if changes != self._changes:
-            self._changes = changes
+        self._sent = time.monotonic()
+        self._look_at = self._sent + _LOOK
+        if self._server.has_changed():
             for bucket in list(self._waiting):
                 bucket.look()
 

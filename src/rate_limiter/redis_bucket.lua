@@ -22,6 +22,7 @@
 local MICRO = 1000000
 local SLACK = 1000       -- promised callers may be late by so many microseconds
 local DAY = 86400        -- seconds for which a bucket that starts below its capacity is kept, once it is full
+local FAR = 2 ^ 53       -- microseconds: the end of the clock, in the year 2255; no wait is longer
 
 local clock = redis.call('TIME')
 local now = clock[1] * MICRO + clock[2]
@@ -34,6 +35,20 @@ local format = string.format
 local function text(number) return number == 0 and '0' or format('%.17g', number) end
 local function whole(number) return number == 0 and '0' or format('%.0f', number) end
 
+-- Fields of a hash as numbers, false where there is none. What is no number is an error: no decision can rest on it.
+local function numbers(key, ...)
+  local h = redis.call('HMGET', key, ...)
+  for i = 1, #h do
+    if h[i] then
+      local field, number = select(i, ...), tonumber(h[i])
+      local fits = number and number - number == 0 and (field ~= 'v' or math.abs(number) <= FAR)
+      if not fits then error('no such number in field ' .. field .. ' of ' .. key) end
+      h[i] = number
+    end
+  end
+  return h
+end
+
 local function open(i)
   local capacity, rate, initial, known, back, held, unit, parent = string.match(ARGV[1 + i], FIELDS)
   local key = KEYS[i]
@@ -42,24 +57,25 @@ local function open(i)
     back = tonumber(back), held = tonumber(held), unit = tonumber(unit),
     paused = 0, promised = 0, most = 0,
   }
-  local h = redis.call('HMGET', key, 'l', 't', 'p', 'o', 'm', 'c', 'r', 'v')
-  b.capacity, b.rate = tonumber(h[6] or b.code_capacity), tonumber(h[7] or b.code_rate)
-  b.own_version, b.stored = h[8] or '0', h[8] and key
+  local h = numbers(key, 'l', 't', 'p', 'o', 'm', 'c', 'r', 'v')
+  b.capacity, b.rate = h[6] or b.code_capacity, h[7] or b.code_rate
+  b.own_version, b.stored = whole(h[8] or 0), h[8] and key
   b.version = b.own_version
   if parent ~= '0' then
     local of_all = KEYS[tonumber(parent)]
-    local d = redis.call('HMGET', of_all, 'c', 'r', 'v')
+    local d = numbers(of_all, 'c', 'r', 'v')
     if d[3] then
-      if not h[6] then b.capacity, b.rate, b.stored = tonumber(d[1]), tonumber(d[2]), of_all end
-      b.version = b.version .. '/' .. d[3]
+      if not h[6] then b.capacity, b.rate, b.stored = d[1], d[2], of_all end
+      b.version = b.version .. '/' .. whole(d[3])
     end
   end
+  if b.capacity <= 0 or b.rate <= 0 then error('no capacity and rate for ' .. key) end
   initial = math.min(tonumber(initial), b.capacity)
   b.keep = initial < b.capacity and DAY or 1
   b.level, b.moment = initial, now
   if h[1] then
-    b.level, b.paused, b.promised, b.most = tonumber(h[1]), tonumber(h[3]), tonumber(h[4]), tonumber(h[5])
-    local from = tonumber(h[2])
+    b.level, b.paused, b.promised, b.most = h[1], h[3], h[4], h[5]
+    local from = h[2]
     if from - now > MICRO then  -- the clock was set back: the level stays, and the pause stays as long as it was
       if b.paused > 0 then b.paused = b.paused - (from - now) end
       from, b.stale = now, true  -- saved even by a refusal, or it would refuse until the old moment
@@ -87,7 +103,7 @@ local function save(b)
   if b.own_version == '0' then  -- it may go when it is full; what an operator has set stays
     local full = (b.capacity - b.level + b.promised) / b.rate
     if b.paused > now then full = full + (b.paused - now) / MICRO end
-    redis.call('PEXPIRE', b.key, whole(math.min(math.ceil((full + b.keep) * 1000), 2 ^ 53)))
+    redis.call('PEXPIRE', b.key, whole(math.min(math.ceil((full + b.keep) * 1000), FAR)))
   end
 end
 
@@ -96,7 +112,7 @@ local function after(b, short)
   local wait = 0
   if short > b.capacity * 1e-12 then wait = math.ceil(short / b.rate * MICRO) end
   if b.paused > now then wait = wait + b.paused - now end
-  return wait
+  return math.min(wait, FAR)
 end
 
 local function stored(b)
@@ -164,9 +180,9 @@ if command == 'take' then
   answer = take(buckets, first, second)
 elseif command == 'look' then
   if b.stale then save(b) end
-  answer = whole(math.max(0, b.paused - now))
+  answer = whole(math.min(math.max(0, b.paused - now), FAR))
 elseif command == 'pause' then
-  local till = now + first
+  local till = math.min(now + first, FAR)
   if till > b.paused then
     -- It starts from empty. A debt goes on shrinking.
     b.level = math.min(0, b.level + (till - math.max(now, b.paused)) * b.rate / MICRO)

@@ -4,7 +4,8 @@ The level of a bucket is in one hash in Redis, and one script there (redis_bucke
 server's clock. A caller that has to wait is promised its tokens there: callers of all processes are served in turn,
 each at the moment that it was told. Several buckets of one server are taken from in one call, all or none.
 
-While the server does not answer, a bucket does what its ``on_outage`` says (`outage`). An outage raises no error.
+While the server does not answer, or has an error for an answer, a bucket does what its ``on_outage`` says
+(`outage`). If the error is about one bucket, that one alone does. An outage raises no error.
 """
 
 import contextlib
@@ -83,6 +84,10 @@ class RedisTokenBucket:
             raise ValueError(
                 f"name must have 1 to {_LONGEST_NAME} characters, not {len(name)}: {name[:40]!r}"
             )
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"name must be text that UTF-8 has, not {name!r}") from None
         if on_outage not in POLICIES:
             raise ValueError(
                 f"on_outage must be one of {', '.join(map(repr, POLICIES))}, not {on_outage!r}"
@@ -148,7 +153,7 @@ class RedisTokenBucket:
     def known(self) -> Known:
         """What this process knows of it, without asking the server."""
         state = self._state
-        outage = self.server.outages.is_down
+        outage = state.outages.is_down
         return Known(state.level, state.pause_left, state.numbers[:2], state.stored, outage)
 
     @property
@@ -223,7 +228,7 @@ class RedisTokenBucket:
         self._state.pause(zero_or_more("seconds", seconds))
 
     def resume(self) -> None:
-        """End a pause. See `TokenBucket.resume`."""
+        """End a pause. See `TokenBucket.resume`. During an outage: only here, until that is over."""
         self._state.resume()
 
     def configure(
@@ -245,7 +250,7 @@ class RedisTokenBucket:
         Raises:
             ValueError: An argument is not above 0, or is not finite.
             TypeError: An argument is not a number.
-            redis.RedisError: The server does not answer. Nothing was changed, as far as known.
+            redis.RedisError: The server does not answer, or refuses. Nothing was changed, as far as known.
 
         """
         size = 0.0 if capacity is None else positive("capacity", capacity)
@@ -256,7 +261,7 @@ class RedisTokenBucket:
         """Let the numbers count again that the code has. See `configure`.
 
         Raises:
-            redis.RedisError: The server does not answer.
+            redis.RedisError: The server does not answer, or refuses.
 
         """
         self._state.restore()
@@ -302,6 +307,8 @@ def _take(demands: Sequence[tuple[State, float]], turn: _Turn | None = None) -> 
         ValueError: They are more than the capacity of a bucket.
 
     """
+    if 0 < len(without := _without_server(demands)) < len(demands):
+        return _take_split(demands, without, turn)
     parts = [
         Part(state, tokens, turn.held if turn is not None and turn.state is state else 0.0)
         for state, tokens in demands
@@ -311,6 +318,8 @@ def _take(demands: Sequence[tuple[State, float]], turn: _Turn | None = None) -> 
     except ServerDownError:
         if turn is not None:
             turn.state = None
+        if 0 < len(without := _without_server(demands)) < len(demands):
+            return _take_split(demands, without, turn)
         return _take_without_server(demands)
     if turn is not None:
         turn.state, turn.held = demands[taken.last][0], taken.promised
@@ -318,6 +327,30 @@ def _take(demands: Sequence[tuple[State, float]], turn: _Turn | None = None) -> 
         state, tokens = demands[taken.last]
         raise state.too_many(tokens)
     return (0.0, 0) if taken.jobs else (max(taken.wait, MICRO), taken.last)
+
+
+def _without_server(demands: Sequence[tuple[State, float]]) -> list[int]:
+    """Return the positions of the buckets that cannot be asked for now."""
+    return [place for place, (state, _) in enumerate(demands) if state.outages.left]
+
+
+def _take_split(
+    demands: Sequence[tuple[State, float]], without: Sequence[int], turn: _Turn | None
+) -> tuple[float, int]:
+    """Take from some buckets as their ``on_outage`` says, and from the others on the server."""
+    delay, place = _take_without_server([demands[each] for each in without])
+    if delay:
+        return delay, without[place]
+    rest = [place for place in range(len(demands)) if place not in without]
+    delay, place = math.inf, 0
+    try:
+        delay, place = _take([demands[each] for each in rest], turn)
+    finally:
+        if delay:
+            for each in without:
+                state, tokens = demands[each]
+                state.stand_in.refund(tokens)
+    return delay, rest[place]
 
 
 def _take_without_server(demands: Sequence[tuple[State, float]]) -> tuple[float, int]:

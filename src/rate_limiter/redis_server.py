@@ -11,23 +11,27 @@ from pathlib import Path
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
-import redis
-from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError
-from redis.retry import Retry
-
+from .extras import extra
 from .outage import Outages, Policy, ServerDownError
 from .redis_state import Question, State
+
+with extra("redis", "redis"):
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.exceptions import NoScriptError
+    from redis.retry import Retry
 
 __all__ = ["ERRORS", "Server", "server_of"]
 
 _SCRIPT: Final = (Path(__file__).parent / "redis_bucket.lua").read_text()
 
-#: Notes that a process is alive, and returns how many are.
+#: Notes that a process is alive, and returns how many are. One that is ahead dates from before the clock was
+#: set back.
 _BEAT: Final = """
 local clock = redis.call('TIME')
 redis.call('ZADD', KEYS[1], clock[1], ARGV[1])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', clock[1] - ARGV[2])
+redis.call('ZREMRANGEBYSCORE', KEYS[1], clock[1] + 1, '+inf')
 redis.call('EXPIRE', KEYS[1], ARGV[2])
 return redis.call('ZCARD', KEYS[1])
 """
@@ -42,8 +46,15 @@ _CHANGES: Final = f"{_PREFIX}changes"
 _BEAT_EVERY: Final = 5.0
 _GONE_AFTER: Final = 15
 
+#: The most calls of a process that are out to one server. More wait here: a pool of connections has an end, and
+#: a thousand that are made at once are not made in time.
+_MOST_CALLS: Final = 20
+
 #: What fails if a server does not answer, or does not answer as it should.
 ERRORS: Final = (redis.RedisError, OSError, UnicodeError)
+
+#: Those of them that are about the server, or the way there, for sure.
+_NO_ANSWER: Final = (redis.ConnectionError, redis.TimeoutError, OSError)
 
 
 class Server:
@@ -77,9 +88,13 @@ class Server:
         self.owing = set()
         for state in list(self._states.values()):
             state.after_fork()
+        self._changes: Any = None
         #: What asks for the gates of this process, see `redis_asker`.
         self.asker: Any = None
         self._client = client = self._connect()
+        #: Lets only so many calls out, and no more than there may be connections.
+        most = getattr(client.connection_pool, "max_connections", _MOST_CALLS)
+        self._calls = threading.Semaphore(min(_MOST_CALLS, most))
         self._script = client.register_script(_SCRIPT)
         self._beat = client.register_script(_BEAT)
 
@@ -127,53 +142,55 @@ class Server:
         with self._lock:
             return self._states.setdefault(name, state)
 
-    def show_life(self) -> None:
-        """Tell the server now and then that this process lives, and learn how many do."""
-        if (now := time.monotonic()) >= self._beat_at:
-            self._beat_at = now + _BEAT_EVERY
-            signs = [self._member, _GONE_AFTER]
-            self.workers = max(1, int(self._beat(keys=[f"{_PREFIX}workers"], args=signs)))
-
     def note_change(self) -> None:
         """Tell all processes that a bucket was changed: those that wait for it look at it."""
         with contextlib.suppress(*ERRORS):
             self._client.incr(_CHANGES)
 
-    def changes(self) -> Any:
-        """Return what is another value after each `note_change`."""
-        return self._client.get(_CHANGES)
+    def has_changed(self) -> bool:
+        """Tell whether somebody has changed a bucket since this was last asked."""
+        seen = self._changes
+        try:
+            self._changes = self._client.get(_CHANGES)
+        except _NO_ANSWER as error:
+            self.outages.failed(error)
+        except ERRORS:  # no right to it, say: it is learned when a bucket is asked for
+            pass
+        return bool(self._changes != seen)
 
     def run(self, question: Question) -> Any:
         """Call the script once.
 
         Raises:
-            ServerDownError: The server does not answer, or has not a moment ago.
+            ServerDownError: The server does not answer, or has an error for this question. Or one of the two
+                was so a moment ago.
 
         """
-        if self.outages.left:
+        if any(state.outages.left for state in question.states):
             raise ServerDownError
         try:
             reply = self._call(question)
-            self.show_life()
         except ERRORS as error:
-            self.outages.failed(error)
+            self.failed(question, error)
             raise ServerDownError from error
-        self.outages.answered()
+        self.answered(question)
         return reply
 
     def order(self, question: Question) -> Any:
-        """Call the script once, and raise what the client raises if the server does not answer."""
-        if self.outages.left:
-            raise redis.ConnectionError(f"Redis at {self.where} does not answer")
-        return self._call(question)
+        """Call the script once.
 
-    def _call(self, question: Question) -> Any:
+        Raises:
+            redis.RedisError: The server does not answer, or has an error for this question.
+
+        """
         try:
-            return self._client.evalsha(
-                self._script.sha, len(question.keys), *question.keys, *question.arguments
-            )
-        except NoScriptError:
-            return self._script(keys=question.keys, args=question.arguments)
+            reply = self._call(question)
+        except ServerDownError:
+            raise redis.ConnectionError(f"Redis at {self.where} does not answer") from None
+        except (OSError, UnicodeError) as error:
+            raise redis.ConnectionError(str(error)) from error
+        self.answered(question)
+        return reply
 
     def run_all(self, questions: Sequence[Question]) -> list[Any]:
         """Call the script for each question, on one way there and back; return replies and errors.
@@ -182,13 +199,82 @@ class Server:
             redis.RedisError: The server does not answer.
 
         """
+        with self._calls:
+            self._show_life()
+            replies = self._run_pipeline(questions, "EVALSHA", self._script.sha)
+            gone = [place for place, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+            if gone:  # Redis has started anew, or another one has taken over
+                asked = [questions[place] for place in gone]
+                again = self._run_pipeline(asked, "EVAL", self._script.script)
+                for place, reply in zip(gone, again, strict=True):
+                    replies[place] = reply
+        return replies
+
+    def answered(self, question: Question) -> None:
+        """Take note that the server has answered a question."""
+        self.outages.answered()
+        for state in question.states:
+            state.outages.answered()
+
+    def failed(self, question: Question, error: Exception) -> None:
+        """Take note of an error for an answer, and find out whose it is: the server's, or one bucket's.
+
+        A sign of life is a write of its own. A server that takes none is down for all buckets.
+        """
+        if isinstance(error, _NO_ANSWER):
+            self.outages.failed(error)
+            return
+        try:
+            with self._calls:
+                self._show_life(now=True)
+        except ERRORS as of_server:
+            self.outages.failed(of_server)
+            return
+        for state in self._broken(question.states) or question.states:
+            state.outages.failed(error)
+
+    def _broken(self, states: Sequence[State]) -> list[State]:
+        """Return which of several buckets cannot even be looked at."""
+        broken = []
+        for state in states if len(states) > 1 else ():
+            try:
+                self._call(Question.look(state))
+            except (*ERRORS, ServerDownError):
+                broken.append(state)
+        return broken
+
+    def _call(self, question: Question) -> Any:
+        with self._calls:
+            if self.outages.left:  # another call has found out while this one waited
+                raise ServerDownError
+            self._show_life()
+            return self._evaluate(self._script, question.keys, question.arguments)
+
+    def _evaluate(self, script: Any, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+        try:
+            return self._client.evalsha(script.sha, len(keys), *keys, *arguments)
+        except NoScriptError:
+            return self._client.eval(script.script, len(keys), *keys, *arguments)
+
+    def _run_pipeline(self, questions: Sequence[Question], command: str, script: str) -> list[Any]:
         pipeline = self._client.pipeline(transaction=False)
         for question in questions:
-            pipeline.evalsha(self._script.sha, len(question.keys), *question.keys, *question.arguments)
+            keys = question.keys
+            pipeline.execute_command(command, script, len(keys), *keys, *question.arguments)
         replies: list[Any] = pipeline.execute(raise_on_error=False)
-        if any(isinstance(reply, NoScriptError) for reply in replies):
-            self._client.script_load(self._script.script)
         return replies
+
+    def _show_life(self, *, now: bool = False) -> None:
+        """Tell the server now and then that this process lives, and learn how many do.
+
+        It comes before what it goes with, so that nothing is taken if it fails. An outage ends with one: a
+        server that can only be read from would seem well to a call that happens to take nothing.
+        """
+        moment = time.monotonic()
+        if now or moment >= self._beat_at or self.outages.is_down:
+            self._beat_at = moment + _BEAT_EVERY
+            signs = [self._member, _GONE_AFTER]
+            self.workers = max(1, int(self._evaluate(self._beat, [f"{_PREFIX}workers"], signs)))
 
 
 #: By their addresses. The first client, or URL, of an address is used.
@@ -208,15 +294,16 @@ def server_of(client: Any, url: str | None, timeout: float) -> Server:
         raise TypeError("RedisTokenBucket takes one of client=… and url=…")
     if client is None:
         if not isinstance(url, str):
-            raise TypeError(f"url must be text, not {url!r}")
+            raise TypeError(f"url must be text, not a {type(url).__name__}")  # it may have a password
         place = _place_of(url)
     else:
-        try:
-            pool = client.connection_pool
-            options = pool.connection_kwargs
-        except AttributeError:
-            raise TypeError(f"client must be a redis.Redis, not {client!r}") from None
-        place = _place(options, getattr(pool, "service_name", None))
+        if not isinstance(client, redis.Redis):
+            kind = type(client)  # the repr of the client may have a password
+            raise TypeError(
+                f"client must be a redis.Redis, not a {kind.__module__}.{kind.__qualname__}"
+            )
+        pool = client.connection_pool
+        place = _place(pool.connection_kwargs, getattr(pool, "service_name", None))
     with _servers_lock:
         server = _servers.get(place)
         if server is None:
@@ -237,7 +324,7 @@ def _place_of(url: str) -> str:
         pool.connection_class(**pool.connection_kwargs)  # it does not connect
     except (ValueError, TypeError, redis.RedisError) as error:
         # The text of other errors may have a part of a password.
-        plain = isinstance(error, TypeError) or "scheme" in str(error)
+        plain = isinstance(error, TypeError) or str(error).startswith("Redis URL must specify")
         reason = str(error) if plain else "see redis.Redis.from_url"
         raise ValueError(f"url must be the URL of a Redis: {reason}") from None
     return _place(pool.connection_kwargs, None)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from .outage import Policy, ServerDownError, StandIn
+from .outage import Outages, Policy, ServerDownError, StandIn
 from .token_bucket import TokenBucket
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Known(NamedTuple):
     declared: tuple[float, float]
     #: What an operator has set. ``None``: the numbers of the code count.
     stored: Stored | None
-    #: Whether the server does not answer: the bucket does what its ``on_outage`` says.
+    #: Whether it cannot be asked for: it does what its ``on_outage`` says.
     is_outage: bool
 
 
@@ -116,7 +116,8 @@ class State:
         #: What the server has missed: tokens to charge, and the pause.
         self._owed = 0.0
         self._owes_pause = False
-        self.stand_in = StandIn(policy, server.outages)
+        self.outages = Outages(f"{keys[0]} on Redis at {server.where}", server.outages)
+        self.stand_in = StandIn(policy, self.outages)
         self._lock = threading.Lock()
 
     # -- what is known ----------------------------------------------------------------------------
@@ -305,6 +306,7 @@ class State:
         self._lock = threading.Lock()
         self._owed = 0.0
         self._owes_pause = False
+        self.outages.after_fork()
         self.stand_in.after_fork()
 
     def _share(self) -> TokenBucket:
@@ -378,6 +380,11 @@ class Question:
             self.arguments.append(part.state.argument(part, part.back - debt.tokens, place))
         self.arguments += texts
 
+    @property
+    def states(self) -> list[State]:
+        """The buckets."""
+        return [part.state for part in self.parts]
+
     @classmethod
     def look(cls, state: State) -> "Question":
         """Return a call that only looks at a bucket."""
@@ -448,4 +455,4 @@ def somebody() -> str:
 
 
 def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

@@ -139,21 +139,24 @@ def pytest_runtest_makereport(item, call):
 class OwnRedis:
     """A Redis that may be stopped."""
 
-    def __init__(self, folder, executable):
+    def __init__(self, folder, executable, *options):
         self.port = get_port(None)
         self.folder, self.executable = folder, executable
         self.url = f"redis://127.0.0.1:{self.port}/0"
-        self.start()
+        self.start(*options)
 
-    def start(self):
-        """Start it, empty."""
+    def start(self, *options):
+        """Start it, with further options; empty, if there is no dump in its folder."""
         command = [self.executable, "--port", str(self.port), "--save", "", "--dir", str(self.folder)]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)
         client = redis.Redis.from_url(self.url)
 
         def answers():
             with contextlib.suppress(redis.RedisError):
-                return client.ping()
+                try:
+                    return client.ping()
+                except (redis.AuthenticationError, redis.exceptions.BusyLoadingError):
+                    return True
 
         wait_for(answers)
         client.close()
@@ -166,10 +169,24 @@ class OwnRedis:
 
 
 @pytest.fixture
-def own(request, tmp_path):
-    """Yield a Redis for this test alone."""
+def own_redis(request, tmp_path):
+    """Yield what starts a Redis for this test alone, with further options."""
     if not REDIS:
         _server(request, "redis_server", REDIS)
-    server = OwnRedis(tmp_path, REDIS)
-    yield server
-    server.kill()
+    servers = []
+
+    def start(*options):
+        folder = tmp_path / f"redis{len(servers)}"
+        folder.mkdir(exist_ok=True)
+        servers.append(OwnRedis(folder, REDIS, *options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture
+def own(own_redis):
+    """Return a Redis for this test alone."""
+    return own_redis()

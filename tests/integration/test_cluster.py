@@ -327,13 +327,6 @@ def test_in_the_settings(redis_lab):
             {"rate_limiter_limits": {"free": {"rate": 1, "per": "cluster", "key": "number"}}},
             "per='cluster' with key needs a Redis",
         ),
-        (
-            {
-                "rate_limiter_limits": {"free": {"rate": 1, "per": "cluster"}},
-                "rate_limiter_redis": "x://",
-            },
-            "scheme",
-        ),
     ],
 )
 def test_wrong_settings(tmp_path, settings, says):

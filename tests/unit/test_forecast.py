@@ -83,3 +83,16 @@ def test_a_pause_is_in_it():
     bucket.pause(60)
     said, went = play({"a": [Limit(AllOf(bucket))]}, [("a", 1)] * 3, clock)
     assert [each.seconds for each in said.values()] == [61, 62, 63] == list(went.values())
+
+
+def test_a_rate_that_is_for_several_workers():
+    """Each has its part of it: the jobs of the others take the rest."""
+
+    class Shared(TokenBucket):
+        workers = 4
+
+    clock = ManualClock()
+    bucket = Shared(1, 2, clock=clock)
+    bucket.allow()
+    said, _ = play({"a": [Limit(bucket)]}, [("a", 1)] * 3, clock)
+    assert [each.seconds for each in said.values()] == pytest.approx([2, 4, 6])

@@ -36,6 +36,7 @@ import sys, rate_limiter, rate_limiter.celery, src.rate_limiter, src.rate_limite
 assert rate_limiter is src.rate_limiter
 assert rate_limiter.TokenBucket is src.rate_limiter.token_bucket.TokenBucket is TokenBucket
 assert rate_limiter.RateLimitExceeded is RateLimitExceeded
+assert rate_limiter.__version__ == src.rate_limiter.__version__ > "0"
 assert src.rate_limiter.exceptions.RateLimitExceeded is RateLimitExceeded
 assert rate_limiter.celery.throttle is src.rate_limiter.celery.throttle
 names = [name for name in sys.modules if name.startswith("rate_limiter")]

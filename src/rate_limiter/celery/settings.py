@@ -22,6 +22,7 @@ A value is a rate, or a mapping with a ``rate`` and any of these:
 - ``per``: ``"worker"``, or ``"cluster"``: one rate for all workers, in a `RedisTokenBucket` of the Redis at
   ``app.conf.rate_limiter_redis``. By default that is the broker or the result backend, if it is a Redis. Without a
   Redis each worker has an equal share of the rate, see `division`.
+  ``celery report`` shows settings: name an environment variable instead of a URL with a password.
   ``app.conf.rate_limiter_per`` is the default for all limits of the settings and of task attributes.
 - ``on_outage``: with ``per="cluster"`` and a Redis: as in `RedisTokenBucket`.
 
@@ -29,6 +30,7 @@ A callable is given the job's arguments.
 """
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -197,8 +199,13 @@ def _for_cluster(app: Celery, what: str, options: dict[str, Any]) -> Limit:
 
 
 def _redis_url(app: Celery) -> str | None:
-    if url := app.conf.get(_REDIS):
-        return str(url)
+    if value := app.conf.get(_REDIS):
+        url = str(value) if "://" in str(value) else os.environ.get(str(value))
+        if url is None:  # the value is not shown: it may have a password
+            raise ValueError(
+                f"{_REDIS} must be a URL, or the name of an environment variable that has it"
+            )
+        return url
     for url in app.conf.broker_url, app.conf.result_backend:
         if isinstance(url, str) and url.startswith(("redis://", "rediss://")):
             if ";" in url or "?" in url:

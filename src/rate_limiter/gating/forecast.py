@@ -27,7 +27,8 @@ def forecasts(jobs: Iterable[Held[Job]]) -> Iterator[Forecast[Job]]:
     """Return a forecast for each job.
 
     It plays the future through: each job, by arrival, goes when all its buckets have its tokens, and takes
-    them then. Slots of the pool that are busy are not in it.
+    them then. Of a bucket in Redis this process has its share of the rate: the others have jobs too, as far as
+    is known here. Slots of the pool that are busy are not in it.
 
     Args:
         jobs: All jobs that are held.
@@ -39,15 +40,21 @@ def forecasts(jobs: Iterable[Held[Job]]) -> Iterator[Forecast[Job]]:
         moment, last, number = 0.0, held.limit, 0
         demands = [demand for demand in held.demands if not demand.limit.shadow]
         for bucket, tokens, limit in demands:
+            rate = _rate(bucket)
             if bucket not in full_at:
                 missing = bucket.capacity - bucket.tokens
                 paused = getattr(bucket, "pause_left", 0.0)
-                full_at[bucket] = paused + missing / bucket.tokens_per_second
-            spare = (bucket.capacity - tokens) / bucket.tokens_per_second
+                full_at[bucket] = paused + missing / rate
+            spare = (bucket.capacity - tokens) / rate
             if full_at[bucket] - spare > moment:
                 moment, last = full_at[bucket] - spare, limit
             number = max(number, before.get(bucket, 0))
         for bucket, tokens, _ in demands:
-            full_at[bucket] = max(full_at[bucket], moment) + tokens / bucket.tokens_per_second
+            full_at[bucket] = max(full_at[bucket], moment) + tokens / _rate(bucket)
             before[bucket] = before.get(bucket, 0) + 1
         yield Forecast(held, number, last, moment)
+
+
+def _rate(bucket: Any) -> float:
+    rate: float = bucket.tokens_per_second / getattr(bucket, "workers", 1)
+    return rate

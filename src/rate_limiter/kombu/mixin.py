@@ -63,12 +63,16 @@ class GateMixin(ConsumerMixin):
         if self.gate.on_refused is not None:
             self.gate.on_refused(message, error)
 
+    def consumer_context(self, **kwargs: Any) -> Any:
+        """Return kombu's context. The gate accepts messages inside it."""
+        # "Any": type stubs of kombu call this context a tuple, and no other type fits both
+        return self._consumer_context(super().consumer_context(**kwargs))
+
     @contextlib.contextmanager
-    def consumer_context(self, **kwargs: Any) -> Iterator[Any]:
-        """Enter kombu's context. The gate accepts messages inside it."""
+    def _consumer_context(self, of_kombu: Any) -> Iterator[Any]:
         session = self._own_session()
         try:
-            with super().consumer_context(**kwargs) as (connection, channel, consumers):
+            with of_kombu as (connection, channel, consumers):
                 if not session.open:
                     raise RuntimeError(
                         "this kombu does not call _consume_from: the gate cannot attach, and the "
