@@ -1,14 +1,40 @@
-"""The code of the README and of the recipes runs as written."""
+"""The code of the README and of the pages in docs/ runs as written, and their links lead somewhere."""
 
+import re
 from pathlib import Path
 
 import pytest
 from code_blocks import params
 
 ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+
+#: A target of a link or picture, up to its anchor, and the anchor.
+_LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 
 
-@pytest.mark.parametrize("block", [*params(ROOT / "README.md"), *params(ROOT / "docs" / "recipes.md")])
+@pytest.mark.parametrize("block", [block for page in PAGES for block in params(page)])
 def test_code_block(block):
-    """Each block runs, after those before it."""
+    """Each block runs, after those before it on its page."""
     block.run()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links(page):
+    """Each link within the repository leads to a file, and to a heading of it."""
+    for target, anchor in _LINK.findall(page.read_text(encoding="utf-8")):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in _anchors(file.read_text(encoding="utf-8")), f"{target}#{anchor}"
+
+
+def _anchors(text):
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", each).strip().lower().replace(" ", "-") for each in headings]
+
+
+def test_the_readme_is_short():
+    """A stranger reads it to its end: what is longer is a page in docs/."""
+    assert len(README.read_text(encoding="utf-8").splitlines()) < 400

@@ -101,7 +101,7 @@ def test_description(uv, wheel, metadata):
     files = [
         match
         for link in links
-        if (match := re.fullmatch(rf"{repository}/(?:raw|blob)/main/(.*)", link))
+        if (match := re.fullmatch(rf"{repository}/(?:raw|blob)/main/([^#]*)(?:#.*)?", link))
     ]
     assert files
     assert [match[0] for match in files if not (ROOT / match[1]).exists()] == []
