@@ -1,7 +1,13 @@
 """Jobs of limits with overflow="park" wait in the broker, aside, and come back when their tokens do."""
 
+import re
+import time
+from collections import Counter
+
 import pytest
-from limits import declare, limit, start
+import redis
+from harness import wait_for
+from limits import SHORT_LEASE, declare, limit, repeated, start, unacknowledged, waiting
 
 PARKED = (limit(rate=4, overflow="park"),)
 
@@ -23,6 +29,34 @@ def send(place, task, *numbers, **options):
         lab.send(task, number, exchange=queue[1], routing_key=queue[3], **options)
 
 
+def is_redis(lab):
+    return lab.settings["broker_url"].startswith("redis")
+
+
+def lanes(place, prefix=""):
+    """Return how many jobs wait in each lane that is there, and what else is there for lanes, with 0."""
+    lab, queue = place
+    names = {f"{queue[0]}.parked{end}": 0 for end in ("", ".workers", ".job", ".other", ".old")}
+    if is_redis(lab):
+        with redis.Redis.from_url(lab.settings["broker_url"], decode_responses=True) as client:
+            keys = [key for key in client.keys("*.parked*") if not key.endswith(("parked", "workers"))]
+            return {key: client.llen(key) for key in keys}
+    found = {}
+    with lab.app.connection_for_read() as connection:
+        for name in names:
+            try:
+                there = connection.channel().queue_declare(name, passive=True)
+            except connection.channel_errors:
+                continue
+            found[name] = there.message_count
+    return found
+
+
+def parked(place):
+    """Return how many jobs wait in the lane of the limit of task job."""
+    return lanes(place).get(f"{place[1][0]}.parked.job", 0)
+
+
 def run(place, *arguments, limits=PARKED, **options):
     """Start a worker of the queue."""
     lab, queue = place
@@ -42,3 +76,149 @@ def test_jobs_behind_parked_ones_run(place, pool):
         assert lab.wait_for_runs("job", seen + 12) == list(range(len(lab.runs("job"))))
     lab.assert_bound("job", capacity=1, rate=4)
     assert "Traceback" not in worker.output
+
+
+def test_the_last_worker_puts_everything_back(place):
+    """After a warm stop all jobs are in their queue, in order, before newer ones; no lane is left."""
+    lab, queue = place
+    send(place, "job", *range(300))
+    send(place, "other", 0)
+    with run(place) as worker:
+        lab.wait_for_runs("other", 1)
+        wait_for(lambda: parked(place) > 250)
+        worker.stop()
+    ran = lab.runs("job")
+    assert lanes(place) == {}
+    assert waiting(lab, queue[0]) == 300 - len(ran)
+    send(place, "job", *range(300, 310))
+    with start(lab, gate=False, queues=(queue,), concurrency=1):
+        assert lab.wait_for_runs("job", 310) == list(range(310))
+
+
+def test_a_worker_that_is_not_the_last_leaves_the_lanes(place):
+    """While another worker is there, jobs stay parked, and it runs them."""
+    lab, _ = place
+    send(place, "job", *range(60))
+    with run(place, limits=(limit(rate=10, overflow="park"),)) as other:
+        wait_for(lambda: parked(place))
+        with run(place, limits=(limit(rate=10, overflow="park"),)) as worker:
+            wait_for(lambda: worker.node in lab.runs("job by"))
+            worker.stop()
+            assert parked(place)
+        lab.wait_for_runs("job", 60)
+        assert sorted(lab.runs("job")) == list(range(60))
+        assert "Put " not in worker.output
+        other.stop()
+    assert lanes(place) == {}
+
+
+def test_two_workers_share_a_lane(place):
+    """Nobody hoards: both run at their rate, each job once."""
+    lab, _ = place
+    limits = (limit(rate=10, overflow="park"),)
+    send(place, "job", *range(100))
+    with run(place, limits=limits) as one, run(place, limits=limits) as other:
+        lab.wait_for_runs("job", 100)
+        shares = [lab.runs("job by").count(worker.node) for worker in (one, other)]
+    assert sorted(lab.runs("job")) == list(range(100))
+    assert min(shares) >= 35
+
+
+def test_parked_jobs_run_after_a_crash(place):
+    """Workers are killed, nothing new arrives: the next worker runs what is parked."""
+    lab, _ = place
+    options = {"broker_transport_options": SHORT_LEASE} if is_redis(lab) else {}
+    send(place, "job", *range(60))
+    for _ in range(2):
+        with run(place, **options) as worker:
+            seen = len(lab.runs("job"))
+            lab.wait_for_runs("job", seen + 4)
+            wait_for(lambda: parked(place) > 20)
+            worker.kill()
+    with run(place, limits=(limit(rate=50, overflow="park"),), **options):
+        wait_for(lambda: set(lab.runs("job")) == set(range(60)))
+    assert sum(repeated(lab.runs("job")).values()) <= 4  # what the kills cut off
+
+
+def test_lanes_of_limits_that_are_gone_are_adopted(place):
+    """A limit has another name, or none parks any more: a worker that starts puts its jobs back."""
+    lab, queue = place
+    options = {"broker_transport_options": SHORT_LEASE} if is_redis(lab) else {}
+    send(place, "job", *range(40))
+    with run(place, limits=({**PARKED[0], "name": "old"},), **options) as worker:
+        wait_for(lambda: lanes(place).get(f"{queue[0]}.parked.old", 0) > 20)
+        worker.kill()
+    with run(place, limits=(limit(rate=50),), **options) as worker:
+        wait_for(lambda: set(lab.runs("job")) == set(range(40)))
+        assert re.search(r"Put \d+ jobs back into queue .*: no limit parks in", worker.output)
+    assert not lanes(place).get(f"{queue[0]}.parked.old")
+
+
+def test_parked_jobs_keep_their_lease(redis_lab):
+    """Redis: jobs that wait in hand for three times visibility_timeout run once."""
+    lab = redis_lab
+    limits = (limit(rate=1, overflow="park"),)
+    for number in range(11):
+        lab.send("job", number)
+    with start(lab, pool="prefork", limits=limits, broker_transport_options=SHORT_LEASE):
+        lab.wait_for_runs("job", 11)
+        time.sleep(1.5)  # for a second run of one
+        wait_for(lambda: not unacknowledged(lab))
+    assert repeated(lab.runs("job")) == {}
+    lab.assert_bound("job", capacity=1, rate=1)
+
+
+def test_what_arrives_goes_behind_what_is_parked(place):
+    """First parked, first run: a stream of jobs behind a backlog, one slot, runs in order."""
+    lab, _ = place
+    send(place, "job", *range(40))
+    with run(place, concurrency=1, limits=(limit(rate=16, overflow="park"),)):
+        for number in range(40, 80):
+            send(place, "job", number)
+            time.sleep(0.06)
+        assert lab.wait_for_runs("job", 80) == list(range(80))
+    lab.assert_bound("job", capacity=1, rate=16)
+
+
+def test_each_set_of_limits_has_its_lane(place):
+    """Jobs that wait for a slow limit stand in nobody's way who has another one."""
+    lab, _ = place
+    limits = (
+        limit("job", rate=0.1, overflow="park"),
+        limit("other", rate=20, overflow="park"),
+    )
+    for number in range(60):
+        send(place, "job", number)
+        send(place, "other", number)
+    with run(place, limits=limits):
+        began = time.monotonic()
+        assert lab.wait_for_runs("other", 60) == list(range(60))
+        assert time.monotonic() - began < 10
+        assert len(lab.runs("job")) < 5
+
+
+def test_priorities_are_kept(redis_lab):
+    """Redis, with priorities and a prefix: urgent jobs come back first; and none is left anywhere."""
+    lab = redis_lab
+    options = {
+        "global_keyprefix": "x:",
+        "priority_steps": [0, 5, 9],
+        "queue_order_strategy": "priority",
+    }
+    lab.app.conf.broker_transport_options = options
+    limits = (limit(rate=20, overflow="park"),)
+    for number in range(40):
+        lab.send("job", number, priority=9)
+    with start(lab, concurrency=1, limits=limits, broker_transport_options=options) as worker:
+        lab.wait_for_runs("job", 2)
+        for number in range(40, 50):
+            lab.send("job", number, priority=0)
+        ran = lab.wait_for_runs("job", 40)
+        assert set(range(40, 50)) < set(ran)
+        worker.stop()
+    with redis.Redis.from_url(lab.settings["broker_url"], decode_responses=True) as client:
+        assert not [key for key in client.keys("*") if "parked" in key and not key.endswith("s.parked")]
+        queue = f"x:{lab.settings['task_default_queue']}"
+        rest = sum(client.llen(key) for key in client.keys(f"{queue}*"))
+    assert rest + len(lab.runs("job")) == 50
+    assert Counter(lab.runs("job")).most_common(1)[0][1] == 1

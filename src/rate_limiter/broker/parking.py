@@ -13,9 +13,11 @@ type. On Redis it holds the messages as they came; on RabbitMQ their copies say 
 import contextlib
 import json
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import sha1
 from pathlib import Path
+from queue import Empty
 from typing import Any, Final, Protocol
 
 from kombu.entity import Queue
@@ -43,6 +45,10 @@ _GONE: Final = 10.0
 
 #: At most so many messages of a queue on RabbitMQ are sent behind those that are put back into it.
 _MOST_ROTATED: Final = 10_000
+
+#: Seconds until a channel is closed after its last acknowledgements. A quorum queue may get them late, and forgets
+#: those that it has not got when the channel closes.
+_SETTLE: Final = 0.5
 
 #: Seconds to wait for RabbitMQ to confirm what is put back.
 _CONFIRM: Final = 10.0
@@ -213,6 +219,9 @@ class Lanes(Protocol):
     def unused(self, queue: str, lanes: Iterable[str]) -> list[str]:
         """Return the lanes that no worker consumes."""
 
+    def calm(self, channels: Iterable[Any]) -> None:
+        """Read what is on its way to channels that consume no more: it would miss what is put back."""
+
     def alone(self, queue: str) -> bool:
         """Tell whether no other worker uses lanes of a queue."""
 
@@ -293,6 +302,15 @@ class RedisLanes:
     def unused(self, queue: str, lanes: Iterable[str]) -> list[str]:  # noqa: D102
         used = {lane for _, lane in self._signs(queue)}
         return [lane for lane in lanes if lane not in used]
+
+    def calm(self, channels: Iterable[Any]) -> None:  # noqa: D102
+        for channel in channels:
+            channel.qos.can_consume = _never
+            if (
+                channel._in_poll
+            ):  # it waits for a second at most; kombu does this when it closes a channel
+                with contextlib.suppress(Empty):
+                    channel._brpop_read()
 
     def alone(self, queue: str) -> bool:  # noqa: D102
         return all(worker == self._worker for worker, _ in self._signs(queue))
@@ -407,6 +425,9 @@ class AmqpLanes:
         found = {lane: self._look_at(lane) for lane in lanes}
         return [lane for lane, there in found.items() if there is None or not there.consumer_count]
 
+    def calm(self, channels: Iterable[Any]) -> None:
+        """Do nothing: what arrives late goes back to its place."""
+
     def alone(self, queue: str) -> bool:  # noqa: D102
         there = self._look_at(f"{queue}.parked.workers")
         return there is None or there.consumer_count <= (queue in self._signs)
@@ -423,6 +444,8 @@ class AmqpLanes:
                 count += self._move(_got(channel, lane), queue)
             if count and before <= _MOST_ROTATED:
                 self._move(_got(channel, queue, before), queue)
+            if count:
+                time.sleep(_SETTLE)
         return count
 
     def purge(self, lane: str) -> int:  # noqa: D102
@@ -434,8 +457,11 @@ class AmqpLanes:
     def remove(self, queue: str, lanes: Iterable[str]) -> None:  # noqa: D102
         gone = set()
         for lane in lanes:
-            with contextlib.suppress(*self._client.channel_errors), self._channel() as channel:
-                channel.queue_delete(lane, if_unused=True, if_empty=True)
+            there = self._look_at(lane)
+            if there is not None and not there.message_count and not there.consumer_count:
+                with self._channel() as channel:  # quorum queues know no if_empty
+                    channel.queue_delete(lane)
+            if there is None or not (there.message_count or there.consumer_count):
                 gone.add(lane)
         if self._look_at(f"{queue}.parked") is None:
             return

@@ -44,6 +44,8 @@ _QUIET_AT_START: Final = 5.0
 #: Seconds between two looks at the lanes, and at what other workers leave.
 _TICK: Final = 1.0
 _LOOK_FOR_LANES: Final = 60.0
+#: The same, while there are some that another worker uses, or did until it was killed.
+_LOOK_AGAIN: Final = 5.0
 
 #: Seconds after which a lane that the broker has refused is tried again.
 _TRY_AGAIN: Final = 10.0
@@ -215,6 +217,9 @@ class Parking:
             if parked.lane is not None:
                 with contextlib.suppress(Exception):  # then nothing of it can be put back either
                     parked.lane.rest()
+        if self._broker is not None and self._by_channel:
+            with contextlib.suppress(Exception):
+                self._broker.calm([*self._by_channel, self._consumer.task_consumer.channel])
         self._put_back_all([request.message for request in forgotten])
 
     def close(self, *, warm: bool) -> None:
@@ -470,8 +475,9 @@ class Parking:
         try:
             self._join()
             if now >= self._look_at:
-                self._look_at = now + _LOOK_FOR_LANES if self._limits else math.inf
-                self._adopt()
+                self._look_at = now + (_LOOK_FOR_LANES if self._limits else math.inf)
+                if self._adopt():
+                    self._look_at = now + _LOOK_AGAIN
             self._has_failed = False
         except self._consumer.connection_errors:
             raise
@@ -486,13 +492,20 @@ class Parking:
             for queue, lanes in self._by_queue().items():
                 self._broker.join(queue, lanes)
 
-    def _adopt(self) -> None:
-        """Put back the jobs of lanes that nobody uses: their limits are gone, or have other names."""
+    def _adopt(self) -> bool:
+        """Put back the jobs of lanes that nobody uses: their limits are gone, or have other names.
+
+        Returns:
+            Whether other workers use lanes that this one does not know.
+
+        """
         assert self._broker is not None  # noqa: S101 - for mypy
-        mine = self._by_queue()
+        mine, others = self._by_queue(), False
         for queue in [entity.name for entity in self._consumer.task_consumer.queues]:
             lanes = [lane for lane in self._broker.there(queue) if lane not in mine.get(queue, ())]
-            for lane in self._broker.unused(queue, lanes):
+            unused = self._broker.unused(queue, lanes)
+            others = others or len(unused) < len(lanes)
+            for lane in unused:
                 count = self._broker.put_back(lane, queue)
                 if self._broker.alone(queue):
                     self._broker.remove(queue, [lane])
@@ -500,6 +513,7 @@ class Parking:
                     logger.info(
                         "Put %d jobs back into queue %s: no limit parks in %s", count, queue, lane
                     )
+        return others
 
     def _put_back_all(self, in_hand: Sequence[Any], *, remove: bool = False) -> None:
         """Put back the jobs of all lanes of those queues that no other worker looks after.
