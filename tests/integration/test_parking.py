@@ -7,7 +7,17 @@ from collections import Counter
 import pytest
 import redis
 from harness import wait_for
-from limits import SHORT_LEASE, declare, limit, repeated, start, unacknowledged, waiting
+from limits import (
+    SHORT_LEASE,
+    break_connections,
+    declare,
+    fail_at_start,
+    limit,
+    repeated,
+    start,
+    unacknowledged,
+    waiting,
+)
 
 PARKED = (limit(rate=4, overflow="park"),)
 
@@ -33,10 +43,12 @@ def is_redis(lab):
     return lab.settings["broker_url"].startswith("redis")
 
 
-def lanes(place, prefix=""):
+def lanes(place):
     """Return how many jobs wait in each lane that is there, and what else is there for lanes, with 0."""
     lab, queue = place
-    names = {f"{queue[0]}.parked{end}": 0 for end in ("", ".workers", ".job", ".other", ".old")}
+    names = {
+        f"{queue[0]}.parked{end}": 0 for end in ("", ".workers", ".job", ".other", ".old", ".slow")
+    }
     if is_redis(lab):
         with redis.Redis.from_url(lab.settings["broker_url"], decode_responses=True) as client:
             keys = [key for key in client.keys("*.parked*") if not key.endswith(("parked", "workers"))]
@@ -222,3 +234,141 @@ def test_priorities_are_kept(redis_lab):
         rest = sum(client.llen(key) for key in client.keys(f"{queue}*"))
     assert rest + len(lab.runs("job")) == 50
     assert Counter(lab.runs("job")).most_common(1)[0][1] == 1
+
+
+def consumers(place):
+    """Return how many consumers the lane of task job has, on RabbitMQ."""
+    with place[0].app.connection_for_read() as connection:
+        name = f"{place[1][0]}.parked.job"
+        return connection.default_channel.queue_declare(name, passive=True).consumer_count
+
+
+def test_a_lane_is_consumed_while_its_tokens_come_soon(place):
+    """At one job in ten minutes none is in hand in between; a higher rate brings them at once."""
+    lab, _ = place
+    send(place, "job", *range(40))
+    with run(place, limits=(limit(rate=1 / 600, overflow="park"),)) as worker:
+        # One has run, one is held. On Redis another one was on its way when the first had taken the token.
+        in_lane = (37, 38) if is_redis(lab) else (38,)
+        wait_for(lambda: parked(place) in in_lane)
+        time.sleep(1.5)
+        assert parked(place) in in_lane
+        if not is_redis(lab):
+            assert consumers(place) == 0
+        lab.app.control.broadcast(
+            "limit", arguments={"name": "job", "rate": "50/s"}, destination=[worker.node], reply=True
+        )
+        assert lab.wait_for_runs("job", 40) == list(range(40))
+
+
+def test_jobs_that_the_broker_does_not_take_are_held(rabbitmq_lab, rabbitmq):
+    """A lane is full: its jobs are held, that is said once, and others go on; each runs once."""
+    lab = rabbitmq_lab
+    name = lab.settings["task_default_queue"]
+    place = lab, (f"{name}-q", f"{name}-jobs", "direct", "key", False)
+    declare(lab, place[1])
+    send(place, "job", *range(60))
+    send(place, "other", *range(30))
+    policy = '{"max-length": 5, "overflow": "reject-publish"}'
+    rabbitmq.rabbitctl_output("set_policy", "short", f"{name}-q.parked.job", policy)
+    try:
+        with run(place, limits=(limit(rate=10, overflow="park"),)) as worker:
+            lab.wait_for_runs("other", 30)
+            lab.wait_for_runs("job", 60)
+            time.sleep(0.3)
+    finally:
+        rabbitmq.rabbitctl_output("clear_policy", "short")
+    assert sorted(lab.runs("job")) == list(range(60))
+    assert worker.output.count("the broker does not take them there") == 1
+    assert "Traceback" not in worker.output
+
+
+def test_a_worker_without_the_rights_holds(rabbitmq_lab, rabbitmq):
+    """RabbitMQ refuses to declare lanes: the limit holds as without parking, and that is said once."""
+    lab = rabbitmq_lab
+    name = lab.settings["task_default_queue"]
+    place = lab, (f"{name}-q", f"{name}-jobs", "direct", "key", False)
+    declare(lab, place[1])
+    send(place, "job", *range(40))
+    send(place, "other", *range(30))
+    rabbitmq.rabbitctl_output("add_user", "poor", "poor")
+    rights = r"^(?!.*parked).*$"
+    rabbitmq.rabbitctl_output("set_permissions", "poor", rights, rights, rights)
+    try:
+        url = lab.settings["broker_url"].replace("guest:guest", "poor:poor")
+        with run(place, limits=(limit(rate=20, overflow="park"),), broker_url=url) as worker:
+            lab.wait_for_runs("other", 30)
+            assert lab.wait_for_runs("job", 40) == list(range(40))
+    finally:
+        rabbitmq.rabbitctl_output("delete_user", "poor")
+    assert worker.output.count("the broker does not take them there") == 1
+    assert "Unrecoverable" not in worker.output
+
+
+def test_redis_without_the_rights_holds(own, redis_lab):
+    """Redis refuses to write lanes: nothing is lost, the limit holds, and that is said once."""
+    lab = redis_lab
+    client = redis.Redis.from_url(own.url)
+    client.acl_setuser(
+        "poor", enabled=True, passwords=["+poor"], commands=["+@all"], channels=["*"],
+        keys=["lab*-q", "lab*-q\x06\x16*", "_kombu*", "unacked*", "celery*", "worker*"],
+    )  # fmt: skip
+    client.close()
+    url = own.url.replace("redis://", "redis://poor:poor@")
+    lab.settings["broker_url"] = lab.app.conf.broker_url = own.url
+    name = lab.settings["task_default_queue"]
+    place = lab, (f"{name}-q", f"{name}-jobs", "direct", "key", False)
+    declare(lab, place[1])
+    send(place, "job", *range(40))
+    send(place, "other", *range(30))
+    with run(place, limits=(limit(rate=20, overflow="park"),), broker_url=url) as worker:
+        lab.wait_for_runs("other", 30)
+        assert lab.wait_for_runs("job", 40) == list(range(40))
+    assert worker.output.count("the broker does not take them there") == 1
+    assert "Unrecoverable" not in worker.output
+
+
+def test_a_lane_that_is_deleted_is_made_again(rabbitmq_lab, rabbitmq):
+    """Its jobs are gone with it; those that come later run."""
+    lab = rabbitmq_lab
+    name = lab.settings["task_default_queue"]
+    place = lab, (f"{name}-q", f"{name}-jobs", "direct", "key", False)
+    declare(lab, place[1])
+    send(place, "job", *range(40))
+    with run(place, limits=(limit(rate=10, overflow="park"),)):
+        wait_for(lambda: parked(place) > 10)
+        rabbitmq.rabbitctl_output("delete_queue", f"{name}-q.parked.job")
+        send(place, "job", *range(100, 140))
+        wait_for(lambda: set(range(100, 140)) <= set(lab.runs("job")))
+    assert repeated(lab.runs("job")) == {}
+
+
+def test_parking_outlives_a_lost_connection(place, request):
+    """All connections break while jobs are parked: each runs; those under way may run twice."""
+    lab, _ = place
+    send(place, "job", *range(80))
+    with run(place, pool="prefork", limits=(limit(rate=20, overflow="park"),)) as worker:
+        wait_for(lambda: parked(place) > 20)
+        lab.wait_for_runs("job", 5)
+        break_connections(lab, request)
+        wait_for(lambda: set(lab.runs("job")) == set(range(80)))
+        assert worker.running
+    assert sum(repeated(lab.runs("job")).values()) <= 4
+
+
+def test_every_limit_that_can_is_parked(place):
+    """rate_limiter_overflow = "park": also one of a decorator; a limit per key holds."""
+    lab, queue = place
+    for number in range(30):
+        send(place, "slow", number)
+    send(place, "other", *range(20))
+    with run(place, limits=(), rate_limiter_overflow="park") as worker:
+        lab.wait_for_runs("other", 20)
+        wait_for(lambda: lanes(place).get(f"{queue[0]}.parked.slow", 0) > 10)
+    assert "Limit tiered: its jobs are held, not parked: its bucket depends on the job" in worker.output
+
+
+def test_a_limit_that_cannot_be_parked_is_an_error(redis_lab):
+    """Asked for by name: the worker does not start."""
+    worker = start(redis_lab, limits=({**PARKED[0], "max_wait": 5},))
+    assert "overflow must be 'hold' or 'pause', not 'park': max_wait" in fail_at_start(worker)

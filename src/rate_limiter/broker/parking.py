@@ -50,6 +50,11 @@ _MOST_ROTATED: Final = 10_000
 #: those that it has not got when the channel closes.
 _SETTLE: Final = 0.5
 
+#: What RabbitMQ says of a queue that is declared as another worker, or an operator, has not declared it; and of one
+#: that is not there.
+_OF_ANOTHER_KIND: Final = 406
+_NOT_THERE: Final = 404
+
 #: Seconds to wait for RabbitMQ to confirm what is put back.
 _CONFIRM: Final = 10.0
 
@@ -210,8 +215,8 @@ class Lanes(Protocol):
     def leave(self, queue: str) -> None:
         """Say that this worker uses no lanes of a queue any more."""
 
-    def declare(self, entity: Any) -> int:
-        """Make a lane where it is not there. Return how many messages it has."""
+    def declare(self, entities: Iterable[Any]) -> dict[str, int | Exception]:
+        """Make the lanes that are not there. Return how many messages each has, or why there is none."""
 
     def there(self, queue: str) -> dict[str, list[str]]:
         """Return the lanes of a queue, and the names of the limits that each is for."""
@@ -292,8 +297,8 @@ class RedisLanes:
         if mine:
             self._client.zrem(key, *mine)
 
-    def declare(self, entity: Any) -> int:  # noqa: D102
-        return self.count(entity.name)
+    def declare(self, entities: Iterable[Any]) -> dict[str, int | Exception]:  # noqa: D102
+        return {entity.name: self.count(entity.name) for entity in entities}
 
     def there(self, queue: str) -> dict[str, list[str]]:  # noqa: D102
         found = self._client.hgetall(self._key(f"{queue}.parked"))
@@ -404,16 +409,20 @@ class AmqpLanes:
         if channel is not None:
             channel.close()
 
-    def declare(self, entity: Any) -> int:  # noqa: D102
+    def declare(self, entities: Iterable[Any]) -> dict[str, int | Exception]:  # noqa: D102
+        found: dict[str, int | Exception] = {}
         with self._connection() as connection:
-            channel = connection.channel()
-            try:
-                return int(entity(channel).queue_declare().message_count)
-            except channel.connection.client.channel_errors as error:
-                if getattr(error, "reply_code", None) != 406:
-                    raise
-            channel = connection.channel()
-            return int(channel.queue_declare(entity.name, passive=True).message_count)
+            for entity in entities:
+                try:
+                    there = entity(connection.default_channel).queue_declare()
+                    found[entity.name] = int(there.message_count)
+                except connection.channel_errors as error:
+                    found[entity.name] = error
+                    if getattr(error, "reply_code", None) == _OF_ANOTHER_KIND:
+                        channel = connection.channel()
+                        there = channel.queue_declare(entity.name, passive=True)
+                        found[entity.name] = int(there.message_count)
+        return found
 
     def there(self, queue: str) -> dict[str, list[str]]:  # noqa: D102
         if self._look_at(f"{queue}.parked") is None:
@@ -500,7 +509,7 @@ class AmqpLanes:
             try:
                 return connection.channel().queue_declare(name, passive=True)
             except connection.channel_errors as error:
-                if getattr(error, "reply_code", None) != 404:
+                if getattr(error, "reply_code", None) != _NOT_THERE:
                     raise
         return None
 

@@ -124,6 +124,8 @@ class _Parked:
         self.queue = queue
         #: How this connection consumes them. ``None``: it does not yet.
         self.lane: Lane | None = None
+        #: Whether it is not consumed for a while.
+        self.rests = False
         #: Those that have come back, and have not been let go.
         self.waiting: set[Any] = set()
         #: How many are on their way there.
@@ -193,6 +195,15 @@ class Parking:
         for plan, queue in kinds:
             self.of(plan, queue)
         self._handle = self._consumer.create_task_handler()
+        try:
+            self._broker = lanes_of(self._consumer.connection, self._consumer.hostname)
+            for queue in self._by_queue():
+                self._open([parked for parked in self._all() if parked.queue == queue])
+        except self._consumer.connection_errors:
+            raise
+        except Exception:
+            logger.exception("No job is parked")
+            self._engine.parking = frozenset()
         # Not now: a job that comes before the worker's loop runs would find no pool.
         self._consumer.call_soon(self._begin)
 
@@ -242,7 +253,7 @@ class Parking:
         except KeyError:
             found = self._parked[plan, queue] = self._new(plan, queue)
             if found is not None and found.lane is None and self._broker is not None:
-                self._consumer.call_soon(self._open, found)
+                self._consumer.call_soon(self._open, [found])
             return found
 
     def behind(self, parked: _Parked, request: Any) -> bool | None:
@@ -253,12 +264,13 @@ class Parking:
         lane = parked.lane
         if lane is None:
             return None
-        if parked.waiting or parked.leaving or not lane.consumes or lane.full:
+        if parked.waiting or parked.leaving or parked.rests or lane.full:
             parked.quiet_at = now + _QUIET
         return now < parked.quiet_at
 
     def park(self, parked: _Parked, request: Any) -> None:
         """Move a job aside."""
+        self._rest_if_late(parked)  # it would come back at once
         state.task_ready(request)
         parked.leaving += 1
         if self._outbox or self._relay.full:
@@ -388,46 +400,45 @@ class Parking:
         return found
 
     def _begin(self) -> None:
-        if self._stopping:
+        if self._stopping or self._broker is None:
             return
-        try:
-            self._broker = lanes_of(self._consumer.connection, self._consumer.hostname)
-        except Exception:
-            logger.exception("No job is parked")
-            return
-        for parked in self._all():
-            self._open(parked)
         every = partial(self._consumer.call_soon, self._tick) if self._is_green else self._tick
         self._ticker = self._consumer.timer.call_repeatedly(_TICK, every)
         self._tick()
 
-    def _open(self, parked: _Parked) -> None:
-        """Begin to use a lane."""
-        if self._stopping or self._broker is None:
+    def _open(self, of_one_queue: Sequence[_Parked]) -> None:
+        """Begin to use lanes."""
+        if self._stopping or self._broker is None or not of_one_queue:
             return
-        consumer = self._consumer
+        queue = of_one_queue[0].queue
         try:
-            self._broker.join(parked.queue, self._by_queue()[parked.queue])
-            count = self._broker.declare(parked.entity)
-            if parked.lane is None:
-                lane = Lane(
-                    consumer.connection,
-                    parked.entity,
-                    parked.queue,
-                    partial(self._came_back, parked),
-                    on_decode_error=consumer.on_decode_error,
-                    accept=consumer.app.conf.accept_content,
-                )
-                self._by_channel[lane.channel] = parked
-                self._lost(lane.channel)
-                parked.quiet_at = monotonic() + (_QUIET_AT_START if count else 0.0)
-                parked.lane = lane
-            self._follow_tokens(parked)
-        except consumer.connection_errors:
+            self._broker.join(queue, self._by_queue()[queue])
+            counts = self._broker.declare(parked.entity for parked in of_one_queue)
+        except self._consumer.connection_errors:
             raise
-        except Exception as error:  # noqa: BLE001 - permissions, another kind of queue
-            self._break(parked, repr(error))
-            return
+        except Exception as error:  # noqa: BLE001 - permissions
+            counts = {parked.name: error for parked in of_one_queue}
+        for parked in of_one_queue:
+            count = counts[parked.name]
+            if isinstance(count, Exception):
+                self._break(parked, repr(count))
+            else:
+                self._use(parked, count)
+
+    def _use(self, parked: _Parked, count: int) -> None:
+        consumer = self._consumer
+        if parked.lane is None:
+            parked.lane = lane = Lane(
+                consumer.connection,
+                parked.entity,
+                parked.queue,
+                partial(self._came_back, parked),
+                on_decode_error=consumer.on_decode_error,
+                accept=consumer.app.conf.accept_content,
+            )
+            self._by_channel[lane.channel] = parked
+            self._lost(lane.channel)
+            parked.quiet_at = monotonic() + (_QUIET_AT_START if count else 0.0)
         if parked.said:
             parked.said = False
             logger.info("Jobs are parked in %s again", parked.name)
@@ -439,14 +450,17 @@ class Parking:
         lane = parked.lane
         if lane is None or self._stopping or self._rest_if_late(parked):
             return
+        parked.rests = False
         if not lane.consumes:
             lane.consume(self._window(parked))
 
     def _rest_if_late(self, parked: _Parked) -> bool:
         """Consume a lane no more if its next token is not due soon. Return whether that is so."""
         late = self._engine.due_in(parked.plan) > _SOON
-        if late and parked.lane is not None and parked.lane.consumes:
-            parked.lane.rest()
+        if late and parked.lane is not None:
+            parked.rests = True
+            if parked.lane.consumes:
+                parked.lane.rest()
         return late
 
     def _window(self, parked: _Parked) -> int:
@@ -470,7 +484,7 @@ class Parking:
         for parked in self._all():
             parked.waiting &= held
             if parked.broken_until and now >= parked.broken_until:
-                self._open(parked)
+                self._open([parked])
             self._follow_tokens(parked)
         try:
             self._join()
