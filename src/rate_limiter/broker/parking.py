@@ -14,6 +14,7 @@ import contextlib
 import json
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import sha1
 from pathlib import Path
@@ -37,7 +38,7 @@ _SCRIPT: Final = (Path(__file__).parent / "parking.lua").read_text()
 _LONGEST_NAME: Final = 255
 _LONGEST_PART: Final = 60
 
-#: How many messages one script on Redis puts back: it takes about 1 µs for each, and nobody else is served.
+#: How many messages are put back at once. One script on Redis takes about 1 µs for each, and nobody else is served.
 _AT_ONCE: Final = 500
 
 #: Seconds after which a worker on Redis that does not renew its sign counts as gone.
@@ -49,6 +50,9 @@ _MOST_ROTATED: Final = 10_000
 #: Seconds until a channel is closed after its last acknowledgements. A quorum queue may get them late, and forgets
 #: those that it has not got when the channel closes.
 _SETTLE: Final = 0.5
+
+#: Seconds without a message after which to look whether a lane is empty.
+_NOTHING_MORE: Final = 0.2
 
 #: What RabbitMQ says of a queue that is declared as another worker, or an operator, has not declared it; and of one
 #: that is not there.
@@ -450,7 +454,7 @@ class AmqpLanes:
         with self._channel() as channel:
             count = self._move(first, queue)
             if self._look_at(lane) is not None:
-                count += self._move(_got(channel, lane), queue)
+                count += self._move(self._all_of(channel, lane), queue)
             if count and before <= _MOST_ROTATED:
                 self._move(_got(channel, queue, before), queue)
             if count:
@@ -513,6 +517,27 @@ class AmqpLanes:
                     raise
         return None
 
+    def _all_of(self, channel: Any, lane: str) -> Iterator[Any]:
+        """Yield all messages of a lane, as they were sent at first. They are pushed: to get each takes long."""
+        inbox: deque[Any] = deque()
+        there = True
+        while there or self.count(lane):
+            channel.basic_qos(0, _AT_ONCE, False)
+            tag = channel.basic_consume(lane, no_ack=False, callback=inbox.append)
+            there = False
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    while inbox:
+                        there = True
+                        yield _as_sent(channel, inbox.popleft())
+                    channel.connection.client.drain_events(timeout=_NOTHING_MORE)
+            # RabbitMQ may pause for longer. The answers come behind what is on its way.
+            channel.basic_cancel(tag)
+            channel.basic_qos(0, _AT_ONCE, False)
+            while inbox:
+                there = True
+                yield _as_sent(channel, inbox.popleft())
+
     @staticmethod
     def _move(messages: Iterable[Any], queue: str) -> int:
         """Send messages to the end of a queue. Return how many have arrived."""
@@ -542,15 +567,20 @@ def _acknowledging(done: list[Any]) -> Callable[[Any], None]:
     return moved
 
 
+def _as_sent(channel: Any, message: Any) -> Any:
+    """Return kombu's message, as it was sent at first."""
+    message = channel.message_to_python(message)
+    restore_origin(message)
+    return message
+
+
 def _got(channel: Any, queue: str, most: int | None = None) -> Iterator[Any]:
     """Yield the messages of a queue, as they were sent at first."""
     while most is None or most > 0:
         message = channel.basic_get(queue, no_ack=False)
         if message is None:
             return
-        message = channel.message_to_python(message)
-        restore_origin(message)
-        yield message
+        yield _as_sent(channel, message)
         most = None if most is None else most - 1
 
 
