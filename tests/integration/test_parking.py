@@ -10,6 +10,7 @@ from harness import wait_for
 from limits import (
     SHORT_LEASE,
     break_connections,
+    celery,
     declare,
     fail_at_start,
     limit,
@@ -372,3 +373,46 @@ def test_a_limit_that_cannot_be_parked_is_an_error(redis_lab):
     """Asked for by name: the worker does not start."""
     worker = start(redis_lab, limits=({**PARKED[0], "max_wait": 5},))
     assert "overflow must be 'hold' or 'pause', not 'park': max_wait" in fail_at_start(worker)
+
+
+def test_parked_jobs_are_shown(place):
+    """`inspect limits` has the lane, its jobs and their age; `explain` knows where a job is."""
+    lab, queue = place
+    lane = f"{queue[0]}.parked.job"
+    for number in range(30):
+        last = lab.send("job", number, exchange=queue[1], routing_key=queue[3])
+    with run(place, limits=(limit(rate=1, overflow="park"),)) as worker:
+        wait_for(lambda: parked(place) > 10)
+        time.sleep(0.3)
+        asked = {"destination": [worker.node], "reply": True, "timeout": 20, "limit": 1}
+        (reply,) = lab.app.control.broadcast("limits", **asked)
+        shown = reply[worker.node]["job"]["parked"]
+        assert shown[lane]["jobs"] > 10
+        assert 0 < shown[lane]["seconds"] < 30
+        (reply,) = lab.app.control.broadcast("explain", arguments={"task_id": last.id}, **asked)
+        assert reply[worker.node] == {"state": "parked", "lane": lane}
+        assert f" parked in {lane} for up to " in celery(lab, limits=(PARKED[0],))[1]
+
+
+def test_lanes_can_be_emptied_by_hand(place):
+    """`limits purge` asks before it deletes; `limits unpark` puts jobs back; each for one limit or for all."""
+    lab, queue = place
+    options = ("-Q", queue[0])
+    send(place, "job", *range(60))
+    with run(place) as worker:
+        wait_for(lambda: parked(place) > 10)
+        worker.kill()
+    count = parked(place)
+    assert celery(lab, "unpark", "other", *options) == (0, "Put 0 jobs back from 0 lanes.\n")
+    status, text = celery(lab, "purge", *options)
+    assert (status, parked(place)) == (1, count)
+    assert f"{queue[0]}.parked.job: {count} jobs" in text
+    there = waiting(lab, queue[0])
+    assert celery(lab, "unpark", "job", *options)[0] == 0
+    wait_for(lambda: waiting(lab, queue[0]) >= there + count)
+    with run(place) as worker:
+        wait_for(lambda: parked(place) > 10)
+        worker.kill()
+    count = parked(place)
+    assert celery(lab, "purge", "--force", *options)[1].endswith(f"Deleted {count} jobs.\n")
+    assert parked(place) == 0

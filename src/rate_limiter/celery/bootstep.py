@@ -182,6 +182,22 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         limits = {record_of(limit).name: tally_of(limit).snapshot() for limit in self.tasks_of}
         return {"rate_limiter": {"held": dict(held), "paused": paused, "limits": limits}}
 
+    def lanes_of(self, limit: Limit) -> dict[str, dict[str, Any]]:
+        """Return where jobs of a limit are parked. See `Parking.lanes_of`."""
+        if limit not in self.parked or not self.open:
+            return {}
+        try:
+            return self.parking.lanes_of(limit)
+        except Exception:  # of the broker; the rest is to be shown all the same
+            logger.warning(
+                "Could not count the parked jobs of %s", record_of(limit).name, exc_info=True
+            )
+            return {}
+
+    def where(self, task_id: str) -> str | None:
+        """Return the lane that this worker has moved a job to."""
+        return self.parking.where(task_id) if self.parked and self.open else None
+
     # -- what it says of the limits ---------------------------------------------------------------
 
     def _announce(self) -> None:

@@ -11,12 +11,13 @@ What the broker refuses (permissions, a full lane, no memory) is held, and said 
 import contextlib
 import logging
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
+from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 from celery.worker import state
 
@@ -27,7 +28,7 @@ from ..gating.engine import Decision, Engine, Plan
 from ..gating.limit import Limit
 from ..gating.record import listed, record_of
 
-__all__ = ["Parking", "parked_limits", "why_not"]
+__all__ = ["Found", "Parking", "find_lanes", "parked_limits", "purge", "unpark", "why_not"]
 
 logger = logging.getLogger("rate_limiter")
 
@@ -49,6 +50,9 @@ _LOOK_AGAIN: Final = 5.0
 
 #: Seconds after which a lane that the broker has refused is tried again.
 _TRY_AGAIN: Final = 10.0
+
+#: Of so many jobs a worker remembers where it has parked them.
+_REMEMBERED: Final = 10_000
 
 #: Seconds to wait, when the connection ends, for the last confirmations: without them jobs run twice.
 _FAREWELL: Final = 0.5
@@ -132,6 +136,8 @@ class _Parked:
         self.leaving = 0
         #: Until when there may be jobs in the lane that have not come.
         self.quiet_at = 0.0
+        #: Since when there are some. ``None``: there are none.
+        self.since: float | None = None
         #: Until when nothing is sent there: the broker has refused it.
         self.broken_until = 0.0
         self.said = False
@@ -174,6 +180,8 @@ class Parking:
         self._relay = Relay(self._moved, self._failed, consumer.hub)
         #: Jobs that are to be parked, as soon as the relay takes them.
         self._outbox: deque[tuple[_Parked, Any]] = deque()
+        #: The lanes of the last jobs that were parked, by their ids.
+        self._moved_to: OrderedDict[str, str] = OrderedDict()
         self._parked: dict[tuple[Plan, str], _Parked | None] = {}
         self._by_channel: dict[Any, _Parked] = {}
         self._broker: Lanes | None = None
@@ -242,6 +250,27 @@ class Parking:
             self._put_back_all([], remove=True)
         self._by_channel.clear()
 
+    # -- what is there ----------------------------------------------------------------------------
+
+    def lanes_of(self, limit: Limit) -> dict[str, dict[str, Any]]:
+        """Return the lanes for jobs of a limit: how many jobs each has now, and for how long it has had some.
+
+        The seconds are those since this worker has found the lane empty, or has begun.
+        """
+        if self._broker is None:
+            return {}
+        now, found = monotonic(), {}
+        for parked in self._all():
+            if limit in parked.limits and limit in self._limits:
+                count = self._broker.count(parked.name)
+                seconds = round(now - parked.since, 3) if count and parked.since is not None else 0.0
+                found[parked.name] = {"jobs": count, "seconds": seconds}
+        return found
+
+    def where(self, task_id: str) -> str | None:
+        """Return the lane that this worker has moved a job to, one of the last 10,000, if it has not come back."""
+        return self._moved_to.get(task_id)
+
     # -- the way of a job -------------------------------------------------------------------------
 
     def of(self, plan: Plan, queue: str | None) -> _Parked | None:
@@ -261,10 +290,13 @@ class Parking:
         now = monotonic()
         if request.message.channel in self._by_channel or now < parked.broken_until:
             return None
-        lane = parked.lane
-        if lane is None:
-            return None
-        if parked.waiting or parked.leaving or parked.rests or lane.full:
+        return None if parked.lane is None else self._in_use(parked, now)
+
+    @staticmethod
+    def _in_use(parked: _Parked, now: float) -> bool:
+        """Tell whether there may be jobs in a lane, or on their way there."""
+        full = parked.lane is not None and parked.lane.full
+        if parked.waiting or parked.leaving or parked.rests or full:
             parked.quiet_at = now + _QUIET
         return now < parked.quiet_at
 
@@ -316,7 +348,12 @@ class Parking:
     def _moved(self, job: tuple[_Parked, Any]) -> None:
         parked, request = job
         parked.leaving -= 1
-        parked.quiet_at = monotonic() + _QUIET
+        now = monotonic()
+        parked.quiet_at = now + _QUIET
+        parked.since = parked.since or now
+        self._moved_to[request.id] = parked.name
+        if len(self._moved_to) > _REMEMBERED:
+            self._moved_to.popitem(last=False)
         message = request.message
         if not message.acknowledged and message.channel.connection is not None:
             message.ack_log_error(logger, self._consumer.connection_errors)
@@ -357,7 +394,11 @@ class Parking:
             )
 
     def _came_back(self, parked: _Parked, message: Any) -> None:
-        parked.quiet_at = monotonic() + _QUIET
+        now = monotonic()
+        parked.quiet_at = now + _QUIET
+        parked.since = parked.since or now
+        if self._moved_to:
+            self._moved_to.pop((message.headers or {}).get("id", ""), None)
         self._handle(message)
 
     # -- the lanes --------------------------------------------------------------------------------
@@ -483,6 +524,8 @@ class Parking:
         held = set(self._engine.jobs())
         for parked in self._all():
             parked.waiting &= held
+            if not self._in_use(parked, now):
+                parked.since = None
             if parked.broken_until and now >= parked.broken_until:
                 self._open([parked])
             self._follow_tokens(parked)
@@ -573,3 +616,59 @@ class Parking:
             self._broker.remove(queue, lanes)
         if count:
             logger.info("Put %d parked jobs back into queue %s: no other worker is there", count, queue)
+
+
+class Found(NamedTuple):
+    """A lane that is there, whoever uses it."""
+
+    name: str
+    queue: str
+    #: The names of its limits.
+    limits: list[str]
+    jobs: int
+
+
+def find_lanes(app: Celery, limit: str | None, queues: Iterable[str] = ()) -> list[Found]:
+    """Return the lanes on the broker of an app.
+
+    Args:
+        app: The app.
+        limit: The name of a limit: only those that are for it. ``None``: all.
+        queues: The names of their queues. None: those that the app knows.
+
+    """
+    with app.connection_for_write() as connection:
+        lanes = _lanes(connection)
+        return [
+            Found(lane, queue, limits, lanes.count(lane))
+            for queue in queues or app.amqp.queues
+            for lane, limits in sorted(lanes.there(queue).items())
+            if limit is None or limit in limits
+        ]
+
+
+def unpark(app: Celery, found: Iterable[Found]) -> int:
+    """Put the jobs of lanes back, before what waits in their queues. Return how many."""
+    with app.connection_for_write() as connection:
+        lanes, count = _lanes(connection), 0
+        for each in found:
+            count += lanes.put_back(each.name, each.queue)
+            if lanes.alone(each.queue):
+                lanes.remove(each.queue, [each.name])
+        return count
+
+
+def purge(app: Celery, found: Iterable[Found]) -> int:
+    """Delete the jobs of lanes. Return how many."""
+    with app.connection_for_write() as connection:
+        lanes = _lanes(connection)
+        return sum(lanes.purge(each.name) for each in found)
+
+
+def _lanes(connection: Any) -> Lanes:
+    lanes = lanes_of(connection, "limits")
+    if lanes is None:
+        raise ValueError(
+            f"only Redis and RabbitMQ have lanes, and the broker is {connection.transport.driver_type}"
+        )
+    return lanes

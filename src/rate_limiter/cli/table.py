@@ -129,6 +129,9 @@ def _tokens(bucket: dict[str, Any] | None) -> str:
 def _state(limit: dict[str, Any]) -> str:
     paused = max((each.get("paused", 0.0) for each in limit["buckets"]), default=0.0)
     states = [f"paused for {paused:.3g} s"] if paused else []
+    for lane, each in sorted(limit.get("parked", {}).items()):
+        if each["jobs"]:
+            states.append(f"{each['jobs']} parked in {lane} for up to {each['seconds']:.3g} s")
     if limit["shadow"]:
         states.append(f"shadow: {limit['shadowed']:.0f} would have waited")
     if limit["enforced"].startswith("in the task"):
