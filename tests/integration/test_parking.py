@@ -20,6 +20,8 @@ from limits import (
     waiting,
 )
 
+from rate_limiter.broker.parking import RedisLanes
+
 PARKED = (limit(rate=4, overflow="park"),)
 
 
@@ -102,6 +104,9 @@ def test_the_last_worker_puts_everything_back(place):
         worker.stop()
     ran = lab.runs("job")
     assert lanes(place) == {}
+    if is_redis(lab):
+        with redis.Redis.from_url(lab.settings["broker_url"]) as client:
+            assert client.keys("*.parked*") == []
     assert waiting(lab, queue[0]) == 300 - len(ran)
     send(place, "job", *range(300, 310))
     with start(lab, gate=False, queues=(queue,), concurrency=1):
@@ -416,3 +421,49 @@ def test_lanes_can_be_emptied_by_hand(place):
     count = parked(place)
     assert celery(lab, "purge", "--force", *options)[1].endswith(f"Deleted {count} jobs.\n")
     assert parked(place) == 0
+
+
+def test_redis_moves_only_what_is_parked(redis_lab):
+    """Inside the server: jobs of these tasks without ETA, at any priority, as they were; the others stay in order."""
+    lab = redis_lab
+    queue = lab.settings["task_default_queue"]
+    lane = f"{queue}.parked.job"
+    for number in range(5):
+        lab.send("job", number)
+        lab.send("other", number)
+    lab.send("job", 5, priority=9)
+    lab.send("job", 6, countdown=100)
+    with (
+        redis.Redis.from_url(lab.settings["broker_url"]) as client,
+        lab.app.connection_for_write() as connection,
+    ):
+        client.lpush(queue, "no JSON", "[]", '{"headers": 5}', '{"headers": {"task": ["job"]}}')
+        before = client.lrange(queue, 0, -1)
+        jobs = [each for each in before if b'"task": "job"' in each and b'"eta": null' in each]
+        assert len(jobs) == 5
+        lanes = RedisLanes(connection.default_channel, "worker")
+        assert lanes.sweep(queue, lane, ["job", "none"], 4) == 2 + 1
+        assert client.lrange(lane, 0, -1) == jobs[-2:]
+        assert lanes.sweep(queue, lane, ["job", "none"], 400) == 3
+        assert lanes.sweep(queue, lane, ["job", "none"], 400) == 0
+        assert client.lrange(lane, 0, -1) == jobs
+        assert client.lrange(queue, 0, -1) == [each for each in before if each not in jobs]
+        assert client.llen(f"{lane}\x06\x169") == 1
+        assert lanes.put_back(lane, queue) == 6
+        assert client.lrange(queue, 0, -1) == [each for each in before if each not in jobs] + jobs
+
+
+def test_thousands_are_moved_aside_inside_redis(redis_lab):
+    """Jobs of two tasks stand behind 5,000 limited ones, and run soon; these run in order."""
+    lab = redis_lab
+    with lab.app.connection_for_write() as connection:
+        producer = lab.app.amqp.Producer(connection)
+        for number in range(5_000):
+            lab.send("job", number, producer=producer)
+        for number in range(20):
+            lab.send("other", number, producer=producer)
+    with start(lab, concurrency=1, limits=PARKED) as worker:
+        assert lab.wait_for_runs("other", 20) == list(range(20))
+        assert lab.wait_for_runs("job", 20) == list(range(len(lab.runs("job"))))
+        # Most were not read before they were moved.
+        assert worker.output.count("Task job[") < 1_000

@@ -32,7 +32,9 @@ from .static import StaticCounts
 
 __all__ = ["AmqpLanes", "Lane", "Lanes", "RedisLanes", "lane_entity", "lane_name", "lanes_of"]
 
-_SCRIPT: Final = (Path(__file__).parent / "parking.lua").read_text()
+_HERE: Final = Path(__file__).parent
+_PUT_BACK: Final = (_HERE / "parking.lua").read_text()
+_SWEEP: Final = (_HERE / "sweep.lua").read_text()
 
 #: The longest name of a queue on RabbitMQ, in bytes, and of the last part of a lane's name that is left as it is.
 _LONGEST_NAME: Final = 255
@@ -248,6 +250,20 @@ class Lanes(Protocol):
 
         """
 
+    def sweep(self, queue: str, lane: str, tasks: Iterable[str], most: int) -> int:
+        """Move jobs of some tasks from the front of a queue to the end of a lane, inside the server.
+
+        Args:
+            queue: The queue.
+            lane: The lane.
+            tasks: The names of the tasks.
+            most: How many messages to look at. It takes 15 to 25 µs for each.
+
+        Returns:
+            How many were moved. On RabbitMQ none.
+
+        """
+
     def purge(self, lane: str) -> int:
         """Delete all messages of a lane. Return how many."""
 
@@ -282,7 +298,8 @@ class RedisLanes:
         self._channel = channel
         self._worker = worker
         self._client = redis_client(channel)
-        self._put_back = self._client.register_script(_SCRIPT)
+        self._put_back = self._client.register_script(_PUT_BACK)
+        self._sweep = self._client.register_script(_SWEEP)
 
     def join(self, queue: str, lanes: Mapping[str, Iterable[str]]) -> None:
         """Renew this worker's signs. It has to be called every few seconds."""
@@ -336,6 +353,10 @@ class RedisLanes:
             while count := self._put_back(keys=[source, target], args=[_AT_ONCE]):
                 total += count
         return total
+
+    def sweep(self, queue: str, lane: str, tasks: Iterable[str], most: int) -> int:  # noqa: D102
+        pairs = zip(self._lists(queue), self._lists(lane), strict=True)
+        return sum(self._sweep(keys=pair, args=[most, *tasks]) for pair in pairs)
 
     def purge(self, lane: str) -> int:  # noqa: D102
         count = self.count(lane)
@@ -460,6 +481,9 @@ class AmqpLanes:
             if count:
                 time.sleep(_SETTLE)
         return count
+
+    def sweep(self, queue: str, lane: str, tasks: Iterable[str], most: int) -> int:  # noqa: D102
+        return 0
 
     def purge(self, lane: str) -> int:  # noqa: D102
         if self._look_at(lane) is None:

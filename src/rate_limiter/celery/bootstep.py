@@ -277,7 +277,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             self.consumer.call_soon(self.on_task_request, request)
             return
         steps = self.priorities.steps_behind(request.message, self.queues.of(request))
-        parked = self.parking.of(plan, queue) if self.parked else None
+        parked = self.parking.of(plan, queue, request.name) if self.parked else None
         behind = None if parked is None else self.parking.behind(parked, request)
         decision, demands = self.engine.offer(request, plan, queue, steps, behind=behind)
         if parked is not None:
@@ -344,12 +344,12 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             self._tell(limit, [task.name])
         return limits
 
-    def _kinds(self) -> Iterator[tuple[Plan, str]]:
+    def _kinds(self) -> Iterator[tuple[Plan, str, str]]:
         """Yield what is done with the jobs of each limited task from each queue."""
         app = self.gate.app
         for queue in app.amqp.queues.consume_from:
             for name in dict.fromkeys(name for names in self.tasks_of.values() for name in names):
-                yield self.engine.plan(app.tasks[name], queue), queue
+                yield self.engine.plan(app.tasks[name], queue), queue, name
 
     def _counts(self) -> dict[str, int]:
         """Return how many jobs each limit holds, by its name."""

@@ -51,6 +51,12 @@ _LOOK_AGAIN: Final = 5.0
 #: Seconds after which a lane that the broker has refused is tried again.
 _TRY_AGAIN: Final = 10.0
 
+#: How many messages are looked at when Redis moves jobs: the more of them are moved, the more; and seconds until the
+#: next time if they are few.
+_SWEEP_LEAST: Final = 50
+_SWEEP_MOST: Final = 400
+_SWEEP_AGAIN: Final = 0.1
+
 #: Of so many jobs a worker remembers where it has parked them.
 _REMEMBERED: Final = 10_000
 
@@ -136,6 +142,12 @@ class _Parked:
         self.leaving = 0
         #: Until when there may be jobs in the lane that have not come.
         self.quiet_at = 0.0
+        #: The tasks whose jobs go there, whatever their arguments.
+        self.tasks: set[str] = set()
+        #: How many messages of the queue are looked at, the next time that they are moved there inside the server, and
+        #: when that may be.
+        self.sweep = _SWEEP_LEAST
+        self.sweep_at = 0.0
         #: Since when there are some. ``None``: there are none.
         self.since: float | None = None
         #: Until when nothing is sent there: the broker has refused it.
@@ -193,15 +205,15 @@ class Parking:
 
     # -- life cycle -------------------------------------------------------------------------------
 
-    def start(self, kinds: Iterable[tuple[Plan, str]]) -> None:
+    def start(self, kinds: Iterable[tuple[Plan, str, str]]) -> None:
         """Begin, before the worker consumes.
 
         Args:
-            kinds: The plans that jobs may have, as far as known now, each with the name of its queue.
+            kinds: The plans that jobs may have, as far as known now, each with the names of its queue and task.
 
         """
-        for plan, queue in kinds:
-            self.of(plan, queue)
+        for plan, queue, task in kinds:
+            self.of(plan, queue, task)
         self._handle = self._consumer.create_task_handler()
         try:
             self._broker = lanes_of(self._consumer.connection, self._consumer.hostname)
@@ -273,14 +285,18 @@ class Parking:
 
     # -- the way of a job -------------------------------------------------------------------------
 
-    def of(self, plan: Plan, queue: str | None) -> _Parked | None:
-        """Return where jobs of a plan from a queue are parked. ``None``: they are not."""
+    def of(self, plan: Plan, queue: str | None, task: str) -> _Parked | None:
+        """Return where jobs of a plan and a task from a queue are parked. ``None``: they are not."""
         if queue is None:
             return None
         try:
             return self._parked[plan, queue]
         except KeyError:
             found = self._parked[plan, queue] = self._new(plan, queue)
+            if (
+                found is not None and plan.demands
+            ):  # else nobody knows before it has been read what it takes
+                found.tasks.add(task)
             if found is not None and found.lane is None and self._broker is not None:
                 self._consumer.call_soon(self._open, [found])
             return found
@@ -311,6 +327,27 @@ class Parking:
                 self._hold_outbox("the broker is short of memory or disk space")
         else:
             self._send(parked, request)
+            self._sweep(parked)
+
+    def _sweep(self, parked: _Parked) -> None:
+        """Let the broker itself move the next jobs aside, if it can.
+
+        On Redis no message is on its way while one is handled, so the order stays.
+        """
+        now = monotonic()
+        if self._broker is None or not parked.tasks or now < max(parked.sweep_at, parked.broken_until):
+            return
+        try:
+            count = self._broker.sweep(parked.queue, parked.name, parked.tasks, parked.sweep)
+        except self._consumer.connection_errors:
+            raise
+        except Exception as error:  # noqa: BLE001 - a lane that Redis does not let us write to
+            self._break(parked, repr(error))
+            return
+        if count >= parked.sweep // 2:
+            parked.sweep = min(2 * parked.sweep, _SWEEP_MOST)
+        else:
+            parked.sweep, parked.sweep_at = _SWEEP_LEAST, now + _SWEEP_AGAIN
 
     def note(self, request: Any, decision: Decision) -> None:
         """Take note of a job that is held now, or was let go."""
@@ -542,6 +579,9 @@ class Parking:
             if not self._has_failed:
                 logger.warning("Could not look after the lanes of parked jobs", exc_info=True)
             self._has_failed = True
+        if not self._limits and self._look_at == math.inf and self._ticker is not None:
+            self._consumer.timer.cancel(self._ticker)  # it was for the lanes that others have left
+            self._ticker = None
 
     def _join(self) -> None:
         """Renew this worker's signs, where they end by themselves."""
