@@ -46,6 +46,7 @@ from gate_lab import (
 )
 from gate_operate import operate
 from gate_outage import outage
+from gate_park import QUEUES, park
 
 from rate_limiter import TokenBucket
 from rate_limiter.celery import Gate, throttle
@@ -255,14 +256,6 @@ def picture(ours: list[float], native: list[float], seconds: int, broker: str) -
 
 
 # -- jobs behind limited ones ---------------------------------------------------------------------
-
-
-#: The kinds of queue that jobs stand behind each other in: a name, the broker, and settings.
-QUEUES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
-    "Redis": ("redis", {}),
-    "RabbitMQ classic": ("rabbitmq", {}),
-    "RabbitMQ quorum": ("rabbitmq", {"task_default_queue_type": "quorum"}),
-}
 
 
 def seconds_behind(
@@ -1012,7 +1005,7 @@ PARTS: Final[dict[str, Callable[[Bench], None]]] = {
     part.__name__: part
     for part in (
         *(rates, behind, starts, decorator, tenants, asks, workers, cluster, longest),
-        *(tally, memory, kills, leases, operate, outage, overhead),
+        *(tally, memory, kills, leases, operate, outage, overhead, park),
     )
 }
 

@@ -464,11 +464,11 @@ class Run:
             os.killpg(worker.pid, signal.SIGKILL)
         worker.wait()
 
-    def stop(self, name: str = "w") -> None:
-        """Ask a worker to stop, and see to it that it does."""
+    def stop(self, name: str = "w", seconds: float = 8) -> None:
+        """Ask a worker to stop, and see to it that it does within so many seconds."""
         self.workers[name].terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.workers[name].wait(8)
+            self.workers[name].wait(seconds)
         self.kill(name)
 
     def logs(self) -> str:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from celery import _state
 from code_blocks import params
 
 ROOT = Path(__file__).parents[1]
@@ -12,6 +13,14 @@ PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 
 #: A target of a link or picture, up to its anchor, and the anchor.
 _LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def leave_no_tasks():
+    """Celery gives a task of any app to every app that is made later: not to those of other tests."""
+    before = set(_state._on_app_finalizers)
+    yield
+    _state._on_app_finalizers.intersection_update(before)
 
 
 @pytest.mark.parametrize("block", [block for page in PAGES for block in params(page)])

@@ -42,12 +42,16 @@ OPTIONS = {
 #: The task that is sent back in each way, and whether there is a gate.
 WAYS = {
     "gate": ("job", True),
+    "parked": ("job", True),
     "decorator": ("in its task", False),
     "RetryAfter": ("again later", False),
     "RetryAfter behind the gate": ("again later", True),
 }
 
 RETRY = (limit(rate=20, when_limited="retry"),)
+
+#: The limits in each way.
+LIMITS = {"parked": (limit(rate=20, overflow="park"),)}
 
 
 class Place:
@@ -161,6 +165,7 @@ def send_one_of_each(place, task):
         *(("redis", way) for way in WAYS),
         *(("rabbitmq", way) for way in WAYS),
         ("quorum", "gate"),
+        ("quorum", "parked"),
     ],
     indirect=["place"],
 )
@@ -170,7 +175,7 @@ def test_a_job_that_is_sent_back_is_the_message_that_came(place, way):
     lab = place.lab
     count, body = send_one_of_each(place, task)
     runs = count * 2 if task == "again later" else count
-    with place.start(gate=gate):
+    with place.start(gate=gate, limits=LIMITS.get(way, RETRY)):
         lab.wait_for_runs(task, runs)
         lab.wait_for_runs("other", 2)
         body.get(DEADLINE)
@@ -181,7 +186,7 @@ def test_a_job_that_is_sent_back_is_the_message_that_came(place, way):
     came = [seen for seen in place.arrivals().values() if len(seen) > 1]
     assert len(came) >= count / 2  # the first, and others on a slow machine, found tokens
     # In the pool nobody knows the message's queue for certain: it is sent to the queue by its name.
-    irrelevant = () if way == "gate" else ("delivery",)
+    irrelevant = () if way in ("gate", "parked") else ("delivery",)
     for first, *_, last in came:
         assert without(lasting(last), *irrelevant) == without(lasting(first), *irrelevant)
     assert waiting(lab, place.queues[2][0]) == 1  # the topic exchange did not get it again
@@ -193,7 +198,8 @@ def test_a_broadcast_job_runs_once_in_each_worker(place, way):
     """It goes back to the queue of its worker alone; on Redis that is none, so it waits where it is."""
     task, gate = WAYS[way]
     each = 2 if task == "again later" else 1
-    with place.start(gate=gate), place.start(gate=gate):
+    limits = LIMITS.get(way, RETRY)
+    with place.start(gate=gate, limits=limits), place.start(gate=gate, limits=limits):
         place.wait_for_everybody(2)
         for number in range(3):
             place.send(task, number, queue=place.everybody)

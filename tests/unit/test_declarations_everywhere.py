@@ -220,7 +220,7 @@ TABLE = [
                                       (True, TypeError, "a whole number"), ("8", TypeError, "a whole number"))
     ),
     *(
-        row(f"overflow {overflow!r}", ValueError, f"overflow must be one of 'hold', 'pause', not {overflow!r}",
+        row(f"overflow {overflow!r}", ValueError, f"overflow must be one of 'hold', 'pause', 'park', not {overflow!r}",
             {"overflow": overflow}, **NOT_HELD) for overflow in ("x", "", 5)
     ),
     # what there is not

@@ -3,36 +3,45 @@
 On RabbitMQ the copy is published on a connection of its own, because RabbitMQ stops to read from every
 connection that publishes while it is short of memory: the consumer's connection would stand still. The
 copy is stored when RabbitMQ confirms it. Nobody waits for that; `Relay.tend` collects the
-confirmations. The virtual transports (Redis among them) store a copy at once.
+confirmations. On Redis one script stores the copy and acknowledges the original (relay.lua), so that no
+message is there twice. The other virtual transports store a copy at once.
 """
 
 import contextlib
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from time import monotonic
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 from kombu.compression import compress
 from kombu.transport import virtual
+from kombu.utils.json import dumps
 
 from .origin import ORIGIN
 
-__all__ = ["Relay"]
+__all__ = ["Relay", "redis_client"]
 
 #: At most so many copies, and bytes of them, wait for their confirmation. While RabbitMQ is short of
 #: memory it confirms none, and does not read what is sent: more than the socket holds would block.
 _MOST_PENDING: Final = 50
 _MOST_BYTES: Final = 256 * 1024
 
-#: Seconds between two looks for confirmations, while copies wait for theirs.
+#: Seconds between two looks for confirmations, while copies wait for theirs: without an event loop, and with
+#: one, which tells of each.
 _LOOK: Final = 0.02
+_LOOK_IN_LOOP: Final = 1.0
 
 #: After so many seconds without a copy the connection is closed. It is opened again when needed.
 _IDLE: Final = 5.0
 
 #: At most so many seconds are spent to write one frame (128 KiB) of a copy to the socket.
 _WRITE: Final = 0.5
+
+#: Stores a copy and acknowledges the original, on Redis.
+_SCRIPT: Final = (Path(__file__).parent / "relay.lua").read_text()
 
 #: The properties that a channel sets itself, or that are passed to it as arguments.
 _SET_BY_CHANNEL: Final = frozenset(
@@ -50,14 +59,22 @@ class Relay:
         moved: Called with the job when its copy is stored. It acknowledges the original.
         failed: Called with the job when its copy is not stored, or when nobody knows. The original is
             still unacknowledged; if the copy was stored all the same, the message runs twice.
+        hub: kombu's event loop, if the consumer has one. It calls `tend` when RabbitMQ has something to say.
 
-    Both are called by `tend`, `wait` and `close`, and on a virtual transport by `send`.
+    Both are called by `tend`, `wait` and `close`, and on a virtual transport by `send`. On Redis the original
+    is acknowledged by then.
 
     """
 
-    def __init__(self, moved: Callable[[Any], None], failed: Callable[[Any], None]) -> None:
+    def __init__(
+        self, moved: Callable[[Any], None], failed: Callable[[Any], None], hub: Any = None
+    ) -> None:
         self._moved = moved
         self._failed = failed
+        self._hub = hub
+        self._socket: Any = None
+        #: The script, for each channel of Redis.
+        self._scripts: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
         self._numbers = itertools.count(1)
         self._connection: Any = None
         self._channel: Any = None
@@ -75,6 +92,11 @@ class Relay:
         return len(self._pending)
 
     @property
+    def blocked(self) -> bool:
+        """Whether RabbitMQ has said that it reads nothing: it is short of memory or disk space."""
+        return self._blocked
+
+    @property
     def full(self) -> bool:
         """Whether `send` should not be called for the time being."""
         return self._blocked or len(self._pending) >= _MOST_PENDING or self._bytes >= _MOST_BYTES
@@ -84,10 +106,18 @@ class Relay:
         """The moment, by the monotonic clock, at which `tend` is to be called; infinite: never."""
         if self._connection is None:
             return math.inf
-        return monotonic() + _LOOK if self._pending else self._used_at + _IDLE
+        if self._pending:
+            return monotonic() + (_LOOK if self._hub is None else _LOOK_IN_LOOP)
+        return self._used_at + _IDLE
 
     def send(
-        self, job: Any, message: Any, queue: str, headers: Mapping[str, Any] | None = None
+        self,
+        job: Any,
+        message: Any,
+        queue: str,
+        headers: Mapping[str, Any] | None = None,
+        *,
+        as_it_came: bool = False,
     ) -> None:
         """Put a copy of a message at the end of a queue.
 
@@ -96,6 +126,8 @@ class Relay:
             message: The kombu message. It is not changed.
             queue: The name of the queue.
             headers: Headers that the copy has instead of the original's, or besides.
+            as_it_came: On Redis, let the copy say that it was sent where the original was sent. Then the reader
+                of the queue has to know whose messages they are; the others need `restore_origin`.
 
         Raises:
             Exception: It could not be sent. Then neither callback is called for it.
@@ -103,8 +135,11 @@ class Relay:
         """
         channel: Any = message.channel
         if isinstance(channel, virtual.Channel):
-            publish: Callable[..., Any] = channel.basic_publish
-            publish(_copy(message, channel, headers), "", queue)
+            if hasattr(channel, "unacked_index_key"):
+                self._move(message, queue, None if as_it_came else _copy(message, channel, headers))
+            else:
+                publish: Callable[..., Any] = channel.basic_publish
+                publish(_copy(message, channel, headers), "", queue)
             self._moved(job)
             return
         if self._connection is None:
@@ -149,6 +184,10 @@ class Relay:
         """Close the connection. What was not confirmed has failed."""
         connection, self._connection, self._channel = self._connection, None, None
         self._blocked = False
+        if self._socket is not None:
+            with contextlib.suppress(Exception):
+                self._hub.remove_reader(self._socket)
+            self._socket = None
         if connection is not None:
             with contextlib.suppress(Exception):
                 connection.collect()
@@ -178,6 +217,30 @@ class Relay:
         channel.events["basic_ack"].add(self._on_confirmed)
         channel.events["basic_nack"].add(self._on_refused)
         self._connection, self._channel = connection, channel
+        if self._hub is not None:
+            self._socket = connection.connection.sock
+            self._hub.add_reader(self._socket, self._on_readable)
+
+    def _move(self, message: Any, queue: str, copy: Any) -> None:
+        """Store a copy on Redis, and acknowledge the original, in one step."""
+        channel = message.channel
+        script = self._scripts.get(channel)
+        if script is None:
+            script = self._scripts[channel] = redis_client(channel).register_script(_SCRIPT)
+        text, like = "", message._raw
+        if copy is not None:
+            channel._inplace_augment_message(copy, "", queue)
+            text, like = dumps(copy), copy  # type: ignore[no-untyped-call]
+        to = channel._q_for_pri(queue, channel._get_message_priority(like, reverse=False))
+        keys = channel.unacked_key, channel.unacked_index_key, to
+        prefix = channel.global_keyprefix
+        script(keys=[f"{prefix}{key}" for key in keys], args=[message.delivery_tag, text])
+        # Here alone: Redis has done it.
+        virtual.QoS.ack(channel.qos, message.delivery_tag)  # type: ignore[no-untyped-call]
+        message._state = "ACK"
+
+    def _on_readable(self, *_: Any) -> None:
+        self.tend()
 
     def _on_blocked(self, _reason: str) -> None:
         self._blocked = True
@@ -212,6 +275,14 @@ class Relay:
         outcomes, self._outcomes = self._outcomes, []
         for outcome, job in outcomes:
             outcome(job)
+
+
+def redis_client(channel: Any) -> Any:
+    """Return a client for the Redis of a channel. It adds no ``global_keyprefix``."""
+    from redis import Redis  # noqa: PLC0415 - it is there if there is such a channel
+
+    # kombu's own client adds the prefix for some commands, and for others in other versions.
+    return Redis(connection_pool=channel.pool)
 
 
 def _copy(

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 from kombu.transport import memory, virtual
 
+from .relay import redis_client
+
 __all__ = ["Leftovers", "give_back", "restore_in_order"]
 
 logger = logging.getLogger("rate_limiter")
@@ -148,11 +150,8 @@ def _is_lost(channel: Any) -> bool:
 
 def _put_back(channel: Any, left: _Left) -> int:
     """Put jobs back that nobody else has got since. Return how many."""
-    from redis import Redis  # noqa: PLC0415 - it is there if there is such a channel
-
-    # kombu's own client adds the prefix for some commands, and for others in other versions.
     index = f"{channel.global_keyprefix}{channel.unacked_index_key}"
-    with Redis(connection_pool=channel.pool).pipeline(transaction=False) as pipe:
+    with redis_client(channel).pipeline(transaction=False) as pipe:
         for tag in left.tags:
             pipe.zscore(index, tag)
         delivered_at = dict(zip(left.tags, pipe.execute(), strict=True))

@@ -8,7 +8,7 @@ unacknowledged: whatever happens to the worker, the broker has it still.
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
@@ -21,7 +21,7 @@ from celery.worker import state
 from ..broker.origin import mark_messages
 from ..broker.priority import Priorities
 from ..broker.restore import Leftovers
-from ..gating.engine import Engine, Host, warn_of_unused
+from ..gating.engine import Engine, Host, Plan, warn_of_unused
 from ..gating.limit import Call, Demand, Limit
 from ..gating.record import record_of
 from ..gating.tally import tally_of
@@ -31,9 +31,10 @@ from .division import Division
 from .ending import refuse_at_gate
 from .events import send_together
 from .loop import Loop
+from .parking import Parking, parked_limits
 from .prefork import is_spawned, share_all, share_the_rest
 from .returning import Returning
-from .settings import enabled, longest_hold
+from .settings import enabled, longest_hold, parks_all
 from .sharing import SECONDS, Sharing
 from .slots import Slots, scale_without
 from .throttle import watch, watch_all
@@ -91,8 +92,13 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         _refuse_prefetch_without_bound(consumer, limits)
         self.division = Division(consumer, **kwargs)
         self.division.add(limits)
-        self.by_queue = any(limit.overflow == "pause" for limit in limits) or any(
-            declared.queue for declared in self.declared.values()
+        broker = consumer.conninfo.transport.driver_type
+        by_default = parks_all(gate.app)
+        self.parked = parked_limits(limits, self.declared, broker, by_default=by_default)
+        self.by_queue = (
+            bool(self.parked)
+            or any(limit.overflow == "pause" for limit in limits)
+            or any(declared.queue for declared in self.declared.values())
         )
         consumer.on_task_request = self.on_task_request
         watch_all(gate, tasks_of)
@@ -127,6 +133,15 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self.returning = Returning(
             consumer, self.engine.lock, self.loop.has_timer, self._sent, self._end_later
         )
+        self.parking = Parking(
+            consumer,
+            self.engine,
+            self.parked,
+            offer=self.on_task_request,
+            lost=lambda channel: self.leftovers.put_back(channel, _running()),
+            acknowledged=self.window.restore_one,
+        )
+        self.parking.start(self._kinds() if self.parked else ())
         send_together(consumer.event_dispatcher)
         self.sharing = Sharing(consumer, self._counts, self._share)
         self.division.start()
@@ -149,6 +164,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             self.division.stop()
             self.loop.stop()
             self.returning.stop()
+            self.parking.stop(forgotten, warm=_ends_warm(consumer))
             self.window.stop(forgotten)
         if left := self.leftovers.collect(_running()):
             logger.info("%d jobs go back to their queues when Redis is there again", left)
@@ -156,6 +172,11 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             logger.info("Gave %d held jobs back to the broker", len(forgotten))
 
     terminate = stop
+
+    def shutdown(self, consumer: Any) -> None:
+        """Leave nothing parked, when the last jobs have ended, before the connection is closed."""
+        if self.enabled and hasattr(self, "parking"):
+            self.parking.close(warm=_ends_warm(consumer))
 
     def info(self, consumer: Any) -> dict[str, Any]:
         """Return what ``celery inspect stats`` shows of the gate."""
@@ -166,6 +187,22 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             paused = sorted(self.engine.paused)
         limits = {record_of(limit).name: tally_of(limit).snapshot() for limit in self.tasks_of}
         return {"rate_limiter": {"held": dict(held), "paused": paused, "limits": limits}}
+
+    def lanes_of(self, limit: Limit) -> dict[str, dict[str, Any]]:
+        """Return where jobs of a limit are parked. See `Parking.lanes_of`."""
+        if limit not in self.parked or not self.open:
+            return {}
+        try:
+            return self.parking.lanes_of(limit)
+        except Exception:  # of the broker; the rest is to be shown all the same
+            logger.warning(
+                "Could not count the parked jobs of %s", record_of(limit).name, exc_info=True
+            )
+            return {}
+
+    def where(self, task_id: str) -> str | None:
+        """Return the lane that this worker has moved a job to."""
+        return self.parking.where(task_id) if self.parked and self.open else None
 
     # -- what it says of the limits ---------------------------------------------------------------
 
@@ -246,7 +283,14 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             self.consumer.call_soon(self.on_task_request, request)
             return
         steps = self.priorities.steps_behind(request.message, self.queues.of(request))
-        decision, demands = self.engine.offer(request, plan, queue, steps)
+        parked = self.parking.of(plan, queue, request.name) if self.parked else None
+        behind = None if parked is None else self.parking.behind(parked, request)
+        decision, demands = self.engine.offer(request, plan, queue, steps, behind=behind)
+        if parked is not None:
+            if decision == "park":
+                self.parking.park(parked, request)
+                return
+            self.parking.note(request, decision)
         if decision == "go":
             receipt.issue(request.task, request.request_dict, demands)
             self.slots.forward(request, demands)
@@ -265,6 +309,8 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self._forward_refused()
         for held in released:
             request = held.job
+            if self.parked:
+                self.parking.note(request, "go")
             receipt.issue(request.task, request.request_dict, held.demands)
             self._forward(request, held.demands)
         self.engine.settle()
@@ -305,11 +351,20 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             self._tell(limit, [task.name])
         return limits
 
+    def _kinds(self) -> Iterator[tuple[Plan, str, str]]:
+        """Yield what is done with the jobs of each limited task from each queue."""
+        app = self.gate.app
+        for queue in app.amqp.queues.consume_from:
+            for name in dict.fromkeys(name for names in self.tasks_of.values() for name in names):
+                yield self.engine.plan(app.tasks[name], queue), queue, name
+
     def _counts(self) -> dict[str, int]:
         """Return how many jobs each limit holds, by its name."""
         with self.engine.lock:
             held_by = self.engine.held_by
-        return {record_of(limit).name: held_by[limit] for limit in self.tasks_of}
+        # Those that are parked are shared already: each worker has a few of them in hand.
+        limits = set(self.tasks_of).difference(self.parked)
+        return {record_of(limit).name: held_by[limit] for limit in limits}
 
     def _share(self, shares: dict[str, int]) -> None:
         """Hold no more than these shares for a while: other workers are to have the rest."""
@@ -383,6 +438,8 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     def send_back(self, request: Any) -> bool:
         """Send a held job to the end of its queue."""
+        if self.parked and self.parking.give_back(request):
+            return True
         if not self.returning.takes(request, unchanged=True):
             return False
         return self._end(request, partial(self.returning.send, request))
@@ -462,6 +519,11 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
                 self._end_later(end)
                 break
         self.end_again_at = monotonic() + _END_AGAIN
+
+
+def _ends_warm(consumer: Any) -> bool:
+    """Tell whether the worker ends, not only its connection, and has the time to do it in order."""
+    return consumer.blueprint.state != bootsteps.RUN and not state.should_terminate
 
 
 def _running() -> set[str]:

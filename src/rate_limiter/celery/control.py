@@ -93,6 +93,7 @@ def _limits(state: Any, **_: Any) -> dict[str, Any]:
             "queue": each.queue,
             "enforced": each.enforced,
             "held": 0 if each.step is None else each.step.engine.held_by[each.limit],
+            "parked": {} if each.step is None else each.step.lanes_of(each.limit),
             **shown(each.limit),
         }
         for name, each in known.items()
@@ -106,10 +107,11 @@ def _explain(state: Any, task_id: str, **_: Any) -> dict[str, Any]:
     except _RefusedError as refused:
         return {"error": str(refused)}
     request = worker_state.requests.get(task_id)
-    if request is None:
-        return {"state": "unknown"}
-    told = {"task": request.name}
     step = _step_of(state.consumer)
+    if request is None:
+        lane = None if step is None else step.where(task_id)
+        return {"state": "unknown"} if lane is None else {"state": "parked", "lane": lane}
+    told = {"task": request.name}
     for forecast in [] if step is None else step.engine.forecasts():
         if forecast.held.job is request:
             return told | {

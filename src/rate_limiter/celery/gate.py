@@ -130,7 +130,12 @@ class Gate:
                 stops consuming the queue for a while. This is for a queue whose jobs all have the same
                 limit, and for several workers that share a backlog. On Redis it takes up to a second until
                 the queue is consumed again: hold the jobs of at least two seconds there. Where prefetch
-                counts are static (quorum queues, RabbitMQ 4), up to a prefetch window more is held.
+                counts are static (quorum queues, RabbitMQ 4), up to a prefetch window more is held. ``"park"``:
+                the worker holds a second's worth, half a prefetch window at most, and moves the other jobs
+                aside in the broker, to ``<queue>.parked.<name>``, until their tokens come. For Redis and
+                RabbitMQ; see the page on parking for what it does to purging, scaling and permissions. The
+                worker does not start if the limit cannot be parked. By default
+                ``app.conf.rate_limiter_overflow`` decides.
             buckets: As in `throttle`. The gate needs them only if tasks in a prefork pool settle their
                 charge or raise `RetryAfter`.
 

@@ -75,7 +75,7 @@ class Returning:
         self._has_timer = has_timer
         self._sent = sent
         self._again = again
-        self._relay = Relay(moved=self._moved, failed=self._failed)
+        self._relay = Relay(self._moved, self._failed)
         self._timer: Any = None
         self._look_at = 0.0
         self._stopping = False
@@ -158,7 +158,11 @@ class Returning:
                 (eta - datetime.now(UTC)).total_seconds(),
             )
         state.task_ready(request)
-        if not self._stopping:
+        if request.message.acknowledged:
+            request.acknowledged = True
+            if not self._stopping:
+                self._sent(request)
+        elif not self._stopping:
             request.acknowledge()
             self._sent(request)
         elif request.message.channel.connection is not None:

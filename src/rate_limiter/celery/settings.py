@@ -18,7 +18,8 @@ A value is a rate, or a mapping with a ``rate`` and any of these:
 - ``limits``: other rates for some keys: a mapping from a key to its rate, or to a mapping with ``rate`` and
   ``burst``. Or ``"module:callable"``, which is called with a key, as in `BucketPerKey`.
 - ``when_limited``, ``max_wait``, ``shadow``, ``name``, ``max_held``, ``overflow``: as in ``Gate.limit``.
-- ``queue``: as in ``Gate.limit``; in the settings only.
+- ``queue``: as in ``Gate.limit``; in the settings only. ``app.conf.rate_limiter_overflow`` is the ``overflow`` of
+  all limits that do not say their own; with ``"park"``, of those that can be parked.
 - ``per``: ``"worker"``, or ``"cluster"``: one rate for all workers, in a `RedisTokenBucket` of the Redis at
   ``app.conf.rate_limiter_redis``. By default that is the broker or the result backend, if it is a Redis. Without a
   Redis each worker has an equal share of the rate, see `division`.
@@ -46,14 +47,24 @@ from ..gating.leaving import LONGEST_HOLD
 from ..gating.limit import Limit
 from .division import DividedBucket
 
-__all__ = ["controlled", "declare_settings", "enabled", "limit_from", "longest_hold"]
+__all__ = [
+    "controlled",
+    "declare_settings",
+    "enabled",
+    "limit_from",
+    "longest_hold",
+    "parks_all",
+]
 
 _LIMITS: Final = "rate_limiter_limits"
 _LONGEST_HOLD: Final = "rate_limiter_longest_hold"
 _CONTROL: Final = "rate_limiter_control"
 _PER: Final = "rate_limiter_per"
 _REDIS: Final = "rate_limiter_redis"
-_SETTINGS: Final = frozenset({"rate_limiter_enabled", _LIMITS, _LONGEST_HOLD, _CONTROL, _PER, _REDIS})
+_OVERFLOW: Final = "rate_limiter_overflow"
+_SETTINGS: Final = frozenset(
+    {"rate_limiter_enabled", _LIMITS, _LONGEST_HOLD, _CONTROL, _PER, _REDIS, _OVERFLOW}
+)
 
 #: The options that may name a callable, as ``"module:callable"``.
 _CALLABLES: Final = ("tokens", "key", "limits")
@@ -96,6 +107,19 @@ def longest_hold(app: Celery) -> float:
         return positive(_LONGEST_HOLD, app.conf.get(_LONGEST_HOLD, LONGEST_HOLD))
     except (ValueError, TypeError) as error:
         raise ImproperlyConfigured(str(error)) from error
+
+
+def parks_all(app: Celery) -> bool:
+    """Return whether limits that do not say otherwise are parked: ``app.conf.rate_limiter_overflow``.
+
+    Raises:
+        ImproperlyConfigured: It is neither ``"hold"`` nor ``"park"``.
+
+    """
+    overflow = app.conf.get(_OVERFLOW) or "hold"
+    if overflow not in ("hold", "park"):
+        raise ImproperlyConfigured(f"{_OVERFLOW} must be 'hold' or 'park', not {overflow!r}")
+    return bool(overflow == "park")
 
 
 def declare_settings(app: Celery, declarations: Declarations) -> None:

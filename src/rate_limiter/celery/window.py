@@ -86,14 +86,19 @@ class Window:
         for answer in request.on_ack, request.on_reject:
             answer.then(restore)
 
+    def restore_one(self) -> None:
+        """Restore a step of the prefetch count that Celery has lowered: a job was acknowledged."""
+        if not self._consumer._maximum_prefetch_restored:
+            self._consumer.call_soon(self._restore)
+
     def hand_on(self, request: Any) -> None:
         """Take note of a job that goes to the pool."""
-        if self._static is not None:
+        if self._static is not None and request.message.channel is self._channel:
             self._static.hand_on(request.message)
 
     def keep(self, request: Any) -> None:
         """Take note of a job that does not go to the pool now."""
-        if self._static is not None:
+        if self._static is not None and request.message.channel is self._channel:
             self._static.keep(request.message)
 
     def follow(self, held: int, most: int) -> None:
@@ -196,7 +201,9 @@ class Window:
 
     def _renew(self) -> None:
         messages = [request.message for request in (*self._held(), *_scheduled(self._consumer.timer))]
-        tags = [message.delivery_tag for message in messages if message.channel is self._channel]
+        # Those of lanes have channels of their own on the same connection, and the same keys.
+        here = self._channel.connection
+        tags = [message.delivery_tag for message in messages if message.channel.connection is here]
         try:
             self._lease.renew(tags)
         except Exception:

@@ -71,6 +71,11 @@ def explain(ctx: click.Context, /, task_id: str, **_: Any) -> None:
                 f"{node}: {reply['task']} is held by limit {reply['limit']}, {reply['before']} jobs before it; "
                 f"it runs in {reply['seconds']:.3g} s, if a slot of the pool is free"
             )
+        elif reply["state"] == "parked":
+            found = True
+            click.echo(
+                f"{node}: {task_id} is parked in {reply['lane']}, unless another worker has it now"
+            )
         elif reply["state"] != "unknown":
             found = True
             click.echo(f"{node}: {reply['task']} {reply['state']}")
@@ -143,6 +148,50 @@ def check(ctx: click.Context) -> None:
     if found:
         ctx.exit(1)
     click.echo("All limits are well.")
+
+
+_queues = click.option(
+    "-Q", "--queues", metavar="QUEUE,…", help="Lanes of these queues. Default: all queues of the app."
+)
+
+
+@limits.command()
+@click.argument("name", required=False)
+@_queues
+@click.pass_context
+def unpark(ctx: click.Context, /, name: str | None, queues: str | None) -> None:
+    """Put parked jobs of the limit NAME, or of all, back into their queues, in front.
+
+    A worker whose limit parks moves them aside again.
+    """
+    from ..celery.parking import find_lanes, unpark  # noqa: PLC0415 - see above
+
+    app = ctx.obj.app
+    found = find_lanes(app, name, _split(queues))
+    click.echo(f"Put {unpark(app, found)} jobs back from {len(found)} lanes.")
+
+
+@limits.command()
+@click.argument("name", required=False)
+@_queues
+@click.option("-f", "--force", is_flag=True, help="Do not ask.")
+@click.pass_context
+def purge(ctx: click.Context, /, name: str | None, queues: str | None, force: bool) -> None:
+    """Delete parked jobs of the limit NAME, or of all. `celery purge` does not find them."""
+    from ..celery.parking import find_lanes, purge  # noqa: PLC0415 - see above
+
+    app = ctx.obj.app
+    found = find_lanes(app, name, _split(queues))
+    for lane in found:
+        click.echo(f"{lane.name}: {lane.jobs} jobs")
+    if found and (force or click.confirm("Delete them?", abort=True)):
+        click.echo(f"Deleted {purge(app, found)} jobs.")
+    elif not found:
+        click.echo("Nothing is parked.")
+
+
+def _split(names: str | None) -> list[str]:
+    return [name.strip() for name in names.split(",")] if names else []
 
 
 def _change(ctx: click.Context, name: str, order: dict[str, Any]) -> None:

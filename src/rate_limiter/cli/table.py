@@ -134,6 +134,9 @@ def _state(limit: dict[str, Any]) -> str:
         for each in limit["buckets"]
         if "share_of" in each
     ]
+    for lane, each in sorted(limit.get("parked", {}).items()):
+        if each["jobs"]:
+            states.append(f"{each['jobs']} parked in {lane} for up to {each['seconds']:.3g} s")
     if limit["shadow"]:
         states.append(f"shadow: {limit['shadowed']:.0f} would have waited")
     if limit["enforced"].startswith("in the task"):

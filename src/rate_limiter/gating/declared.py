@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 POLICIES: Final = ("wait", "retry", "drop", "raise")
-OVERFLOWS: Final = ("hold", "pause")
+OVERFLOWS: Final = ("hold", "pause", "park")
 
 #: The units of a rate, in seconds.
 UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -92,7 +92,7 @@ def new_limit(
         shadow: See `Limit`.
         name: See `Limit`. ``None``: the limit gets a derived name.
         max_held: See `Limit`.
-        overflow: See `Limit`. ``None``: ``"hold"``.
+        overflow: See `Limit`.
         fallback: Whether ``when_limited`` may be a callable.
 
     Raises:
@@ -148,7 +148,7 @@ def new_limit(
         shadow=shadow,
         name=name or "",
         max_held=max_held,
-        overflow=overflow or "hold",
+        overflow=overflow,
     )
     _refuse_shadow_of_others(limit)
     return limit

@@ -33,8 +33,9 @@ logger = logging.getLogger("rate_limiter")
 
 Job = TypeVar("Job")
 
-#: What the engine says of a job: it may run, it is held, or it has ended without running.
-Decision = Literal["go", "held", "ended"]
+#: What the engine says of a job: it may run, it is held, it has ended without running, or it is to wait in the
+#: broker, aside.
+Decision = Literal["go", "held", "ended", "park"]
 
 #: A callable of the user's that takes longer, in seconds, is logged: it holds up the gate's loop.
 _SLOW: Final = 0.05
@@ -162,6 +163,9 @@ class Engine(Generic[Job]):
         #: sums: what a job costs is not to depend on how many limits keep others.
         self._rooms: dict[Limit, tuple[int, int]] = {}
         self._room = self._most = 0
+        #: The limits whose jobs wait in the broker where there are many. Those held take no room from others:
+        #: see `bound`.
+        self._parking: frozenset[Limit] = frozenset()
         #: The limits that jobs of a queue were held for.
         self._limits_of: dict[str, set[Limit]] = {}
         #: The limits that make jobs wait, and since when no job waits any more.
@@ -203,6 +207,22 @@ class Engine(Generic[Job]):
         return list(forecasts(held))
 
     @property
+    def parking(self) -> frozenset[Limit]:
+        """The limits whose jobs can be parked now. Set by the host."""
+        return self._parking
+
+    @parking.setter
+    def parking(self, limits: frozenset[Limit]) -> None:
+        with self.lock:
+            self._holding.changed.update(limits ^ self._parking)
+            self._parking = limits
+
+    def due_in(self, plan: "Plan") -> float:
+        """Return the seconds until each bucket of a plan has the tokens of one job. 0.0 also if not known."""
+        with self.lock:
+            return max((self._due_in(demand) for demand in plan.demands), default=0.0)
+
+    @property
     def longest_hold(self) -> float:
         """For how many seconds a job is held before `Host.send_back` is asked for it. By default for ever."""
         return self._leaving.longest_hold
@@ -239,8 +259,15 @@ class Engine(Generic[Job]):
         return plan
 
     def bound(self, limit: Limit) -> int:
-        """Return how many jobs are held for a limit before the broker is to keep the rest."""
-        bound = limit.bound(self.window(limit), self._max_held)
+        """Return how many jobs are held for a limit before the broker is to keep the rest.
+
+        Of one whose jobs can be parked at most a second's worth, and half of the prefetch count: the other half
+        is for other jobs.
+        """
+        window = self.window(limit)
+        bound = limit.bound(window, self._max_held)
+        if limit in self._parking:
+            bound = min(bound, max(1, min(math.ceil(limit.jobs_per_second), window // 2)))
         return int(min(bound, self._leaving.share_of(limit)))
 
     def has_room(self, limit: Limit) -> bool:
@@ -260,14 +287,20 @@ class Engine(Generic[Job]):
     def takes_more_of(self, queue: str) -> bool:
         """Tell whether more jobs of a queue may come: it is not paused, and no bound is exceeded."""
         with self.lock:
-            limits = self._limits_of.get(queue, ())
+            limits = self._limits_of.get(queue, set()) - self._parking
             over = any(self._number(limit) > self.bound(limit) for limit in limits)
             return not over and queue not in self.paused
 
     # -- the way of a job -------------------------------------------------------------------------
 
     def offer(
-        self, job: Job, plan: Plan, queue: str | None = None, steps_behind: int = 0
+        self,
+        job: Job,
+        plan: Plan,
+        queue: str | None = None,
+        steps_behind: int = 0,
+        *,
+        behind: bool | None = None,
     ) -> tuple[Decision, Sequence[Demand]]:
         """Decide about a job that has come.
 
@@ -277,12 +310,17 @@ class Engine(Generic[Job]):
             queue: The name of the queue that it came from, if `takes_more_of` is asked of it or it may
                 be paused.
             steps_behind: How many steps of priority it stands behind most jobs. Below 0: in front.
+            behind: Whether jobs of its kind are parked already: it goes behind them. ``None``: it cannot be
+                parked.
 
         Returns:
             ``"go"``: it has paid; the caller runs it. ``"held"``: `release` returns it later.
-            ``"ended"``: the host has ended it. And what it has paid, or is to pay.
+            ``"ended"``: the host has ended it. ``"park"``: the caller parks it, and offers it again when
+            it comes back. And what it has paid, or is to pay.
 
         """
+        if behind is not None and (behind or self._is_at_bound(plan)):
+            return "park", ()
         demands: Sequence[Demand] = plan.demands if limits.stand_in is None else ()
         limit = plan.limits[0]
         try:
@@ -544,11 +582,27 @@ class Engine(Generic[Job]):
             loose = min(_MOST_KEPT, self._loose)
             self._host.follow(self._room + loose, self._most + loose)
 
+    def _due_in(self, demand: Demand) -> float:
+        bucket: Any = demand.bucket
+        if hasattr(bucket, "jobs_wait"):  # its tokens are on a server
+            moment: float = self._holding.due_of(bucket)
+            return max(0.0, moment - self._clock())
+        paused: float = getattr(bucket, "pause_left", 0.0)
+        missing: float = demand.tokens - bucket.tokens
+        return paused + max(0.0, missing) / float(bucket.tokens_per_second)
+
+    def _is_at_bound(self, plan: Plan) -> bool:
+        with self.lock:
+            return any(
+                limit in self._parking and not self.has_room(limit)
+                for limit in plan.limits  # one behind another makes the job wait for sure
+            )
+
     def _count_room(self, limit: Limit) -> None:
         room, bound = self._rooms.pop(limit, (0, 0))
         self._room -= room
         self._most -= bound
-        if number := self._number(limit):
+        if limit not in self._parking and (number := self._number(limit)):
             bound = self.bound(limit)
             room = min(number, bound)
             self._rooms[limit] = room, bound

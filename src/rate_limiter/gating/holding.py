@@ -275,6 +275,11 @@ class Holding(Generic[Job]):
             heapq.heappop(due)
         return due[0][0] if due else None
 
+    def due_of(self, bucket: Bucket) -> float:
+        """Return the moment at which the first job that waits for a bucket may go. 0.0: none waits."""
+        queue = self._queues.get(bucket)
+        return queue.forecast() if queue is not None and queue.jobs else 0.0
+
     def poke(self, bucket: Bucket) -> None:
         """Note that a bucket was changed, so that `next_due` is now. Safe from any thread."""
         if self._asks_in != threading.get_ident():  # else it is given back what was just taken from it

@@ -94,7 +94,8 @@ class Limit:
         name: The name that the user gave it, or ``""``. Messages and logs use the name in
             `record.record_of`.
         max_held: The most jobs that a gate holds because of it; ``None``: see `bound`.
-        overflow: What a gate does beyond that: ``"hold"`` or ``"pause"``.
+        overflow: What a gate does beyond that: ``"hold"``, ``"pause"`` or ``"park"``. ``None``: nobody has
+            said, so it holds unless the app's settings say otherwise.
 
     """
 
@@ -109,7 +110,7 @@ class Limit:
     shadow: bool = False
     name: str = ""
     max_held: int | None = None
-    overflow: str = "hold"
+    overflow: str | None = None
     #: The demands of a job, if they are the same for all jobs; else empty. They are not checked again: if
     #: ``configure`` sets a capacity below the cost later, the bucket raises.
     fixed: tuple[Demand, ...] = field(init=False, default=())
@@ -207,11 +208,17 @@ class Limit:
         if bound is None:
             bound = _HOLD_MOST
             if self.has_bucket:
-                rate = self.bucket.tokens_per_second / getattr(self.bucket, "workers", 1)  # type: ignore[union-attr]
-                jobs = _HOLD_SECONDS * rate / (self.cost or 1.0)
-                bound = math.ceil(min(jobs, _HOLD_MOST))
+                bound = math.ceil(min(_HOLD_SECONDS * self.jobs_per_second, _HOLD_MOST))
             bound = max(bound, window)
         return bound
+
+    @property
+    def jobs_per_second(self) -> float:
+        """How many jobs go in a second in this worker, as far as it does not depend on the job; else 1,000."""
+        if not self.has_bucket:
+            return float(_HOLD_MOST)
+        rate = self.bucket.tokens_per_second / getattr(self.bucket, "workers", 1)  # type: ignore[union-attr]
+        return rate / (self.cost or 1.0)
 
     def _demands(self, bucket: Bucket, cost: float) -> tuple[Demand, ...]:
         if self.shadow:

@@ -155,6 +155,8 @@ class Gate:
             max_held=max_held,
             overflow=overflow,
         )
+        if overflow == "park":
+            raise ValueError("overflow='park' is for Celery: expected 'hold' or 'pause' here")
         self._declared.add(queues, limit)
 
     def attach(self, consumer: AnyConsumer) -> AnyConsumer:

@@ -78,7 +78,8 @@ class Returning:
     def _moved(self, job: Any) -> None:
         gone = self._gone(job)
         if not gone:
-            job.message.ack()
+            if not job.message.acknowledged:
+                job.message.ack()
             logger.debug("Sent a message to the end of queue %s", job.queue)
         self._sent(job, gone)
 

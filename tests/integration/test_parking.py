@@ -1,0 +1,469 @@
+"""Jobs of limits with overflow="park" wait in the broker, aside, and come back when their tokens do."""
+
+import re
+import time
+from collections import Counter
+
+import pytest
+import redis
+from harness import wait_for
+from limits import (
+    SHORT_LEASE,
+    break_connections,
+    celery,
+    declare,
+    fail_at_start,
+    limit,
+    repeated,
+    start,
+    unacknowledged,
+    waiting,
+)
+
+from rate_limiter.broker.parking import RedisLanes
+
+PARKED = (limit(rate=4, overflow="park"),)
+
+
+@pytest.fixture(params=["redis", "rabbitmq", "quorum"])
+def place(request):
+    """Return a lab, and a queue of it on each kind of broker."""
+    lab = request.getfixturevalue("redis_lab" if request.param == "redis" else "rabbitmq_lab")
+    name = lab.settings["task_default_queue"]
+    queue = (f"{name}-q", f"{name}-jobs", "direct", "key", request.param == "quorum")
+    declare(lab, queue)
+    return lab, queue
+
+
+def send(place, task, *numbers, **options):
+    """Send jobs to the queue."""
+    lab, queue = place
+    for number in numbers:
+        lab.send(task, number, exchange=queue[1], routing_key=queue[3], **options)
+
+
+def is_redis(lab):
+    return lab.settings["broker_url"].startswith("redis")
+
+
+def lanes(place):
+    """Return how many jobs wait in each lane that is there, and what else is there for lanes, with 0."""
+    lab, queue = place
+    names = {
+        f"{queue[0]}.parked{end}": 0 for end in ("", ".workers", ".job", ".other", ".old", ".slow")
+    }
+    if is_redis(lab):
+        with redis.Redis.from_url(lab.settings["broker_url"], decode_responses=True) as client:
+            keys = [key for key in client.keys("*.parked*") if not key.endswith(("parked", "workers"))]
+            return {key: client.llen(key) for key in keys}
+    found = {}
+    with lab.app.connection_for_read() as connection:
+        for name in names:
+            try:
+                there = connection.channel().queue_declare(name, passive=True)
+            except connection.channel_errors:
+                continue
+            found[name] = there.message_count
+    return found
+
+
+def parked(place):
+    """Return how many jobs wait in the lane of the limit of task job."""
+    return lanes(place).get(f"{place[1][0]}.parked.job", 0)
+
+
+def run(place, *arguments, limits=PARKED, **options):
+    """Start a worker of the queue."""
+    lab, queue = place
+    return start(lab, *arguments, limits=limits, queues=(queue,), **options)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "gevent"])
+def test_jobs_behind_parked_ones_run(place, pool):
+    """Unlimited jobs pass many limited ones; these run in order, once each, at their rate."""
+    lab, _ = place
+    send(place, "job", *range(200))
+    send(place, "other", *range(30))
+    with run(place, pool=pool) as worker:
+        assert sorted(lab.wait_for_runs("other", 30)) == list(range(30))
+        seen = len(lab.runs("job"))
+        assert seen < 100
+        assert lab.wait_for_runs("job", seen + 12) == list(range(len(lab.runs("job"))))
+    lab.assert_bound("job", capacity=1, rate=4)
+    assert "Traceback" not in worker.output
+
+
+def test_the_last_worker_puts_everything_back(place):
+    """After a warm stop all jobs are in their queue, in order, before newer ones; no lane is left."""
+    lab, queue = place
+    send(place, "job", *range(300))
+    send(place, "other", 0)
+    with run(place) as worker:
+        lab.wait_for_runs("other", 1)
+        wait_for(lambda: parked(place) > 250)
+        worker.stop()
+    ran = lab.runs("job")
+    assert lanes(place) == {}
+    if is_redis(lab):
+        with redis.Redis.from_url(lab.settings["broker_url"]) as client:
+            assert client.keys("*.parked*") == []
+    assert waiting(lab, queue[0]) == 300 - len(ran)
+    send(place, "job", *range(300, 310))
+    with start(lab, gate=False, queues=(queue,), concurrency=1):
+        assert lab.wait_for_runs("job", 310) == list(range(310))
+
+
+def test_a_worker_that_is_not_the_last_leaves_the_lanes(place):
+    """While another worker is there, jobs stay parked, and it runs them."""
+    lab, _ = place
+    send(place, "job", *range(60))
+    with run(place, limits=(limit(rate=10, overflow="park"),)) as other:
+        wait_for(lambda: parked(place))
+        with run(place, limits=(limit(rate=10, overflow="park"),)) as worker:
+            wait_for(lambda: worker.node in lab.runs("job by"))
+            worker.stop()
+            assert parked(place)
+        lab.wait_for_runs("job", 60)
+        assert sorted(lab.runs("job")) == list(range(60))
+        assert "Put " not in worker.output
+        other.stop()
+    assert lanes(place) == {}
+
+
+def test_two_workers_share_a_lane(place):
+    """Nobody hoards: both run at their rate, each job once."""
+    lab, _ = place
+    limits = (limit(rate=10, overflow="park"),)
+    send(place, "job", *range(100))
+    with run(place, limits=limits) as one, run(place, limits=limits) as other:
+        lab.wait_for_runs("job", 100)
+        shares = [lab.runs("job by").count(worker.node) for worker in (one, other)]
+    assert sorted(lab.runs("job")) == list(range(100))
+    assert min(shares) >= 35
+
+
+def test_parked_jobs_run_after_a_crash(place):
+    """Workers are killed, nothing new arrives: the next worker runs what is parked."""
+    lab, _ = place
+    options = {"broker_transport_options": SHORT_LEASE} if is_redis(lab) else {}
+    send(place, "job", *range(60))
+    for _ in range(2):
+        with run(place, **options) as worker:
+            seen = len(lab.runs("job"))
+            lab.wait_for_runs("job", seen + 4)
+            wait_for(lambda: parked(place) > 20)
+            worker.kill()
+    with run(place, limits=(limit(rate=50, overflow="park"),), **options):
+        wait_for(lambda: set(lab.runs("job")) == set(range(60)))
+    assert sum(repeated(lab.runs("job")).values()) <= 4  # what the kills cut off
+
+
+def test_lanes_of_limits_that_are_gone_are_adopted(place):
+    """A limit has another name, or none parks any more: a worker that starts puts its jobs back."""
+    lab, queue = place
+    options = {"broker_transport_options": SHORT_LEASE} if is_redis(lab) else {}
+    send(place, "job", *range(40))
+    with run(place, limits=({**PARKED[0], "name": "old"},), **options) as worker:
+        wait_for(lambda: lanes(place).get(f"{queue[0]}.parked.old", 0) > 20)
+        worker.kill()
+    with run(place, limits=(limit(rate=50),), **options) as worker:
+        wait_for(lambda: set(lab.runs("job")) == set(range(40)))
+        assert re.search(r"Put \d+ jobs back into queue .*: no limit parks in", worker.output)
+    assert not lanes(place).get(f"{queue[0]}.parked.old")
+
+
+def test_parked_jobs_keep_their_lease(redis_lab):
+    """Redis: jobs that wait in hand for three times visibility_timeout run once."""
+    lab = redis_lab
+    limits = (limit(rate=1, overflow="park"),)
+    for number in range(11):
+        lab.send("job", number)
+    with start(lab, pool="prefork", limits=limits, broker_transport_options=SHORT_LEASE):
+        lab.wait_for_runs("job", 11)
+        time.sleep(1.5)  # for a second run of one
+        wait_for(lambda: not unacknowledged(lab))
+    assert repeated(lab.runs("job")) == {}
+    lab.assert_bound("job", capacity=1, rate=1)
+
+
+def test_what_arrives_goes_behind_what_is_parked(place):
+    """First parked, first run: a stream of jobs behind a backlog, one slot, runs in order."""
+    lab, _ = place
+    send(place, "job", *range(40))
+    with run(place, concurrency=1, limits=(limit(rate=16, overflow="park"),)):
+        for number in range(40, 80):
+            send(place, "job", number)
+            time.sleep(0.06)
+        assert lab.wait_for_runs("job", 80) == list(range(80))
+    lab.assert_bound("job", capacity=1, rate=16)
+
+
+def test_each_set_of_limits_has_its_lane(place):
+    """Jobs that wait for a slow limit stand in nobody's way who has another one."""
+    lab, _ = place
+    limits = (
+        limit("job", rate=0.1, overflow="park"),
+        limit("other", rate=20, overflow="park"),
+    )
+    for number in range(60):
+        send(place, "job", number)
+        send(place, "other", number)
+    with run(place, limits=limits):
+        began = time.monotonic()
+        assert lab.wait_for_runs("other", 60) == list(range(60))
+        assert time.monotonic() - began < 10
+        assert len(lab.runs("job")) < 5
+
+
+def test_priorities_are_kept(redis_lab):
+    """Redis, with priorities and a prefix: urgent jobs come back first; and none is left anywhere."""
+    lab = redis_lab
+    options = {
+        "global_keyprefix": "x:",
+        "priority_steps": [0, 5, 9],
+        "queue_order_strategy": "priority",
+    }
+    lab.app.conf.broker_transport_options = options
+    limits = (limit(rate=20, overflow="park"),)
+    for number in range(40):
+        lab.send("job", number, priority=9)
+    with start(lab, concurrency=1, limits=limits, broker_transport_options=options) as worker:
+        lab.wait_for_runs("job", 2)
+        for number in range(40, 50):
+            lab.send("job", number, priority=0)
+        ran = lab.wait_for_runs("job", 40)
+        assert set(range(40, 50)) < set(ran)
+        worker.stop()
+    with redis.Redis.from_url(lab.settings["broker_url"], decode_responses=True) as client:
+        assert not [key for key in client.keys("*") if "parked" in key and not key.endswith("s.parked")]
+        queue = f"x:{lab.settings['task_default_queue']}"
+        rest = sum(client.llen(key) for key in client.keys(f"{queue}*"))
+    assert rest + len(lab.runs("job")) == 50
+    assert Counter(lab.runs("job")).most_common(1)[0][1] == 1
+
+
+def consumers(place):
+    """Return how many consumers the lane of task job has, on RabbitMQ."""
+    with place[0].app.connection_for_read() as connection:
+        name = f"{place[1][0]}.parked.job"
+        return connection.default_channel.queue_declare(name, passive=True).consumer_count
+
+
+def test_a_lane_is_consumed_while_its_tokens_come_soon(place):
+    """At one job in ten minutes none is in hand in between; a higher rate brings them at once."""
+    lab, _ = place
+    send(place, "job", *range(40))
+    with run(place, limits=(limit(rate=1 / 600, overflow="park"),)) as worker:
+        # One has run, one is held. On Redis another one was on its way when the first had taken the token.
+        in_lane = (37, 38) if is_redis(lab) else (38,)
+        wait_for(lambda: parked(place) in in_lane)
+        time.sleep(1.5)
+        assert parked(place) in in_lane
+        if not is_redis(lab):
+            assert consumers(place) == 0
+        lab.app.control.broadcast(
+            "limit", arguments={"name": "job", "rate": "50/s"}, destination=[worker.node], reply=True
+        )
+        assert lab.wait_for_runs("job", 40) == list(range(40))
+
+
+def test_jobs_that_the_broker_does_not_take_are_held(rabbitmq_lab, rabbitmq):
+    """A lane is full: its jobs are held, that is said once, and others go on; each runs once."""
+    lab = rabbitmq_lab
+    name = lab.settings["task_default_queue"]
+    place = lab, (f"{name}-q", f"{name}-jobs", "direct", "key", False)
+    declare(lab, place[1])
+    send(place, "job", *range(60))
+    send(place, "other", *range(30))
+    policy = '{"max-length": 5, "overflow": "reject-publish"}'
+    rabbitmq.rabbitctl_output("set_policy", "short", f"{name}-q.parked.job", policy)
+    try:
+        with run(place, limits=(limit(rate=10, overflow="park"),)) as worker:
+            lab.wait_for_runs("other", 30)
+            lab.wait_for_runs("job", 60)
+            time.sleep(0.3)
+    finally:
+        rabbitmq.rabbitctl_output("clear_policy", "short")
+    assert sorted(lab.runs("job")) == list(range(60))
+    assert worker.output.count("the broker does not take them there") == 1
+    assert "Traceback" not in worker.output
+
+
+def test_a_worker_without_the_rights_holds(rabbitmq_lab, rabbitmq):
+    """RabbitMQ refuses to declare lanes: the limit holds as without parking, and that is said once."""
+    lab = rabbitmq_lab
+    name = lab.settings["task_default_queue"]
+    place = lab, (f"{name}-q", f"{name}-jobs", "direct", "key", False)
+    declare(lab, place[1])
+    send(place, "job", *range(40))
+    send(place, "other", *range(30))
+    rabbitmq.rabbitctl_output("add_user", "poor", "poor")
+    rights = r"^(?!.*parked).*$"
+    rabbitmq.rabbitctl_output("set_permissions", "poor", rights, rights, rights)
+    try:
+        url = lab.settings["broker_url"].replace("guest:guest", "poor:poor")
+        with run(place, limits=(limit(rate=20, overflow="park"),), broker_url=url) as worker:
+            lab.wait_for_runs("other", 30)
+            assert lab.wait_for_runs("job", 40) == list(range(40))
+    finally:
+        rabbitmq.rabbitctl_output("delete_user", "poor")
+    assert worker.output.count("the broker does not take them there") == 1
+    assert "Unrecoverable" not in worker.output
+
+
+def test_redis_without_the_rights_holds(own, redis_lab):
+    """Redis refuses to write lanes: nothing is lost, the limit holds, and that is said once."""
+    lab = redis_lab
+    client = redis.Redis.from_url(own.url)
+    client.acl_setuser(
+        "poor", enabled=True, passwords=["+poor"], commands=["+@all"], channels=["*"],
+        keys=["lab*-q", "lab*-q\x06\x16*", "_kombu*", "unacked*", "celery*", "worker*"],
+    )  # fmt: skip
+    client.close()
+    url = own.url.replace("redis://", "redis://poor:poor@")
+    lab.settings["broker_url"] = lab.app.conf.broker_url = own.url
+    name = lab.settings["task_default_queue"]
+    place = lab, (f"{name}-q", f"{name}-jobs", "direct", "key", False)
+    declare(lab, place[1])
+    send(place, "job", *range(40))
+    send(place, "other", *range(30))
+    with run(place, limits=(limit(rate=20, overflow="park"),), broker_url=url) as worker:
+        lab.wait_for_runs("other", 30)
+        assert lab.wait_for_runs("job", 40) == list(range(40))
+    assert worker.output.count("the broker does not take them there") == 1
+    assert "Unrecoverable" not in worker.output
+
+
+def test_a_lane_that_is_deleted_is_made_again(rabbitmq_lab, rabbitmq):
+    """Its jobs are gone with it; those that come later run."""
+    lab = rabbitmq_lab
+    name = lab.settings["task_default_queue"]
+    place = lab, (f"{name}-q", f"{name}-jobs", "direct", "key", False)
+    declare(lab, place[1])
+    send(place, "job", *range(40))
+    with run(place, limits=(limit(rate=10, overflow="park"),)):
+        wait_for(lambda: parked(place) > 10)
+        rabbitmq.rabbitctl_output("delete_queue", f"{name}-q.parked.job")
+        send(place, "job", *range(100, 140))
+        wait_for(lambda: set(range(100, 140)) <= set(lab.runs("job")))
+    assert repeated(lab.runs("job")) == {}
+
+
+def test_parking_outlives_a_lost_connection(place, request):
+    """All connections break while jobs are parked: each runs; those under way may run twice."""
+    lab, _ = place
+    send(place, "job", *range(80))
+    with run(place, pool="prefork", limits=(limit(rate=20, overflow="park"),)) as worker:
+        wait_for(lambda: parked(place) > 20)
+        lab.wait_for_runs("job", 5)
+        break_connections(lab, request)
+        wait_for(lambda: set(lab.runs("job")) == set(range(80)))
+        assert worker.running
+    assert sum(repeated(lab.runs("job")).values()) <= 4
+
+
+def test_every_limit_that_can_is_parked(place):
+    """rate_limiter_overflow = "park": also one of a decorator; a limit per key holds."""
+    lab, queue = place
+    for number in range(30):
+        send(place, "slow", number)
+    send(place, "other", *range(20))
+    with run(place, limits=(), rate_limiter_overflow="park") as worker:
+        lab.wait_for_runs("other", 20)
+        wait_for(lambda: lanes(place).get(f"{queue[0]}.parked.slow", 0) > 10)
+    assert "Limit tiered: its jobs are held, not parked: its bucket depends on the job" in worker.output
+
+
+def test_a_limit_that_cannot_be_parked_is_an_error(redis_lab):
+    """Asked for by name: the worker does not start."""
+    worker = start(redis_lab, limits=({**PARKED[0], "max_wait": 5},))
+    assert "overflow must be 'hold' or 'pause', not 'park': max_wait" in fail_at_start(worker)
+
+
+def test_parked_jobs_are_shown(place):
+    """`inspect limits` has the lane, its jobs and their age; `explain` knows where a job is."""
+    lab, queue = place
+    lane = f"{queue[0]}.parked.job"
+    for number in range(30):
+        last = lab.send("job", number, exchange=queue[1], routing_key=queue[3])
+    with run(place, limits=(limit(rate=1, overflow="park"),)) as worker:
+        wait_for(lambda: parked(place) > 10)
+        time.sleep(0.3)
+        asked = {"destination": [worker.node], "reply": True, "timeout": 20, "limit": 1}
+        (reply,) = lab.app.control.broadcast("limits", **asked)
+        shown = reply[worker.node]["job"]["parked"]
+        assert shown[lane]["jobs"] > 10
+        assert 0 < shown[lane]["seconds"] < 30
+        (reply,) = lab.app.control.broadcast("explain", arguments={"task_id": last.id}, **asked)
+        assert reply[worker.node] == {"state": "parked", "lane": lane}
+        assert f" parked in {lane} for up to " in celery(lab, limits=(PARKED[0],))[1]
+
+
+def test_lanes_can_be_emptied_by_hand(place):
+    """`limits purge` asks before it deletes; `limits unpark` puts jobs back; each for one limit or for all."""
+    lab, queue = place
+    options = ("-Q", queue[0])
+    send(place, "job", *range(60))
+    with run(place) as worker:
+        wait_for(lambda: parked(place) > 10)
+        worker.kill()
+    count = parked(place)
+    assert celery(lab, "unpark", "other", *options) == (0, "Put 0 jobs back from 0 lanes.\n")
+    status, text = celery(lab, "purge", *options)
+    assert (status, parked(place)) == (1, count)
+    assert f"{queue[0]}.parked.job: {count} jobs" in text
+    there = waiting(lab, queue[0])
+    assert celery(lab, "unpark", "job", *options)[0] == 0
+    wait_for(lambda: waiting(lab, queue[0]) >= there + count)
+    with run(place) as worker:
+        wait_for(lambda: parked(place) > 10)
+        worker.kill()
+    count = parked(place)
+    assert celery(lab, "purge", "--force", *options)[1].endswith(f"Deleted {count} jobs.\n")
+    assert parked(place) == 0
+
+
+def test_redis_moves_only_what_is_parked(redis_lab):
+    """Inside the server: jobs of these tasks without ETA, at any priority, as they were; the others stay in order."""
+    lab = redis_lab
+    queue = lab.settings["task_default_queue"]
+    lane = f"{queue}.parked.job"
+    for number in range(5):
+        lab.send("job", number)
+        lab.send("other", number)
+    lab.send("job", 5, priority=9)
+    lab.send("job", 6, countdown=100)
+    with (
+        redis.Redis.from_url(lab.settings["broker_url"]) as client,
+        lab.app.connection_for_write() as connection,
+    ):
+        client.lpush(queue, "no JSON", "[]", '{"headers": 5}', '{"headers": {"task": ["job"]}}')
+        before = client.lrange(queue, 0, -1)
+        jobs = [each for each in before if b'"task": "job"' in each and b'"eta": null' in each]
+        assert len(jobs) == 5
+        lanes = RedisLanes(connection.default_channel, "worker")
+        assert lanes.sweep(queue, lane, ["job", "none"], 4) == 2 + 1
+        assert client.lrange(lane, 0, -1) == jobs[-2:]
+        assert lanes.sweep(queue, lane, ["job", "none"], 400) == 3
+        assert lanes.sweep(queue, lane, ["job", "none"], 400) == 0
+        assert client.lrange(lane, 0, -1) == jobs
+        assert client.lrange(queue, 0, -1) == [each for each in before if each not in jobs]
+        assert client.llen(f"{lane}\x06\x169") == 1
+        assert lanes.put_back(lane, queue) == 6
+        assert client.lrange(queue, 0, -1) == [each for each in before if each not in jobs] + jobs
+
+
+def test_thousands_are_moved_aside_inside_redis(redis_lab):
+    """Jobs of two tasks stand behind 5,000 limited ones, and run soon; these run in order."""
+    lab = redis_lab
+    with lab.app.connection_for_write() as connection:
+        producer = lab.app.amqp.Producer(connection)
+        for number in range(5_000):
+            lab.send("job", number, producer=producer)
+        for number in range(20):
+            lab.send("other", number, producer=producer)
+    with start(lab, concurrency=1, limits=PARKED) as worker:
+        assert lab.wait_for_runs("other", 20) == list(range(20))
+        assert lab.wait_for_runs("job", 20) == list(range(len(lab.runs("job"))))
+        # Most were not read before they were moved.
+        assert worker.output.count("Task job[") < 1_000
