@@ -472,3 +472,25 @@ def test_thousands_are_moved_aside_inside_redis(redis_lab):
         assert lab.wait_for_runs("job", 20) == list(range(len(lab.runs("job"))))
         # Most were not read before they were moved.
         assert worker.output.count("Task job[") < 1_000
+
+
+def test_a_broker_short_of_memory(rabbitmq_lab, rabbitmq):
+    """RabbitMQ takes nothing for a while: jobs and the limit go on, and each runs once in the end."""
+    lab = rabbitmq_lab
+    name = lab.settings["task_default_queue"]
+    place = lab, (f"{name}-q", f"{name}-jobs", "direct", "key", False)
+    declare(lab, place[1])
+    send(place, "job", *range(60))
+    send(place, "other", *range(30))
+    rabbitmq.rabbitctl_output("set_vm_memory_high_watermark", "0.00001")
+    try:
+        with run(place, pool="prefork", limits=(limit(rate=5, overflow="park"),)) as worker:
+            lab.wait_for_runs("other", 30)
+            lab.wait_for_runs("job", len(lab.runs("job")) + 10)
+            rabbitmq.rabbitctl_output("set_vm_memory_high_watermark", "0.9")
+            lab.wait_for_runs("job", 60)
+            time.sleep(0.5)
+    finally:
+        rabbitmq.rabbitctl_output("set_vm_memory_high_watermark", "0.9")
+    assert sorted(lab.runs("job")) == list(range(60))
+    assert "Traceback" not in worker.output

@@ -5,8 +5,9 @@ from celery.exceptions import ImproperlyConfigured
 
 from ..gating.record import listed, record_of
 from .declarations import gates, limits_of, name_limits
+from .parking import parked_limits
 from .prefork import why_not_shared
-from .settings import longest_hold
+from .settings import longest_hold, parks_all
 from .startup import without_gate
 
 __all__ = ["problems"]
@@ -42,6 +43,12 @@ def problems(app: Celery) -> list[str]:
     for limit, tasks in tasks_of.items():
         if not tasks:
             found.append(f"Limit {record_of(limit).name} matches no registered task")
+    declared = {each.limit: each for each in gate.declared}
+    broker = app.connection_for_read().transport.driver_type
+    try:
+        parked_limits(tasks_of, declared, broker, by_default=parks_all(app))
+    except ImproperlyConfigured as error:
+        found.append(str(error))
     limited = sorted({name for names in tasks_of.values() for name in names})
     found += [
         f"`{name}` also has Celery's rate_limit={app.tasks[name].rate_limit!r}; both apply"

@@ -563,9 +563,11 @@ class Parking:
             parked.waiting &= held
             if not self._in_use(parked, now):
                 parked.since = None
-            if parked.broken_until and now >= parked.broken_until:
-                self._open([parked])
             self._follow_tokens(parked)
+        for queue in self._by_queue():
+            self._open(
+                [each for each in self._all() if each.queue == queue and 0 < each.broken_until <= now]
+            )
         try:
             self._join()
             if now >= self._look_at:
