@@ -184,7 +184,10 @@ def test_a_job_that_is_sent_back_is_the_message_that_came(place, way):
     names = [*OPTIONS, "linked", "in a chain", *["in a group", "in a chord"] * 2]
     assert Counter(lab.runs(task)) == Counter(names * (runs // count))
     came = [seen for seen in place.arrivals().values() if len(seen) > 1]
-    assert len(came) >= count / 2  # the first, and others on a slow machine, found tokens
+    if (
+        way != "parked" or "redis" not in lab.settings["broker_url"]
+    ):  # there most are moved within Redis, and come once
+        assert len(came) >= count / 2  # the first, and others on a slow machine, found tokens
     # In the pool nobody knows the message's queue for certain: it is sent to the queue by its name.
     irrelevant = () if way in ("gate", "parked") else ("delivery",)
     for first, *_, last in came:

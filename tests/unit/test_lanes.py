@@ -1,12 +1,15 @@
 """Which limits are parked, what their lanes are called, and when the engine parks a job."""
 
 import pytest
+from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 from engine_lab import Lab
 from kombu import Queue
 
 from rate_limiter import AllOf, BucketPerKey, TokenBucket
 from rate_limiter.broker.parking import lane_entity, lane_name
+from rate_limiter.celery import Gate
+from rate_limiter.celery.check import problems
 from rate_limiter.celery.parking import parked_limits
 from rate_limiter.gating.declared import Declared, new_limit
 from rate_limiter.kombu import Gate as KombuGate
@@ -59,6 +62,29 @@ def test_what_cannot_be_parked_says_why(options, why, caplog):
         else:
             assert parked_limits([limit], declared, broker, by_default=True) == []
             assert f"Limit mails: its jobs are held, not parked: {why}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("overflow", "options", "problem"),
+    [
+        ("hold", {"overflow": "park", "max_wait": 5}, "limit job: overflow must be 'hold' or 'pause'"),
+        ("pork", {}, "rate_limiter_overflow must be 'hold' or 'park', not 'pork'"),
+        ("park", {"max_wait": 5}, None),
+    ],
+)
+def test_limits_check_tells_of_what_cannot_be_parked(overflow, options, problem):
+    """`celery limits check` finds what a worker would not start for."""
+    app = Celery("shop", broker="redis://", set_as_current=False)
+    app.conf.rate_limiter_overflow = overflow
+    gate = Gate(app)
+    gate.limit("job *", bucket="5/s", name="job", **options)
+
+    @app.task(name=f"job {overflow} {problem}")
+    def job():
+        """Do nothing."""
+
+    found = problems(app)
+    assert [each.startswith(problem) for each in found] == [True] if problem else found == []
 
 
 def test_the_gate_for_kombu_parks_nothing():

@@ -61,7 +61,8 @@ _NOTHING_MORE: Final = 0.2
 _OF_ANOTHER_KIND: Final = 406
 _NOT_THERE: Final = 404
 
-#: Seconds to wait for RabbitMQ to confirm what is put back.
+#: Seconds to wait for RabbitMQ to confirm a note of a lane; and what is put back.
+_NOTED: Final = 1.0
 _CONFIRM: Final = 10.0
 
 #: What a lane takes over of the arguments of its queue. No ``x-expires`` or length: they would delete jobs.
@@ -421,7 +422,12 @@ class AmqpLanes:
                     content_encoding="utf-8",
                     properties={"delivery_mode": 2},
                 )
-                channel.basic_publish(note, "", f"{queue}.parked")
+                try:
+                    channel.basic_publish(note, "", f"{queue}.parked", confirm_timeout=_NOTED)
+                except TimeoutError:  # which would pass for a lost connection
+                    raise RuntimeError(
+                        "RabbitMQ confirms nothing: it is short of memory or disk space"
+                    ) from None
         if queue not in self._signs:
             channel = self._client.channel()
             self._signs[queue] = channel
@@ -522,7 +528,7 @@ class AmqpLanes:
             yield connection
         finally:
             with contextlib.suppress(Exception):
-                connection.close()
+                connection.collect()  # one that is blocked would not answer
 
     @contextlib.contextmanager
     def _channel(self) -> Iterator[Any]:
@@ -571,11 +577,14 @@ class AmqpLanes:
         try:
             for message in messages:
                 relay.send(message, message, queue)
-                while relay.full and not failed:
+                end = time.monotonic() + _CONFIRM
+                while relay.full and not failed and time.monotonic() < end:
                     relay.wait(_CONFIRM / 100)
+                if relay.full:
+                    break
                 if failed:
                     break
-            relay.wait(_CONFIRM)
+            relay.wait(0.0 if relay.blocked else _CONFIRM)
         finally:
             relay.close()
         if failed:

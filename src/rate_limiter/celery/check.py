@@ -6,8 +6,9 @@ from celery.exceptions import ImproperlyConfigured
 from ..gating.record import listed, record_of
 from .declarations import gates, limits_of, name_limits
 from .division import DividedBucket, why_no_share
+from .parking import parked_limits
 from .prefork import why_not_shared
-from .settings import longest_hold
+from .settings import longest_hold, parks_all
 from .startup import without_gate
 
 __all__ = ["problems"]
@@ -40,14 +41,18 @@ def problems(app: Celery) -> list[str]:
         tasks_of = gate.tasks_of(found)
     except ImproperlyConfigured as error:  # the settings
         return [str(error)]
+    with app.connection_for_read() as connection:  # it is not opened
+        broker = connection.transport.driver_type
     for limit, tasks in tasks_of.items():
         if not tasks:
             found.append(f"Limit {record_of(limit).name} matches no registered task")
-        if isinstance(limit.bucket, DividedBucket):
-            with app.connection_for_read() as connection:  # it is not opened
-                reason = why_no_share(connection.transport.driver_type)
-            if reason:
-                found.append(f"Limit {record_of(limit).name}: {reason}")
+        if isinstance(limit.bucket, DividedBucket) and (reason := why_no_share(broker)):
+            found.append(f"Limit {record_of(limit).name}: {reason}")
+    declared = {each.limit: each for each in gate.declared}
+    try:
+        parked_limits(tasks_of, declared, broker, by_default=parks_all(app))
+    except ImproperlyConfigured as error:
+        found.append(str(error))
     limited = sorted({name for names in tasks_of.values() for name in names})
     found += [
         f"`{name}` also has Celery's rate_limit={app.tasks[name].rate_limit!r}; both apply"

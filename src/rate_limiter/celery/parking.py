@@ -189,6 +189,7 @@ class Parking:
         self._lost = lost
         self._acknowledged = acknowledged
         self._is_green = consumer.hub is None
+        self._is_redis = consumer.connection.transport.driver_type == "redis"
         self._relay = Relay(self._moved, self._failed, consumer.hub)
         #: Jobs that are to be parked, as soon as the relay takes them.
         self._outbox: deque[tuple[_Parked, Any]] = deque()
@@ -295,7 +296,7 @@ class Parking:
             found = self._parked[plan, queue] = self._new(plan, queue)
             if (
                 found is not None and plan.demands
-            ):  # else nobody knows before it has been read what it takes
+            ):  # what its jobs take does not depend on their arguments
                 found.tasks.add(task)
             if found is not None and found.lane is None and self._broker is not None:
                 self._consumer.call_soon(self._open, [found])
@@ -375,7 +376,9 @@ class Parking:
     def _send(self, parked: _Parked, request: Any) -> None:
         try:
             self._relay.send((parked, request), request.message, parked.name, as_it_came=True)
-        except Exception as error:  # noqa: BLE001 - whatever the broker says
+        except Exception as error:
+            if self._is_redis and isinstance(error, self._consumer.connection_errors):
+                raise  # it may have been moved; the next connection knows
             self._refused(parked, request, repr(error))
             return
         if self._is_green:
@@ -467,7 +470,10 @@ class Parking:
         return next((queue for queue in queues if queue.name == name), None)
 
     def _all(self) -> list[_Parked]:
-        return [parked for parked in self._parked.values() if parked is not None]
+        every = dict.fromkeys(
+            self._parked.values()
+        )  # the plans of several tasks may have one in common
+        return [parked for parked in every if parked is not None]
 
     def _by_queue(self) -> dict[str, dict[str, list[str]]]:
         """Return the lanes of each queue, and the names of the limits that they are for."""
@@ -563,9 +569,11 @@ class Parking:
             parked.waiting &= held
             if not self._in_use(parked, now):
                 parked.since = None
-            if parked.broken_until and now >= parked.broken_until:
-                self._open([parked])
             self._follow_tokens(parked)
+        for queue in self._by_queue():
+            self._open(
+                [each for each in self._all() if each.queue == queue and 0 < each.broken_until <= now]
+            )
         try:
             self._join()
             if now >= self._look_at:
@@ -585,7 +593,7 @@ class Parking:
 
     def _join(self) -> None:
         """Renew this worker's signs, where they end by themselves."""
-        if self._broker is not None and self._consumer.connection.transport.driver_type == "redis":
+        if self._broker is not None and self._is_redis:
             for queue, lanes in self._by_queue().items():
                 self._broker.join(queue, lanes)
 
@@ -640,9 +648,8 @@ class Parking:
             parked = self._by_channel.get(message.channel)
             if parked is not None and parked.queue == queue:
                 mine.setdefault(parked.name, []).append(message)
-        redis = self._consumer.connection.transport.driver_type == "redis"
         alone = self._broker.alone(queue)
-        if redis or not alone:
+        if self._is_redis or not alone:
             for parked in self._all():
                 if parked.lane is not None and parked.name in mine:
                     parked.lane.give_back(reversed(mine[parked.name]))
