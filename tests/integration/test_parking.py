@@ -78,7 +78,16 @@ def run(place, *arguments, limits=PARKED, **options):
     return start(lab, *arguments, limits=limits, queues=(queue,), **options)
 
 
-@pytest.mark.parametrize("pool", ["prefork", "threads", "gevent"])
+@pytest.mark.parametrize(
+    ("place", "pool"),
+    [
+        *(("redis", pool) for pool in ("prefork", "threads", "gevent")),
+        ("rabbitmq", "prefork"),
+        ("rabbitmq", "gevent"),
+        ("quorum", "threads"),
+    ],
+    indirect=["place"],
+)
 def test_jobs_behind_parked_ones_run(place, pool):
     """Unlimited jobs pass many limited ones; these run in order, once each, at their rate."""
     lab, _ = place
@@ -113,6 +122,7 @@ def test_the_last_worker_puts_everything_back(place):
         assert lab.wait_for_runs("job", 310) == list(range(310))
 
 
+@pytest.mark.parametrize("place", ["redis", "quorum"], indirect=True)
 def test_a_worker_that_is_not_the_last_leaves_the_lanes(place):
     """While another worker is there, jobs stay parked, and it runs them."""
     lab, _ = place
@@ -130,6 +140,7 @@ def test_a_worker_that_is_not_the_last_leaves_the_lanes(place):
     assert lanes(place) == {}
 
 
+@pytest.mark.parametrize("place", ["redis", "quorum"], indirect=True)
 def test_two_workers_share_a_lane(place):
     """Nobody hoards: both run at their rate, each job once."""
     lab, _ = place
@@ -158,6 +169,7 @@ def test_parked_jobs_run_after_a_crash(place):
     assert sum(repeated(lab.runs("job")).values()) <= 4  # what the kills cut off
 
 
+@pytest.mark.parametrize("place", ["redis", "quorum"], indirect=True)
 def test_lanes_of_limits_that_are_gone_are_adopted(place):
     """A limit has another name, or none parks any more: a worker that starts puts its jobs back."""
     lab, queue = place
@@ -401,6 +413,7 @@ def test_parked_jobs_are_shown(place):
         assert f" parked in {lane} for up to " in celery(lab, limits=(PARKED[0],))[1]
 
 
+@pytest.mark.parametrize("place", ["redis", "quorum"], indirect=True)
 def test_lanes_can_be_emptied_by_hand(place):
     """`limits purge` asks before it deletes; `limits unpark` puts jobs back; each for one limit or for all."""
     lab, queue = place
