@@ -46,7 +46,7 @@ from gate_lab import (
 )
 from gate_operate import operate
 from gate_outage import outage
-from gate_park import QUEUES, park
+from gate_park import PARK, QUEUES, park
 
 from rate_limiter import TokenBucket
 from rate_limiter.celery import Gate, throttle
@@ -703,6 +703,10 @@ def memory(bench: Bench) -> None:
 SOON: Final = {"visibility_timeout": 5, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
 
 
+#: Kills a worker that parks jobs three times: twice at a random moment, once while it puts them back.
+PARKING: Final = "parking worker"
+
+
 def kill_round(server: Server, gate: bool, victim: str, jobs: int) -> tuple[Counter[int], int]:
     """Kill the worker or the broker in the middle.
 
@@ -715,12 +719,23 @@ def kill_round(server: Server, gate: bool, victim: str, jobs: int) -> tuple[Coun
     """
     redis = server.name == "Redis"
     conf = {"task_acks_late": True, "broker_transport_options": SOON if redis else {}}
+    conf |= PARK if victim == PARKING else {}
     with Run(server, rate=50, gate=gate, sleep=0 if gate else 2 / 50, conf=conf) as run:
         run.send("limited", jobs)
         run.start()
         run.ready()
-        run.wait("limited", jobs // 2, 60, "the first half did not run")
-        if victim == "worker":
+        if victim != PARKING:
+            run.wait("limited", jobs // 2, 60, "the first half did not run")
+        if victim == PARKING:
+            for number in range(3):
+                time.sleep(random.uniform(0, jobs / 100))
+                if number < 2:
+                    run.kill()
+                else:  # while it puts jobs back
+                    run.stop(seconds=random.uniform(0.1, 1))
+                run.start()
+                run.ready(2 + number)
+        elif victim == "worker":
             run.kill()
             run.start()
             run.ready(2)
@@ -754,6 +769,8 @@ def until_quiet(run: Run, jobs: int, seconds: float) -> int:
 def kill_rounds(bench: Bench, name: str, gate: bool, victim: str) -> dict[str, int]:
     """Return how many jobs were lost and doubled, and how many workers ended, in how many rounds."""
     rounds, jobs = (1, 200) if bench.short else (10, 500)
+    if victim == PARKING:
+        jobs = 200
     with BROKERS[name](bench.directory, durable=True) as server:
         results = [kill_round(server, gate, victim, jobs) for _ in range(rounds)]
     return {
@@ -768,7 +785,7 @@ def kill_rounds(bench: Bench, name: str, gate: bool, victim: str) -> dict[str, i
 def kills(bench: Bench) -> None:
     """Count what is lost and doubled. Brokers, and with and without a gate, at the same time."""
     setups = [(name, gate) for name in bench.brokers for gate in (True, False)]
-    for victim in ("worker", "broker"):
+    for victim in ("worker", "broker", PARKING):
         with ThreadPoolExecutor() as pool:
             rounds = [pool.submit(kill_rounds, bench, *setup, victim) for setup in setups]
         results = [each.result() for each in rounds]
