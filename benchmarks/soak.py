@@ -359,7 +359,7 @@ class Soak:
         kombus = [number for number in lost if not receipts[number] or self.tasks[number] == "back"]
         most = sum(fault.what in BREAKING for fault in self.faults) if self.is_redis else 0
         measured = f"{len(self.tasks)} sent, {len(self.tasks) - len(lost)} ended"
-        target = "all" + f", {most} lost by kombu" * self.is_redis
+        target = "all" + f" but {most} (kombu)" * self.is_redis
         self.report("jobs", measured, target, lost == kombus and len(lost) <= most)
 
     def duplicates(self, runs: dict[int, list[Execution]], receipts: dict[int, list[Ran]]) -> None:
