@@ -279,6 +279,7 @@ class Run:
         gossip: Whether workers learn of each other.
         level: The level of its log.
         arguments: Further arguments of the worker.
+        app: The module of the workers' app.
         conf: Further settings.
 
     """
@@ -308,6 +309,7 @@ class Run:
         gossip: bool = False,
         level: str = "WARNING",
         arguments: tuple[str, ...] = (),
+        app: str = "gate_app",
         conf: dict[str, Any] | None = None,
     ) -> None:
         self.server = server
@@ -318,6 +320,7 @@ class Run:
         self.gossip = gossip
         self.level = level
         self.arguments = arguments
+        self.module = app
         self.capacity = max(1.0, rate / 10) if capacity is None else capacity
         self.workers: dict[str, subprocess.Popen[bytes]] = {}
         self.conf = {
@@ -406,7 +409,7 @@ class Run:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         options = f"-c {self.slots} -P {self.pool} -l {self.level}"
         options += "" if self.gossip else " --without-mingle --without-gossip"
-        command = [sys.executable, "-m", "celery", "-A", "gate_app", "worker", *options.split()]
+        command = [sys.executable, "-m", "celery", "-A", self.module, "worker", *options.split()]
         command += ["-n", self.node(name), "-Q", queue or self.queue, *self.arguments]
         with Path(f"{self.path}.{name}.log").open("ab") as log:
             self.workers[name] = subprocess.Popen(
