@@ -290,8 +290,8 @@ def test_a_wrong_password(own, admin, caplog, is_first):
 
 
 def test_the_rights_that_it_needs(own, admin):
-    """No more than the README says."""
-    (rules,) = re.findall(r"`(~rate_limiter:\* [^`]*)`", (ROOT / "README.md").read_text())
+    """No more than the docs say."""
+    (rules,) = re.findall(r"`(~rate_limiter:\* [^`]*)`", (ROOT / "docs/howto/cluster.md").read_text())
     admin.execute_command("ACL", "SETUSER", "limiter", "on", ">secret", *rules.split())
     url = own.url.replace("//", "//limiter:secret@")
     bucket = RedisTokenBucket("b", 2, 100, url=url, on_outage="closed")
