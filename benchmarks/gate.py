@@ -32,6 +32,7 @@ import psutil
 from celery import Celery
 from celery.worker.consumer.tasks import Tasks
 from gate_cluster import cluster
+from gate_cut import cut, loop
 from gate_lab import (
     BROKERS,
     WARM_UP,
@@ -1021,7 +1022,7 @@ def overhead(bench: Bench) -> None:
 PARTS: Final[dict[str, Callable[[Bench], None]]] = {
     part.__name__: part
     for part in (
-        *(rates, behind, starts, decorator, tenants, asks, workers, cluster, longest),
+        *(rates, behind, starts, decorator, tenants, asks, workers, cluster, cut, loop, longest),
         *(tally, memory, kills, leases, operate, outage, overhead, park),
     )
 }

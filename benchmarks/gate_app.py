@@ -3,8 +3,12 @@
 Each run of a job is one line of fixed length in a file per task, so that counting them is cheap.
 """
 
+import gc
 import json
 import os
+import queue
+import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -75,6 +79,87 @@ class Asks:
 
 if OPTIONS["asks"]:
     Asks()
+
+
+class Lateness:
+    """Notes how many microseconds late a timer of 10 ms fires in the event loop of the worker's consumer.
+
+    "behind" is all of it. "late" is what is left without full garbage collections, which are noted apart, and
+    without the time in which the loop's thread waited for a CPU, where the system (Linux) tells that.
+    """
+
+    def __init__(self) -> None:
+        self.timer: Any = None
+        self.due = self.began = self.collected = self.waited = 0.0
+        self.notes: queue.SimpleQueue[tuple[str, int, float]] = queue.SimpleQueue()
+        gc.callbacks.append(self._on_collection)
+        signals.worker_ready.connect(self._on_ready)
+
+    def _on_ready(self, sender: Any, **_: Any) -> None:
+        self.timer = sender.timer
+        try:
+            self.statistics = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+        except FileNotFoundError:
+            self.statistics = -1
+        threading.Thread(target=self._write, daemon=True).start()
+        # Not at once: the first turn of Celery's loop may wait 0.1 s for a message.
+        self.timer.call_after(0.01, self._wait)
+
+    def _wait(self) -> None:
+        self.collected, self.waited = 0.0, self._waits()
+        self.due = time.monotonic() + 0.01
+        self.timer.call_at(self.due, self._fired)
+
+    def _fired(self) -> None:
+        now = time.monotonic()
+        behind = now - self.due
+        late = max(0.0, behind - self.collected - (self._waits() - self.waited))
+        self.notes.put(("behind", int(behind * 1e6), now))
+        self.notes.put(("late", int(late * 1e6), now))
+        if self.collected:
+            self.notes.put(("full", int(self.collected * 1e6), now))
+        self._wait()
+
+    def _write(self) -> None:
+        """Write in another thread: a disk that is busy takes long."""
+        while True:
+            time.sleep(0.1)
+            while not self.notes.empty():
+                note(*self.notes.get())
+
+    def _waits(self) -> float:
+        if self.statistics < 0:
+            return 0.0
+        return int(os.pread(self.statistics, 100, 0).split()[1]) / 1e9
+
+    def _on_collection(self, phase: str, about: dict[str, int]) -> None:
+        if about["generation"] == 2:
+            now = time.monotonic()
+            if phase == "start":
+                self.began = now
+            else:
+                self.collected += max(0.0, now - max(self.began, self.due))
+
+
+if OPTIONS["lateness"]:
+    Lateness()
+
+
+def look_up_for(name: str, seconds: float) -> None:
+    """Let the look-up of a host name take so long, in vain."""
+    look_up = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *arguments: Any, **options: Any) -> Any:
+        if host == name:
+            time.sleep(seconds)
+            raise socket.gaierror(socket.EAI_AGAIN, f"{name} was looked up for {seconds:g} s")
+        return look_up(host, *arguments, **options)
+
+    socket.getaddrinfo = getaddrinfo
+
+
+if OPTIONS["look_up"]:
+    look_up_for(*OPTIONS["look_up"])
 
 
 @signals.worker_ready.connect

@@ -1,12 +1,11 @@
 """The part of gate.py with one rate for several workers.
 
-On Redis that is one RedisTokenBucket: its rate, its shares, its calls, an outage. On RabbitMQ each worker has its
+On Redis that is one RedisTokenBucket: its rate, its shares, its calls. On RabbitMQ each worker has its
 share of the rate: how near to it they are together, while workers come and go.
 """
 
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import redis
@@ -45,8 +44,6 @@ def on_redis(bench: Any) -> None:
         for setup in SETUPS[:1] if bench.short else SETUPS:
             shared(bench, broker, limits, *setup)
         killed(bench, broker, limits)
-        for policy in ("local",) if bench.short else ("local", "closed"):
-            away(bench, broker, limits, policy)
 
 
 class Together(NamedTuple):
@@ -150,50 +147,6 @@ def killed(bench: Any, broker: Any, limits: Redis) -> None:
             f"x {between(0, 1):.2f}, {between(1, 3):.2f}, {between(3, 6):.2f} of the rate in s 0-1, 1-3, 3-6",
             ">= 0.95, 0.98",
             between(1, 3) >= 0.95 and between(3, 6) >= 0.98,
-        )
-
-
-def away(bench: Any, broker: Any, limits: Redis, policy: str) -> None:
-    """Stop the limits' Redis for 10 s, and start it again, empty."""
-    rate, capacity, count = 60.0, 6.0, 3
-    forget(limits.url)
-    with Run(
-        broker,
-        rate=rate,
-        capacity=capacity,
-        pool="threads",
-        slots=4,
-        cluster=limits.url,
-        on_outage=policy,
-        max_held=1000,
-    ) as run:
-        for number in range(count):
-            run.start(f"w{number}")
-        run.ready(count)
-        run.send("limited", 2_000)
-        # Until each has heard of the others: they tell every 5 s that they live.
-        run.wait("limited", 420, 60, "no jobs ran")
-        gone = time.monotonic()
-        limits.kill()
-        time.sleep(10)
-        limits.start()
-        back = time.monotonic()
-        time.sleep(6)
-        moments = run.moments("limited")
-
-        def between(first: float, last: float) -> float:
-            return sum(first <= moment < last for moment in moments) / (last - first) / rate
-
-        during = between(gone + 2, gone + 10)
-        after = between(back + 2, back + 5)
-        errors = sum("Traceback" in Path(f"{run.path}.w{n}.log").read_text() for n in range(count))
-        bench.report(
-            f"cluster: Redis away for 10 s, {policy}",
-            f"x {during:.2f} of the rate, x {after:.2f} from 2 s after, {errors} errors",
-            {"local": "0.9 .. 1.05", "closed": "0"}[policy] + ", >= 0.98",
-            (0.9 <= during <= 1.05 if policy == "local" else during == 0)
-            and after >= 0.98
-            and not errors,
         )
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "BROKERS",
     "WARM_UP",
     "LabError",
+    "Proxy",
     "RabbitMQ",
     "Ran",
     "Redis",
@@ -170,6 +171,25 @@ class Redis(Server):
                 client.client_kill_filter(_type=kind, skipme=True)
 
 
+class Proxy(Server):
+    """Another way to a Redis. While it is `stopped`, it takes what is sent and passes nothing on.
+
+    Args:
+        directory: As of `Server`.
+        target: The Redis.
+        late: By how many milliseconds its answers come late.
+
+    """
+
+    name = "Proxy"
+
+    def __init__(self, directory: Path, target: Redis, late: int = 0) -> None:
+        super().__init__(directory)
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        ports = [str(self.port), str(target.port)]
+        self.command = [sys.executable, str(_HERE / "late_proxy.py"), *ports, str(late)]
+
+
 class RabbitMQ(Server):
     """A RabbitMQ node, and an epmd of its own where there is one to start."""
 
@@ -272,6 +292,8 @@ class Run:
         divided: Whether each worker has its share of the rate, without a Redis.
         keyed: How many numbers in a row have a bucket of their own. 0: all have the same bucket.
         asks: Whether to note how often buckets are asked, in each turn of the event loop.
+        lateness: Whether to note how late a timer of 10 ms fires there.
+        look_up: A host name, and the seconds that its look-up takes, in vain.
         when_limited: What becomes of a limited job that has to wait.
         pause: Seconds that the task ``later`` asks for.
         pool: The worker's pool.
@@ -302,6 +324,8 @@ class Run:
         divided: bool = False,
         keyed: int = 0,
         asks: bool = False,
+        lateness: bool = False,
+        look_up: tuple[str, float] | None = None,
         when_limited: str = "wait",
         pause: float = 10.0,
         pool: str = "prefork",
@@ -345,6 +369,8 @@ class Run:
             "divided": divided,
             "keyed": keyed,
             "asks": asks,
+            "lateness": lateness,
+            "look_up": look_up,
             "rate": rate,
             "capacity": self.capacity,
             "max_held": max_held,
@@ -362,6 +388,8 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for worker in self.workers.values():
+            worker.terminate()
         for name in list(self.workers):
             self.stop(name)
         if kind is not None and issubclass(kind, Exception):
@@ -395,16 +423,17 @@ class Run:
                 )
         return ids
 
-    def start(self, name: str = "w", queue: str | None = None) -> None:
+    def start(self, name: str = "w", queue: str | None = None, **options: Any) -> None:
         """Start a worker.
 
         Args:
             name: What it is called.
             queue: What it consumes, instead of the queue of this run.
+            options: What it has instead of what this run has.
 
         """
         environment = dict(os.environ)
-        environment["GATE_BENCH"] = json.dumps(self.options | {"worker": name})
+        environment["GATE_BENCH"] = json.dumps(self.options | options | {"worker": name})
         paths = [str(_HERE), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         options = f"-c {self.slots} -P {self.pool} -l {self.level}"

@@ -45,7 +45,7 @@ import redis
 from core import interleaved
 from gate import Bench
 from gate_cluster import calls, forget, together
-from gate_lab import LabError, Redis, free_port, wait_until
+from gate_lab import LabError, Proxy, Redis, wait_until
 from redis_askers import Gate
 from redis_takers import OURS, PEERS
 
@@ -168,37 +168,14 @@ def late(bench: Bench) -> None:
     jobs = 3_600 if bench.short else 6_000
     with Redis(bench.directory) as limits:
         for milliseconds, workers, capacity in (10, 1, 20.0), (60, 4, 20.0), (60, 1, 40.0):
-            port = free_port()
-            proxy = subprocess.Popen(
-                [
-                    sys.executable,
-                    HERE / "late_proxy.py",
-                    str(port),
-                    str(limits.port),
-                    str(milliseconds),
-                ],
-                stdin=subprocess.DEVNULL,
+            with Proxy(bench.directory, limits, milliseconds) as proxy:
+                ran = together(broker, proxy.url, workers, 400.0, capacity, jobs)
+            bench.report(
+                f"late by {milliseconds} ms: {workers} at 400/s, capacity {capacity:g}",
+                f"{ran.rate:.1f}/s, {ran.calls_each:.2f} calls for each job",
+                "392 .. 408/s",
+                392 <= ran.rate <= 408 and not ran.twice,
             )
-            try:
-                far = f"redis://127.0.0.1:{port}/0"
-                if not wait_until(lambda far=far: answers(far), 10):
-                    raise LabError("the proxy did not start")
-                ran = together(broker, far, workers, 400.0, capacity, jobs)
-                bench.report(
-                    f"late by {milliseconds} ms: {workers} at 400/s, capacity {capacity:g}",
-                    f"{ran.rate:.1f}/s, {ran.calls_each:.2f} calls for each job",
-                    "392 .. 408/s",
-                    392 <= ran.rate <= 408 and not ran.twice,
-                )
-            finally:
-                proxy.kill()
-                proxy.wait()
-
-
-def answers(url: str) -> bool:
-    with contextlib.suppress(redis.RedisError), redis.Redis.from_url(url) as client:
-        return bool(client.ping())
-    return False
 
 
 # -- askers ---------------------------------------------------------------------------------------
