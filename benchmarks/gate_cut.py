@@ -1,7 +1,8 @@
 """The parts of gate.py in which a worker does not reach the Redis of its limits.
 
 `loop` measures how late a timer fires in the worker's event loop, without limits, with them, and while their Redis
-does not answer: by the loop itself, and in brackets with the time in which it waited for a CPU. `cut` measures what several workers run while all or one of them cannot reach it, and afterwards.
+does not answer: by the loop itself, and in brackets with the time in which it waited for a CPU. `cut` measures what
+several workers run while all or one of them cannot reach it, and afterwards.
 """
 
 import contextlib
@@ -158,6 +159,7 @@ def stop(bench: Any, server: Server, limits: Redis, pool: str, policy: str) -> N
         with limits.stopped():
             time.sleep(seconds)
 
+    forget(limits.url)
     options = {"seconds": seconds + 4, "cluster": limits.url, "on_outage": policy}
     turns(bench, server, pool, f"stopped {seconds} s, {policy}", meanwhile, **options)
 
@@ -185,11 +187,12 @@ def cut(bench: Any) -> None:
     server = bench.servers()[0]
     policies = ("local",) if bench.short else ("local", "closed", "open")
     with Redis(bench.directory) as limits:
-        for how in (stopped, killed):
-            for policy in policies if how is stopped or not bench.short else ():
-                outage(bench, server, limits, how.__name__, policy, lambda how=how: how(limits))
+        for policy in policies:
+            outage(bench, server, limits, "stopped", policy, limits.stopped())
+        for policy in () if bench.short else policies:
+            outage(bench, server, limits, "killed", policy, killed(limits))
         with Proxy(bench.directory, limits) as proxy:
-            outage(bench, server, limits, "cut off from one of 3", "local", proxy.stopped, proxy.url)
+            outage(bench, server, limits, "1 of 3 cut off", "local", proxy.stopped(), proxy.url)
 
 
 @contextlib.contextmanager
@@ -200,18 +203,13 @@ def killed(server: Server) -> Iterator[None]:
     server.start()
 
 
-def stopped(server: Server) -> Any:
-    """Let it answer nobody."""
-    return server.stopped()
-
-
 def outage(
     bench: Any,
     server: Server,
     limits: Redis,
     how: str,
     policy: str,
-    away: Callable[[], contextlib.AbstractContextManager[None]],
+    away: contextlib.AbstractContextManager[None],
     url_of_one: str | None = None,
 ) -> None:
     """Measure what workers run during an outage, and afterwards.
@@ -241,7 +239,7 @@ def outage(
         run.ready(WORKERS)
         run.wait("limited", BEFORE, 60, "no jobs ran")
         gone = time.monotonic()
-        with away():
+        with away:
             left = jobs - run.count("limited")
             time.sleep(seconds)
             back = time.monotonic()
