@@ -585,7 +585,9 @@ class Parking:
             raise
         except Exception:
             if not self._has_failed:
-                logger.warning("Could not look after the lanes of parked jobs", exc_info=True)
+                # A worker that parks nothing only looks for what others have left, and may have no right to.
+                level = logging.WARNING if self._limits else logging.DEBUG
+                logger.log(level, "Could not look after the lanes of parked jobs", exc_info=True)
             self._has_failed = True
         if not self._limits and self._look_at == math.inf and self._ticker is not None:
             self._consumer.timer.cancel(self._ticker)  # it was for the lanes that others have left
