@@ -75,7 +75,8 @@ def test_weights(cluster):
     with worker(cluster, concurrency=1):
         assert cluster.wait_for_runs("heavy", len(costs)) == list(range(len(costs)))
     moments = [entry.at for entry in cluster.log("heavy")]
-    assert moments[-1] - moments[0] > (sum(costs) - 10 - 3) / 40
+    late = 0.25  # the first job of a worker notes its start late
+    assert moments[-1] - moments[0] > (sum(costs) - 10) / 40 - late
 
 
 def test_beside_a_local_bucket(cluster):
