@@ -110,8 +110,7 @@ class Server:
             ValueError: There is one with other numbers.
 
         """
-        key = f"{_PREFIX}bucket:{name}"
-        state = self._get_or_add(name, State(self, (key, ""), numbers, policy))
+        state = self._get_or_make(name, numbers, policy)
         if (state.numbers, state.policy) != (numbers, policy):
             raise ValueError(
                 f"RedisTokenBucket {name!r} on {self.where} is {(*state.numbers, state.policy)} elsewhere in "
@@ -132,15 +131,17 @@ class Server:
             follows: Whether the numbers that are stored for all keys count for this one.
 
         """
-        key_of_all = of_all.key if follows else ""
-        keys = f"{_PREFIX}bucket:{name}", key_of_all
-        state = self._get_or_add(name, State(self, keys, numbers, of_all.policy))
-        state.numbers, state.key_of_all = numbers, key_of_all
+        state = self._get_or_make(name, numbers, of_all.policy)
+        state.numbers, state.key_of_all = numbers, of_all.key if follows else ""
         return state
 
-    def _get_or_add(self, name: str, state: State) -> State:
+    def _get_or_make(self, name: str, numbers: tuple[float, float, float], policy: Policy) -> State:
         with self._lock:
-            return self._states.setdefault(name, state)
+            state = self._states.get(name)
+            if state is None:
+                key = f"{_PREFIX}bucket:{name}"
+                state = self._states[name] = State(self, key, numbers, policy)
+        return state
 
     def note_change(self) -> None:
         """Tell all processes that a bucket was changed: those that wait for it look at it."""

@@ -86,7 +86,7 @@ class State:
 
     Args:
         server: Where the bucket is.
-        keys: Its key there, and the key whose stored numbers count where it has none of its own, or ``""``.
+        key: Its key there.
         numbers: Capacity, tokens per second and first level, as the code says.
         policy: What it does during an outage.
 
@@ -95,12 +95,14 @@ class State:
     def __init__(
         self,
         server: "Server",
-        keys: tuple[str, str],
+        key: str,
         numbers: tuple[float, float, float],
         policy: Policy,
     ) -> None:
         self.server = server
-        self.key, self.key_of_all = keys
+        self.key = key
+        #: The key whose stored numbers count where it has none of its own, or ``""``.
+        self.key_of_all = ""
         self.numbers = numbers
         self.policy = policy
         #: As last known; an operator may have changed them.
@@ -116,7 +118,7 @@ class State:
         #: What the server has missed: tokens to charge, and the pause.
         self._owed = 0.0
         self._owes_pause = False
-        self.outages = Outages(f"{keys[0]} on Redis at {server.where}", server.outages)
+        self.outages = Outages(f"{key} on Redis at {server.where}", server.outages)
         self.stand_in = StandIn(policy, self.outages)
         self._lock = threading.Lock()
 

@@ -15,6 +15,7 @@ from ..bucket import Bucket
 from ..checks import zero_or_more
 from ..gating.limit import Call, Demand, Limit
 from ..gating.record import record_of
+from ..gating.steering import is_in_redis
 from ..gating.tally import tell
 from ..shared_bucket import is_shared
 from ..token_bucket import TokenBucket
@@ -215,8 +216,8 @@ def charge_of(
     charge = Charge()
     for limit, tokens in decided.paid:
         buckets: tuple[Bucket, ...] = ()
-        in_redis = getattr(limit.bucket, "in_redis", False)
-        if limit.has_bucket or limit.buckets or in_redis or not _gate_is_elsewhere():
+        in_reach = limit.has_bucket or limit.buckets or is_in_redis(limit.bucket)
+        if in_reach or not _gate_is_elsewhere():
             # The job has paid, so it runs, even if its bucket cannot be found any more.
             with contextlib.suppress(Exception):
                 call = Call(

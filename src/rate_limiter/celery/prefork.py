@@ -17,6 +17,7 @@ from ..bucket import Bucket
 from ..bucket_per_key import BucketPerKey
 from ..gating.limit import Limit
 from ..gating.record import record_of
+from ..gating.steering import is_in_redis
 from ..gating.tally import share_tallies
 from ..shared_bucket import is_shared, share
 from ..token_bucket import TokenBucket
@@ -155,7 +156,7 @@ def _are_replaced(worker: Any) -> bool:
 
 def why_not_shared(limit: Limit) -> str:
     """Return why the bucket of a limit cannot be shared between processes, or ``""`` if it can."""
-    if isinstance(limit.bucket, BucketPerKey) and limit.bucket.in_redis:
+    if is_in_redis(limit.bucket):
         return ""
     if limit.key is not None:
         return "a BucketPerKey cannot be shared between processes"

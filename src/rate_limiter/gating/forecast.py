@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from .holding import Held
-from .limit import Limit
+from .limit import Limit, rate_here
 
 __all__ = ["Forecast", "forecasts"]
 
@@ -40,7 +40,7 @@ def forecasts(jobs: Iterable[Held[Job]]) -> Iterator[Forecast[Job]]:
         moment, last, number = 0.0, held.limit, 0
         demands = [demand for demand in held.demands if not demand.limit.shadow]
         for bucket, tokens, limit in demands:
-            rate = _rate(bucket)
+            rate = rate_here(bucket)
             if bucket not in full_at:
                 missing = bucket.capacity - bucket.tokens
                 paused = getattr(bucket, "pause_left", 0.0)
@@ -50,11 +50,6 @@ def forecasts(jobs: Iterable[Held[Job]]) -> Iterator[Forecast[Job]]:
                 moment, last = full_at[bucket] - spare, limit
             number = max(number, before.get(bucket, 0))
         for bucket, tokens, _ in demands:
-            full_at[bucket] = max(full_at[bucket], moment) + tokens / _rate(bucket)
+            full_at[bucket] = max(full_at[bucket], moment) + tokens / rate_here(bucket)
             before[bucket] = before.get(bucket, 0) + 1
         yield Forecast(held, number, last, moment)
-
-
-def _rate(bucket: Any) -> float:
-    rate: float = bucket.tokens_per_second / getattr(bucket, "workers", 1)
-    return rate

@@ -29,6 +29,7 @@ __all__ = [
     "Demand",
     "Limit",
     "is_of_a_signal",
+    "rate_here",
     "refuse_to_pay_twice",
 ]
 
@@ -217,8 +218,7 @@ class Limit:
         """How many jobs go in a second in this worker, as far as it does not depend on the job; else 1,000."""
         if not self.has_bucket:
             return float(_HOLD_MOST)
-        rate = self.bucket.tokens_per_second / getattr(self.bucket, "workers", 1)  # type: ignore[union-attr]
-        return rate / (self.cost or 1.0)
+        return rate_here(self.bucket) / (self.cost or 1.0)
 
     def _demands(self, bucket: Bucket, cost: float) -> tuple[Demand, ...]:
         if self.shadow:
@@ -272,6 +272,12 @@ class Limit:
 
     def _blamed(self, job: str) -> str:
         return f"{job}, limit {record_of(self).name or job.partition(' ')[2]}"
+
+
+def rate_here(bucket: Any) -> float:
+    """Return the tokens per second that this process may count on: its share, if others take from the bucket."""
+    rate: float = bucket.tokens_per_second / getattr(bucket, "workers", 1)
+    return rate
 
 
 def is_of_a_signal(error: BaseException) -> bool:

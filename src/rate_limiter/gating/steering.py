@@ -199,9 +199,9 @@ def _meant(limit: Limit, order: Order) -> list[Any]:
     """Return what an order is for: the bucket, the `AllOf`, the `BucketPerKey`, or the buckets of a key."""
     whose = f"limit {record_of(limit).name}"
     bucket: Any = limit.bucket
+    if order.restore and not is_in_redis(bucket):
+        raise ValueError(f"{whose} has no stored numbers: {bucket!r} is not in Redis")
     if isinstance(bucket, BucketPerKey):
-        if order.restore and not bucket.in_redis:
-            raise ValueError(f"{whose} has no stored numbers: {bucket!r} is not in Redis")
         if order.key is not None:
             return _of_key(bucket, order.key, whose)
         if order.pause is not None or order.resume:
@@ -213,8 +213,6 @@ def _meant(limit: Limit, order: Order) -> list[Any]:
         if len(limit.buckets) != 1:
             raise ValueError(f"{whose} has no bucket of its own: a callable picks one for each job")
         bucket = limit.buckets[0]
-    if order.restore and not (limit.has_bucket and is_in_redis(bucket)):
-        raise ValueError(f"{whose} has no stored numbers: its bucket {bucket!r} is not in Redis")
     if order.resume and not all(hasattr(member, "resume") for member in _single(bucket)):
         raise ValueError(f"{whose}: a pause of {bucket!r} cannot be ended")
     return [bucket]
