@@ -10,7 +10,7 @@ from rate_limiter import AllOf, BucketPerKey, TokenBucket
 from rate_limiter.broker.parking import lane_entity, lane_name
 from rate_limiter.celery import Gate
 from rate_limiter.celery.check import problems
-from rate_limiter.celery.parking import parked_limits
+from rate_limiter.celery.parkable import parked_limits
 from rate_limiter.gating.declared import Declared, new_limit
 from rate_limiter.kombu import Gate as KombuGate
 

@@ -31,7 +31,8 @@ from .division import Division
 from .ending import refuse_at_gate
 from .events import send_together
 from .loop import Loop
-from .parking import Parking, parked_limits
+from .parkable import parked_limits
+from .parking import Parking
 from .prefork import is_spawned, share_all, share_the_rest
 from .returning import Returning
 from .settings import enabled, longest_hold, parks_all

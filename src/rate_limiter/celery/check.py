@@ -6,7 +6,7 @@ from celery.exceptions import ImproperlyConfigured
 from ..gating.record import listed, record_of
 from .declarations import gates, limits_of, name_limits
 from .division import DividedBucket, why_no_share
-from .parking import parked_limits
+from .parkable import parked_limits
 from .prefork import why_not_shared
 from .settings import longest_hold, parks_all
 from .startup import without_gate

@@ -12,28 +12,23 @@ import contextlib
 import logging
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from time import monotonic
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-from celery import Celery
-from celery.exceptions import ImproperlyConfigured
 from celery.worker import state
 
 from ..broker.parking import Lane, Lanes, lane_entity, lane_name, lanes_of
 from ..broker.relay import Relay
-from ..gating.declared import Declared
 from ..gating.engine import Decision, Engine, Plan
 from ..gating.limit import Limit
 from ..gating.record import listed, record_of
+from .parkable import why_not
 
-__all__ = ["Found", "Parking", "find_lanes", "parked_limits", "purge", "unpark", "why_not"]
+__all__ = ["Parking"]
 
 logger = logging.getLogger("rate_limiter")
-
-#: A limit of more jobs per second holds: it would run no faster than its jobs are moved.
-_MOST_PER_SECOND: Final = 100.0
 
 #: A lane is consumed only while its next token is due in so many seconds.
 _SOON: Final = 60.0
@@ -62,65 +57,6 @@ _REMEMBERED: Final = 10_000
 
 #: Seconds to wait, when the connection ends, for the last confirmations: without them jobs run twice.
 _FAREWELL: Final = 0.5
-
-
-def why_not(limit: Limit, declared: Declared | None, broker: str) -> str | None:
-    """Return why the jobs of a limit cannot be parked. ``None``: they can.
-
-    Args:
-        limit: The limit.
-        declared: What it is for, if that was declared by name or queue.
-        broker: kombu's ``driver_type`` of the broker.
-
-    """
-    if broker not in ("redis", "amqp"):
-        return f"only Redis and RabbitMQ can park jobs, and the broker is {broker}"
-    if not limit.has_bucket:
-        return "its bucket depends on the job"
-    if limit.shadow:
-        return "a shadow makes no job wait"
-    if not limit.patience:
-        return f"its jobs do not wait: when_limited is {limit.when_limited!r}"
-    if limit.patience < math.inf:
-        return "max_wait does not count the time in the broker"
-    if (rate := limit.jobs_per_second) > _MOST_PER_SECOND:
-        return (
-            f"it lets {rate:g} jobs go in a second, and more than {_MOST_PER_SECOND:g} cannot be moved"
-        )
-    if declared is not None and (set(declared.patterns) in (set(), {"*"})):
-        return "its queue carries only this limit, so nobody waits behind its jobs: overflow='pause' is for that"
-    return None
-
-
-def parked_limits(
-    limits: Iterable[Limit], declared: Mapping[Limit, Declared], broker: str, *, by_default: bool
-) -> list[Limit]:
-    """Return the limits whose jobs are parked. Log which of the others were meant, and why they are not.
-
-    Args:
-        limits: All limits.
-        declared: What they are for, of those that were declared by name or queue.
-        broker: kombu's ``driver_type`` of the broker.
-        by_default: Whether limits without ``overflow`` are meant.
-
-    Raises:
-        ImproperlyConfigured: ``overflow="park"`` was written on a limit that cannot.
-
-    """
-    found = []
-    for limit in limits:
-        if limit.overflow != "park" and not (by_default and limit.overflow is None):
-            continue
-        reason = why_not(limit, declared.get(limit), broker)
-        if reason is None:
-            found.append(limit)
-        elif limit.overflow == "park":
-            raise ImproperlyConfigured(
-                f"limit {record_of(limit).name}: overflow must be 'hold' or 'pause', not 'park': {reason}"
-            )
-        else:
-            logger.info("Limit %s: its jobs are held, not parked: %s", record_of(limit).name, reason)
-    return found
 
 
 class _Parked:
@@ -665,59 +601,3 @@ class Parking:
             self._broker.remove(queue, lanes)
         if count:
             logger.info("Put %d parked jobs back into queue %s: no other worker is there", count, queue)
-
-
-class Found(NamedTuple):
-    """A lane that is there, whoever uses it."""
-
-    name: str
-    queue: str
-    #: The names of its limits.
-    limits: list[str]
-    jobs: int
-
-
-def find_lanes(app: Celery, limit: str | None, queues: Iterable[str] = ()) -> list[Found]:
-    """Return the lanes on the broker of an app.
-
-    Args:
-        app: The app.
-        limit: The name of a limit: only those that are for it. ``None``: all.
-        queues: The names of their queues. None: those that the app knows.
-
-    """
-    with app.connection_for_write() as connection:
-        lanes = _lanes(connection)
-        return [
-            Found(lane, queue, limits, lanes.count(lane))
-            for queue in queues or app.amqp.queues
-            for lane, limits in sorted(lanes.there(queue).items())
-            if limit is None or limit in limits
-        ]
-
-
-def unpark(app: Celery, found: Iterable[Found]) -> int:
-    """Put the jobs of lanes back, before what waits in their queues. Return how many."""
-    with app.connection_for_write() as connection:
-        lanes, count = _lanes(connection), 0
-        for each in found:
-            count += lanes.put_back(each.name, each.queue)
-            if lanes.alone(each.queue):
-                lanes.remove(each.queue, [each.name])
-        return count
-
-
-def purge(app: Celery, found: Iterable[Found]) -> int:
-    """Delete the jobs of lanes. Return how many."""
-    with app.connection_for_write() as connection:
-        lanes = _lanes(connection)
-        return sum(lanes.purge(each.name) for each in found)
-
-
-def _lanes(connection: Any) -> Lanes:
-    lanes = lanes_of(connection, "limits")
-    if lanes is None:
-        raise ValueError(
-            f"only Redis and RabbitMQ have lanes, and the broker is {connection.transport.driver_type}"
-        )
-    return lanes

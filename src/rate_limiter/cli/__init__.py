@@ -164,7 +164,7 @@ def unpark(ctx: click.Context, /, name: str | None, queues: str | None) -> None:
 
     A worker whose limit parks moves them aside again.
     """
-    from ..celery.parking import find_lanes, unpark  # noqa: PLC0415 - see above
+    from ..celery.lanes import find_lanes, unpark  # noqa: PLC0415 - see above
 
     app = ctx.obj.app
     found = find_lanes(app, name, _split(queues))
@@ -178,7 +178,7 @@ def unpark(ctx: click.Context, /, name: str | None, queues: str | None) -> None:
 @click.pass_context
 def purge(ctx: click.Context, /, name: str | None, queues: str | None, force: bool) -> None:
     """Delete parked jobs of the limit NAME, or of all. `celery purge` does not find them."""
-    from ..celery.parking import find_lanes, purge  # noqa: PLC0415 - see above
+    from ..celery.lanes import find_lanes, purge  # noqa: PLC0415 - see above
 
     app = ctx.obj.app
     found = find_lanes(app, name, _split(queues))

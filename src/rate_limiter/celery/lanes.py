@@ -1,0 +1,66 @@
+"""What an operator does with lanes: ``celery limits unpark`` and ``purge``. It asks the broker, and no worker."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from celery import Celery
+
+from ..broker.parking import Lanes, lanes_of
+
+__all__ = ["Found", "find_lanes", "purge", "unpark"]
+
+
+class Found(NamedTuple):
+    """A lane that is there, whoever uses it."""
+
+    name: str
+    queue: str
+    #: The names of its limits.
+    limits: list[str]
+    jobs: int
+
+
+def find_lanes(app: Celery, limit: str | None, queues: Iterable[str] = ()) -> list[Found]:
+    """Return the lanes on the broker of an app.
+
+    Args:
+        app: The app.
+        limit: The name of a limit: only those that are for it. ``None``: all.
+        queues: The names of their queues. None: those that the app knows.
+
+    """
+    with app.connection_for_write() as connection:
+        lanes = _lanes(connection)
+        return [
+            Found(lane, queue, limits, lanes.count(lane))
+            for queue in queues or app.amqp.queues
+            for lane, limits in sorted(lanes.there(queue).items())
+            if limit is None or limit in limits
+        ]
+
+
+def unpark(app: Celery, found: Iterable[Found]) -> int:
+    """Put the jobs of lanes back, before what waits in their queues. Return how many."""
+    with app.connection_for_write() as connection:
+        lanes, count = _lanes(connection), 0
+        for each in found:
+            count += lanes.put_back(each.name, each.queue)
+            if lanes.alone(each.queue):
+                lanes.remove(each.queue, [each.name])
+        return count
+
+
+def purge(app: Celery, found: Iterable[Found]) -> int:
+    """Delete the jobs of lanes. Return how many."""
+    with app.connection_for_write() as connection:
+        lanes = _lanes(connection)
+        return sum(lanes.purge(each.name) for each in found)
+
+
+def _lanes(connection: Any) -> Lanes:
+    lanes = lanes_of(connection, "limits")
+    if lanes is None:
+        raise ValueError(
+            f"only Redis and RabbitMQ have lanes, and the broker is {connection.transport.driver_type}"
+        )
+    return lanes
