@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,6 +101,15 @@ class Bench:
         """Report what may not be missed."""
         self.report(what, measured, target, ok, **values)
         self.failed = self.failed or not ok
+
+    def measure(self, names: Sequence[str], parts: Mapping[str, Callable[["Bench"], None]]) -> None:
+        """Measure some parts, or all; stop the servers in the end."""
+        with self.stack:
+            for name in names or parts:
+                try:
+                    parts[name](self)
+                except LabError as error:
+                    self.must(f"{name}: not measured", str(error), "", ok=False)
 
 
 # -- rates ----------------------------------------------------------------------------------------
@@ -1047,12 +1056,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="gate-bench-", ignore_cleanup_errors=True) as directory:
         bench = Bench(Path(directory), options)
         try:
-            with bench.stack:
-                for name in options.parts or PARTS:
-                    try:
-                        PARTS[name](bench)
-                    except LabError as error:
-                        bench.must(f"{name}: not measured", str(error), "", ok=False)
+            bench.measure(options.parts, PARTS)
         finally:
             if options.json:
                 options.json.write_text(json.dumps(bench.results, indent=1) + "\n")

@@ -457,12 +457,7 @@ def main() -> int:
     print(f"Python {sys.version.split()[0]}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory(prefix="redis-bench-", ignore_cleanup_errors=True) as directory:
         bench = Bench(Path(directory), options)
-        with bench.stack:
-            for name in options.parts or PARTS:
-                try:
-                    PARTS[name](bench)
-                except LabError as error:
-                    bench.must(f"{name}: not measured", str(error), "", ok=False)
+        bench.measure(options.parts, PARTS)
     return int(bench.failed)
 
 

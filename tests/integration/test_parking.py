@@ -29,8 +29,13 @@ PARKED = (limit(rate=4, overflow="park"),)
 def place(request):
     """Return a lab, and a queue of it on each kind of broker."""
     lab = request.getfixturevalue("redis_lab" if request.param == "redis" else "rabbitmq_lab")
+    return place_in(lab, quorum=request.param == "quorum")
+
+
+def place_in(lab, *, quorum=False):
+    """Declare a queue of a lab; return both."""
     name = lab.settings["task_default_queue"]
-    queue = (f"{name}-q", f"{name}-jobs", "direct", "key", request.param == "quorum")
+    queue = (f"{name}-q", f"{name}-jobs", "direct", "key", quorum)
     declare(lab, queue)
     return lab, queue
 
@@ -283,13 +288,11 @@ def test_a_lane_is_consumed_while_its_tokens_come_soon(place):
 def test_jobs_that_the_broker_does_not_take_are_held(rabbitmq_lab, rabbitmq):
     """A lane is full: its jobs are held, that is said once, and others go on; each runs once."""
     lab = rabbitmq_lab
-    name = lab.settings["task_default_queue"]
-    place = lab, (f"{name}-q", f"{name}-jobs", "direct", "key", False)
-    declare(lab, place[1])
+    place = place_in(lab)
     send(place, "job", *range(60))
     send(place, "other", *range(30))
     policy = '{"max-length": 5, "overflow": "reject-publish"}'
-    rabbitmq.rabbitctl_output("set_policy", "short", f"{name}-q.parked.job", policy)
+    rabbitmq.rabbitctl_output("set_policy", "short", f"{place[1][0]}.parked.job", policy)
     try:
         with run(place, limits=(limit(rate=10, overflow="park"),)) as worker:
             lab.wait_for_runs("other", 30)
@@ -305,9 +308,7 @@ def test_jobs_that_the_broker_does_not_take_are_held(rabbitmq_lab, rabbitmq):
 def test_a_worker_without_the_rights_holds(rabbitmq_lab, rabbitmq):
     """RabbitMQ refuses to declare lanes: the limit holds as without parking, and that is said once."""
     lab = rabbitmq_lab
-    name = lab.settings["task_default_queue"]
-    place = lab, (f"{name}-q", f"{name}-jobs", "direct", "key", False)
-    declare(lab, place[1])
+    place = place_in(lab)
     send(place, "job", *range(40))
     send(place, "other", *range(30))
     rabbitmq.rabbitctl_output("add_user", "poor", "poor")
@@ -335,9 +336,7 @@ def test_redis_without_the_rights_holds(own, redis_lab):
     client.close()
     url = own.url.replace("redis://", "redis://poor:poor@")
     lab.settings["broker_url"] = lab.app.conf.broker_url = own.url
-    name = lab.settings["task_default_queue"]
-    place = lab, (f"{name}-q", f"{name}-jobs", "direct", "key", False)
-    declare(lab, place[1])
+    place = place_in(lab)
     send(place, "job", *range(40))
     send(place, "other", *range(30))
     with run(place, limits=(limit(rate=20, overflow="park"),), broker_url=url) as worker:
@@ -350,13 +349,11 @@ def test_redis_without_the_rights_holds(own, redis_lab):
 def test_a_lane_that_is_deleted_is_made_again(rabbitmq_lab, rabbitmq):
     """Its jobs are gone with it; those that come later run."""
     lab = rabbitmq_lab
-    name = lab.settings["task_default_queue"]
-    place = lab, (f"{name}-q", f"{name}-jobs", "direct", "key", False)
-    declare(lab, place[1])
+    place = place_in(lab)
     send(place, "job", *range(40))
     with run(place, limits=(limit(rate=10, overflow="park"),)):
         wait_for(lambda: parked(place) > 10)
-        rabbitmq.rabbitctl_output("delete_queue", f"{name}-q.parked.job")
+        rabbitmq.rabbitctl_output("delete_queue", f"{place[1][0]}.parked.job")
         send(place, "job", *range(100, 140))
         wait_for(lambda: set(range(100, 140)) <= set(lab.runs("job")))
     assert repeated(lab.runs("job")) == {}
@@ -490,9 +487,7 @@ def test_thousands_are_moved_aside_inside_redis(redis_lab):
 def test_a_broker_short_of_memory(rabbitmq_lab, rabbitmq):
     """RabbitMQ takes nothing for a while: jobs and the limit go on, and each runs once in the end."""
     lab = rabbitmq_lab
-    name = lab.settings["task_default_queue"]
-    place = lab, (f"{name}-q", f"{name}-jobs", "direct", "key", False)
-    declare(lab, place[1])
+    place = place_in(lab)
     send(place, "job", *range(60))
     send(place, "other", *range(30))
     rabbitmq.rabbitctl_output("set_vm_memory_high_watermark", "0.00001")
