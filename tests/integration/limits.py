@@ -127,7 +127,8 @@ def unacknowledged(lab: Lab) -> int:
 
 def stats(lab: Lab, worker: Worker) -> Any:
     """Return ``celery inspect stats`` of a worker."""
-    return lab.inspect(worker).stats()[worker.node]
+    # As `control`: a worker listens a moment after it is ready, and answers late on a busy machine.
+    return wait_for(lambda: lab.inspect(worker).stats())[worker.node]
 
 
 def wait_until_idle(lab: Lab, worker: Worker, prefetch: int) -> None:
