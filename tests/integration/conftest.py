@@ -12,6 +12,7 @@ import pytest
 import redis
 from harness import DEADLINE, Lab, wait_for, workers
 from kombu_lab import Broker
+from lanes_lab import place_in
 from port_for import get_port
 from pytest_rabbitmq.factories import rabbitmq_proc
 from pytest_redis.factories import redis_proc
@@ -80,6 +81,13 @@ def rabbitmq_lab(rabbitmq, tmp_path):
 def lab(request):
     """Return a lab on each broker."""
     return request.getfixturevalue(f"{request.param}_lab")
+
+
+@pytest.fixture(params=["redis", "rabbitmq", "quorum"])
+def place(request):
+    """Return a lab, and a queue of it on each kind of broker."""
+    lab = request.getfixturevalue("redis_lab" if request.param == "redis" else "rabbitmq_lab")
+    return place_in(lab, quorum=request.param == "quorum")
 
 
 @pytest.fixture

@@ -7,11 +7,10 @@ from collections import Counter
 import pytest
 import redis
 from harness import wait_for
+from lanes_lab import PARKED, is_redis, lanes, parked, run, send
 from limits import (
     SHORT_LEASE,
-    break_connections,
     celery,
-    declare,
     fail_at_start,
     limit,
     repeated,
@@ -21,66 +20,6 @@ from limits import (
 )
 
 from rate_limiter.broker.parking import RedisLanes
-
-PARKED = (limit(rate=4, overflow="park"),)
-
-
-@pytest.fixture(params=["redis", "rabbitmq", "quorum"])
-def place(request):
-    """Return a lab, and a queue of it on each kind of broker."""
-    lab = request.getfixturevalue("redis_lab" if request.param == "redis" else "rabbitmq_lab")
-    return place_in(lab, quorum=request.param == "quorum")
-
-
-def place_in(lab, *, quorum=False):
-    """Declare a queue of a lab; return both."""
-    name = lab.settings["task_default_queue"]
-    queue = (f"{name}-q", f"{name}-jobs", "direct", "key", quorum)
-    declare(lab, queue)
-    return lab, queue
-
-
-def send(place, task, *numbers, **options):
-    """Send jobs to the queue."""
-    lab, queue = place
-    for number in numbers:
-        lab.send(task, number, exchange=queue[1], routing_key=queue[3], **options)
-
-
-def is_redis(lab):
-    return lab.settings["broker_url"].startswith("redis")
-
-
-def lanes(place):
-    """Return how many jobs wait in each lane that is there, and what else is there for lanes, with 0."""
-    lab, queue = place
-    names = {
-        f"{queue[0]}.parked{end}": 0 for end in ("", ".workers", ".job", ".other", ".old", ".slow")
-    }
-    if is_redis(lab):
-        with redis.Redis.from_url(lab.settings["broker_url"], decode_responses=True) as client:
-            keys = [key for key in client.keys("*.parked*") if not key.endswith(("parked", "workers"))]
-            return {key: client.llen(key) for key in keys}
-    found = {}
-    with lab.app.connection_for_read() as connection:
-        for name in names:
-            try:
-                there = connection.channel().queue_declare(name, passive=True)
-            except connection.channel_errors:
-                continue
-            found[name] = there.message_count
-    return found
-
-
-def parked(place):
-    """Return how many jobs wait in the lane of the limit of task job."""
-    return lanes(place).get(f"{place[1][0]}.parked.job", 0)
-
-
-def run(place, *arguments, limits=PARKED, **options):
-    """Start a worker of the queue."""
-    lab, queue = place
-    return start(lab, *arguments, limits=limits, queues=(queue,), **options)
 
 
 @pytest.mark.parametrize(
@@ -156,38 +95,6 @@ def test_two_workers_share_a_lane(place):
         shares = [lab.runs("job by").count(worker.node) for worker in (one, other)]
     assert sorted(lab.runs("job")) == list(range(100))
     assert min(shares) >= 25  # the first was alone for a while
-
-
-def test_parked_jobs_run_after_a_crash(place):
-    """Workers are killed, nothing new arrives: the next worker runs what is parked."""
-    lab, _ = place
-    options = {"broker_transport_options": SHORT_LEASE} if is_redis(lab) else {}
-    send(place, "job", *range(60))
-    for _ in range(2):
-        with run(place, **options) as worker:
-            seen = len(lab.runs("job"))
-            lab.wait_for_runs("job", seen + 4)
-            wait_for(lambda: parked(place) > 20)
-            worker.kill()
-    with run(place, limits=(limit(rate=50, overflow="park"),), **options):
-        wait_for(lambda: set(lab.runs("job")) == set(range(60)))
-    assert sum(repeated(lab.runs("job")).values()) <= 4  # what the kills cut off
-
-
-@pytest.mark.parametrize("place", ["redis", "quorum"], indirect=True)
-def test_lanes_of_limits_that_are_gone_are_adopted(place):
-    """A limit has another name, or none parks any more: a worker that starts puts its jobs back."""
-    lab, queue = place
-    options = {"broker_transport_options": SHORT_LEASE} if is_redis(lab) else {}
-    send(place, "job", *range(40))
-    with run(place, limits=({**PARKED[0], "name": "old"},), **options) as worker:
-        wait_for(lambda: lanes(place).get(f"{queue[0]}.parked.old", 0) > 20)
-        time.sleep(0.5)  # kombu loses a message of Redis that a killed worker has just taken
-        worker.kill()
-    with run(place, limits=(limit(rate=50),), **options) as worker:
-        wait_for(lambda: set(lab.runs("job")) == set(range(40)))
-        assert re.search(r"Put \d+ jobs back into queue .*: no limit parks in", worker.output)
-    assert not lanes(place).get(f"{queue[0]}.parked.old")
 
 
 def test_parked_jobs_keep_their_lease(redis_lab):
@@ -283,93 +190,6 @@ def test_a_lane_is_consumed_while_its_tokens_come_soon(place):
             "limit", arguments={"name": "job", "rate": "50/s"}, destination=[worker.node], reply=True
         )
         assert lab.wait_for_runs("job", 40) == list(range(40))
-
-
-def test_jobs_that_the_broker_does_not_take_are_held(rabbitmq_lab, rabbitmq):
-    """A lane is full: its jobs are held, that is said once, and others go on; each runs once."""
-    lab = rabbitmq_lab
-    place = place_in(lab)
-    send(place, "job", *range(60))
-    send(place, "other", *range(30))
-    policy = '{"max-length": 5, "overflow": "reject-publish"}'
-    rabbitmq.rabbitctl_output("set_policy", "short", f"{place[1][0]}.parked.job", policy)
-    try:
-        with run(place, limits=(limit(rate=10, overflow="park"),)) as worker:
-            lab.wait_for_runs("other", 30)
-            lab.wait_for_runs("job", 60)
-            time.sleep(0.3)
-    finally:
-        rabbitmq.rabbitctl_output("clear_policy", "short")
-    assert sorted(lab.runs("job")) == list(range(60))
-    assert worker.output.count("the broker does not take them there") == 1
-    assert "Traceback" not in worker.output
-
-
-def test_a_worker_without_the_rights_holds(rabbitmq_lab, rabbitmq):
-    """RabbitMQ refuses to declare lanes: the limit holds as without parking, and that is said once."""
-    lab = rabbitmq_lab
-    place = place_in(lab)
-    send(place, "job", *range(40))
-    send(place, "other", *range(30))
-    rabbitmq.rabbitctl_output("add_user", "poor", "poor")
-    rights = r"^(?!.*parked).*$"
-    rabbitmq.rabbitctl_output("set_permissions", "poor", rights, rights, rights)
-    try:
-        url = lab.settings["broker_url"].replace("guest:guest", "poor:poor")
-        with run(place, limits=(limit(rate=20, overflow="park"),), broker_url=url) as worker:
-            lab.wait_for_runs("other", 30)
-            assert lab.wait_for_runs("job", 40) == list(range(40))
-    finally:
-        rabbitmq.rabbitctl_output("delete_user", "poor")
-    assert worker.output.count("the broker does not take them there") == 1
-    assert "Unrecoverable" not in worker.output
-
-
-def test_redis_without_the_rights_holds(own, redis_lab):
-    """Redis refuses to write lanes: nothing is lost, the limit holds, and that is said once."""
-    lab = redis_lab
-    client = redis.Redis.from_url(own.url)
-    client.acl_setuser(
-        "poor", enabled=True, passwords=["+poor"], commands=["+@all"], channels=["*"],
-        keys=["lab*-q", "lab*-q\x06\x16*", "_kombu*", "unacked*", "celery*", "worker*"],
-    )  # fmt: skip
-    client.close()
-    url = own.url.replace("redis://", "redis://poor:poor@")
-    lab.settings["broker_url"] = lab.app.conf.broker_url = own.url
-    place = place_in(lab)
-    send(place, "job", *range(40))
-    send(place, "other", *range(30))
-    with run(place, limits=(limit(rate=20, overflow="park"),), broker_url=url) as worker:
-        lab.wait_for_runs("other", 30)
-        assert lab.wait_for_runs("job", 40) == list(range(40))
-    assert worker.output.count("the broker does not take them there") == 1
-    assert "Unrecoverable" not in worker.output
-
-
-def test_a_lane_that_is_deleted_is_made_again(rabbitmq_lab, rabbitmq):
-    """Its jobs are gone with it; those that come later run."""
-    lab = rabbitmq_lab
-    place = place_in(lab)
-    send(place, "job", *range(40))
-    with run(place, limits=(limit(rate=10, overflow="park"),)):
-        wait_for(lambda: parked(place) > 10)
-        rabbitmq.rabbitctl_output("delete_queue", f"{place[1][0]}.parked.job")
-        send(place, "job", *range(100, 140))
-        wait_for(lambda: set(range(100, 140)) <= set(lab.runs("job")))
-    assert repeated(lab.runs("job")) == {}
-
-
-def test_parking_outlives_a_lost_connection(place, request):
-    """All connections break while jobs are parked: each runs; those under way may run twice."""
-    lab, _ = place
-    send(place, "job", *range(80))
-    with run(place, pool="prefork", limits=(limit(rate=20, overflow="park"),)) as worker:
-        wait_for(lambda: parked(place) > 20)
-        lab.wait_for_runs("job", 5)
-        break_connections(lab, request)
-        wait_for(lambda: set(lab.runs("job")) == set(range(80)))
-        assert worker.running
-    assert sum(repeated(lab.runs("job")).values()) <= 4
 
 
 def test_every_limit_that_can_is_parked(place):
@@ -482,23 +302,3 @@ def test_thousands_are_moved_aside_inside_redis(redis_lab):
         assert lab.wait_for_runs("job", 20) == list(range(len(lab.runs("job"))))
         # Most were not read before they were moved.
         assert worker.output.count("Task job[") < 1_000
-
-
-def test_a_broker_short_of_memory(rabbitmq_lab, rabbitmq):
-    """RabbitMQ takes nothing for a while: jobs and the limit go on, and each runs once in the end."""
-    lab = rabbitmq_lab
-    place = place_in(lab)
-    send(place, "job", *range(60))
-    send(place, "other", *range(30))
-    rabbitmq.rabbitctl_output("set_vm_memory_high_watermark", "0.00001")
-    try:
-        with run(place, pool="prefork", limits=(limit(rate=5, overflow="park"),)) as worker:
-            lab.wait_for_runs("other", 30)
-            lab.wait_for_runs("job", len(lab.runs("job")) + 10)
-            rabbitmq.rabbitctl_output("set_vm_memory_high_watermark", "0.9")
-            lab.wait_for_runs("job", 60)
-            time.sleep(0.5)
-    finally:
-        rabbitmq.rabbitctl_output("set_vm_memory_high_watermark", "0.9")
-    assert sorted(lab.runs("job")) == list(range(60))
-    assert "Traceback" not in worker.output

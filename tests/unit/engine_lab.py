@@ -53,6 +53,9 @@ class Gate(Host):
     def resume(self, queue):
         self.asked.append(("resume", queue))
 
+    def stuck(self, limit, held):
+        self.asked.append(("stuck", held))
+
 
 class Lab:
     """An engine for one limit, on a manual clock."""

@@ -120,6 +120,33 @@ def test_more_of_a_queue_may_come_until_a_bound_is_exceeded(overflow):
     assert takes("queue")
 
 
+def test_a_limit_that_keeps_others_waiting_is_told_of_once():
+    """Once it was beyond its bound for 10 s without a break, and not if it only was at its bound."""
+    lab = Lab(max_held=4)
+
+    def told():
+        return [each for each in lab.gate.asked if each[0] == "stuck"]
+
+    lab.offer(*range(5))
+    lab.run(1)
+    lab.offer(5, 6)
+    lab.run(2)  # down to its bound
+    lab.offer(7)
+    lab.clock.now = 11
+    lab.offer(8)
+    assert told() == []
+    lab.clock.now = 13
+    lab.offer(9)
+    assert told() == [("stuck", 7)]
+    lab.clock.now = 30
+    lab.offer(10)
+    lab.engine.clear()
+    lab.offer(*range(8))
+    lab.clock.now = 50
+    lab.offer(11)
+    assert len(told()) == 1
+
+
 def test_jobs_that_the_host_keeps_take_room():
     """What waits to be sent back counts towards the window and the bound, as a held job does."""
     lab = Lab(max_held=2)

@@ -198,3 +198,12 @@ def test_a_bucket_says_when_it_has_tokens_for_a_job():
     assert lab.engine.due_in(plan) == pytest.approx(40)
     lab.bucket.pause(500)
     assert lab.engine.due_in(plan) == pytest.approx(600)
+
+
+def test_what_is_held_for_too_long_can_be_withdrawn():
+    """From its end, the latest first; the first ones are held on, and it counts as returned."""
+    lab = parking_lab()
+    offer(lab, *"abcdef", behind=None)
+    assert lab.engine.withdraw({"c", "e", "f", "x"}, keep=1) == ["f", "e"]
+    assert lab.run(9) == list("bcd")
+    assert lab.numbers()["returned"] == 2

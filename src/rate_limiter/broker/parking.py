@@ -15,7 +15,7 @@ import json
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha1
 from pathlib import Path
 from queue import Empty
@@ -137,6 +137,8 @@ class Lane:
             self.channel, [entity], on_message=self._receive, auto_declare=False, **options
         )
         self.consumes = False
+        #: Whether what is given back comes again in its turn. Without ``delivery-limit`` a quorum queue appends it.
+        self.keeps_order = (entity.queue_arguments or {}).get("x-queue-type") != "quorum"
 
     def __len__(self) -> int:
         """How many messages of it are not acknowledged."""
@@ -178,14 +180,14 @@ class Lane:
             )  # an answer would be waited for, and jobs handled
         self._consumer._active_tags.clear()
 
-    def give_back(self, messages: Iterable[Any]) -> None:
-        """Put messages back to the front of the lane.
+    def give_back(self, messages: Sequence[Any]) -> None:
+        """Put messages back to the front of the lane; on a quorum queue to its end.
 
         Args:
             messages: The messages, the latest first.
 
         """
-        for message in messages:
+        for message in messages if self._is_redis else reversed(messages):
             if message.acknowledged or message.channel is not self.channel:
                 continue
             if self._is_redis:

@@ -31,7 +31,7 @@ from .division import Division
 from .ending import refuse_at_gate
 from .events import send_together
 from .loop import Loop
-from .parkable import parked_limits
+from .parkable import parked_limits, why_not
 from .parking import Parking
 from .prefork import is_spawned, share_all, share_the_rest
 from .returning import Returning
@@ -461,6 +461,17 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
     def resume(self, queue: str) -> None:
         """Consume a queue again."""
         self.queues.resume(queue)
+
+    def stuck(self, limit: Limit, held: int) -> None:
+        """Tell that parking would let other jobs pass, where the user has not chosen."""
+        broker = self.consumer.conninfo.transport.driver_type
+        if limit.overflow is None and why_not(limit, self.declared.get(limit), broker) is None:
+            logger.warning(
+                "Limit %s: %d jobs are held, more wait in the queue, and the jobs behind them wait too. "
+                "overflow='park' would let these pass; overflow='hold' says that it is meant so",
+                record_of(limit).name,
+                held,
+            )
 
     def wake(self) -> None:
         """See that what is due goes soon."""

@@ -303,11 +303,18 @@ class Parking:
         parked = self._by_channel.get(request.message.channel)
         if parked is None or parked.lane is None:
             return False
-        parked.waiting.discard(request)
-        parked.lane.give_back([request.message])
-        request.acknowledged = True
-        state.task_ready(request)
+        self._give_back(parked, [request])
         return True
+
+    @staticmethod
+    def _give_back(parked: _Parked, requests: Sequence[Any]) -> None:
+        """Put requests back to the front of their lane, the latest first."""
+        assert parked.lane is not None  # noqa: S101 - for mypy
+        parked.waiting.difference_update(requests)
+        parked.lane.give_back([request.message for request in requests])
+        for request in requests:
+            request.acknowledged = True
+            state.task_ready(request)
 
     def _send(self, parked: _Parked, request: Any) -> None:
         try:
@@ -475,12 +482,18 @@ class Parking:
             lane.consume(self._window(parked))
 
     def _rest_if_late(self, parked: _Parked) -> bool:
-        """Consume a lane no more if its next token is not due soon. Return whether that is so."""
+        """Consume a lane no more if its next token is not due soon. Return whether that is so.
+
+        Then what is in hand goes back to the lane, from its end, where that keeps the order.
+        """
         late = self._engine.due_in(parked.plan) > _SOON
         if late and parked.lane is not None:
             parked.rests = True
             if parked.lane.consumes:
                 parked.lane.rest()
+            # A long pause, or a lower rate. The first one stays: it knows when the tokens come.
+            if len(parked.waiting) > 1 and parked.lane.keeps_order:
+                self._give_back(parked, self._engine.withdraw(parked.waiting, keep=1))
         return late
 
     def _window(self, parked: _Parked) -> int:
@@ -590,7 +603,7 @@ class Parking:
         if self._is_redis or not alone:
             for parked in self._all():
                 if parked.lane is not None and parked.name in mine:
-                    parked.lane.give_back(reversed(mine[parked.name]))
+                    parked.lane.give_back(mine[parked.name][::-1])
             mine.clear()
         self._broker.leave(queue)
         if not alone:

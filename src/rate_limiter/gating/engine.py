@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from time import monotonic, perf_counter
 from typing import Any, Final, Generic, Literal, TypeVar
 from weakref import WeakValueDictionary
@@ -46,6 +46,9 @@ _MOST_PLANS: Final = 10_000
 
 #: Seconds without a job that waits, after which a limit has stopped to make jobs wait.
 _QUIET: Final = 10.0
+
+#: Seconds for which a limit is beyond its bound before the host is told.
+_STUCK: Final = 10.0
 
 #: At most so many jobs that cannot be acknowledged have no part in the window.
 _MOST_KEPT: Final = 1000
@@ -110,6 +113,15 @@ class Host(Generic[Job]):
     def resume(self, queue: str) -> None:
         """Consume a paused queue again."""
 
+    def stuck(self, limit: Limit, held: int) -> None:
+        """Take note of a limit beyond its bound for 10 s: jobs behind its jobs wait too. Called once a limit.
+
+        Args:
+            limit: The limit.
+            held: How many jobs it holds.
+
+        """
+
     def wake(self) -> None:
         """Call `Engine.release` soon: a bucket has changed. It may be called from any thread."""
 
@@ -163,6 +175,8 @@ class Engine(Generic[Job]):
         #: sums: what a job costs is not to depend on how many limits keep others.
         self._rooms: dict[Limit, tuple[int, int]] = {}
         self._room = self._most = 0
+        #: Since when limits are beyond their bounds; infinite: the host was told.
+        self._beyond: dict[Limit, float] = {}
         #: The limits whose jobs wait in the broker where there are many. Those held take no room from others:
         #: see `bound`.
         self._parking: frozenset[Limit] = frozenset()
@@ -405,6 +419,26 @@ class Engine(Generic[Job]):
             tell("returned", held.job, held.limit)
         return [held.job for held in leaving]
 
+    def withdraw(self, jobs: Collection[Job], keep: int) -> list[Job]:
+        """Hold some jobs no longer, but for the first ones. The caller gives them back to the broker.
+
+        Args:
+            jobs: The jobs. Those that are not held do not matter.
+            keep: How many of them are held on.
+
+        Returns:
+            The jobs that are held no longer, the latest first.
+
+        """
+        with self.lock:
+            found = [held for held in self._holding.all() if held.job in jobs]
+            leaving = sorted(found, key=lambda held: held.arrival)[keep:][::-1]
+            for held in leaving:
+                self._holding.take_out(held, self._clock())
+        for held in leaving:
+            tell("returned", held.job, held.limit)
+        return [held.job for held in leaving]
+
     def keep(self, job: Job, limit: Limit | None = None) -> None:
         """Count a job that is not held, but takes up the window: it is not acknowledged yet.
 
@@ -446,6 +480,9 @@ class Engine(Generic[Job]):
             self.paused.clear()
             self._rooms.clear()
             self._room = self._most = 0
+            self._beyond = {
+                limit: moment for limit, moment in self._beyond.items() if moment == math.inf
+            }
             self._limits_of.clear()
             self._waiting.clear()
             self._checks.clear()
@@ -602,14 +639,29 @@ class Engine(Generic[Job]):
         room, bound = self._rooms.pop(limit, (0, 0))
         self._room -= room
         self._most -= bound
-        if limit not in self._parking and (number := self._number(limit)):
+        number, beyond = self._number(limit), False
+        if limit not in self._parking and number:
             bound = self.bound(limit)
             room = min(number, bound)
             self._rooms[limit] = room, bound
             self._room += room
             self._most += bound
+            beyond = number > bound
+        self._note_bound(limit, number, beyond=beyond)
         if limit not in self._holding.held_by and self._waiting.get(limit) == math.inf:
             self._waiting[limit] = self._clock()
+
+    def _note_bound(self, limit: Limit, number: int, *, beyond: bool) -> None:
+        """Tell the host once of a limit whose jobs fill the window itself, so that no others come."""
+        since = self._beyond.get(limit)
+        if not beyond:
+            if since is not None and since < math.inf:
+                del self._beyond[limit]
+        elif since is None:
+            self._beyond[limit] = self._clock()
+        elif since + _STUCK <= self._clock():
+            self._beyond[limit] = math.inf
+            self._host.stuck(limit, number)
 
     def _number(self, limit: Limit) -> int:
         return self._holding.held_by.get(limit, 0) + self._kept_by.get(limit, 0)
