@@ -10,6 +10,7 @@
 | ``rate_limiter.tokens`` | counter, tokens that they have paid | limit, task |
 | ``rate_limiter.refused`` | counter, jobs that found no tokens and did not wait | limit, task, how |
 | ``rate_limiter.failed`` | counter, jobs that could not pay | limit, task |
+| ``rate_limiter.parked`` | counter, jobs that were moved aside in the broker | limit |
 | ``rate_limiter.shadowed`` | counter, jobs that a limit with ``shadow=True`` would have made wait | limit |
 | ``rate_limiter.wait`` | histogram, seconds that admitted jobs have waited | limit, task |
 | ``rate_limiter.held`` | gauge, jobs that are held now | limit |
@@ -58,6 +59,7 @@ class _Measuring(Observer):
         self._tokens = meter.create_counter("rate_limiter.tokens", "{token}")
         self._refused = meter.create_counter("rate_limiter.refused", "{job}")
         self._failed = meter.create_counter("rate_limiter.failed", "{job}")
+        self._parked = meter.create_counter("rate_limiter.parked", "{job}")
         self._shadowed = meter.create_counter("rate_limiter.shadowed", "{job}")
         self._wait = meter.create_histogram("rate_limiter.wait", "s")
         meter.create_observable_gauge("rate_limiter.held", [self._count_held], "{job}")
@@ -98,6 +100,9 @@ class _Measuring(Observer):
 
     def returned(self, job: Any, limit: Limit) -> None:
         self._leave(job)
+
+    def parked(self, limit: Limit, jobs: int) -> None:
+        self._parked.add(jobs, {"limit": record_of(limit).name})
 
     def shadowed(self, limit: Limit, seconds: float) -> None:
         self._shadowed.add(1, {"limit": record_of(limit).name})

@@ -81,6 +81,7 @@ class Jobs:
                 "failed": ends["ValueError"],
                 "skipped": 0 if name in refused else ends["REVOKED"],
                 "returned": 0,
+                "parked": 0,
                 "shadowed": 0,
             }
         return truth

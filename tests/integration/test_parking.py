@@ -211,7 +211,7 @@ def test_a_limit_that_cannot_be_parked_is_an_error(redis_lab):
 
 
 def test_parked_jobs_are_shown(place):
-    """`inspect limits` has the lane, its jobs and their age; `explain` knows where a job is."""
+    """`limits` has the lane, its jobs, their age, and how many were moved; `explain` knows where a job is."""
     lab, queue = place
     lane = f"{queue[0]}.parked.job"
     for number in range(30):
@@ -221,12 +221,17 @@ def test_parked_jobs_are_shown(place):
         time.sleep(0.3)
         asked = {"destination": [worker.node], "reply": True, "timeout": 20, "limit": 1}
         (reply,) = lab.app.control.broadcast("limits", **asked)
-        shown = reply[worker.node]["job"]["parked"]
-        assert shown[lane]["jobs"] > 10
-        assert 0 < shown[lane]["seconds"] < 30
+        shown = reply[worker.node]["job"]["lanes"][lane]
+        assert shown["jobs"] > 10
+        assert 0 < shown["seconds"] < 30
+        assert shown["jobs"] <= reply[worker.node]["job"]["parked"] <= 30
         (reply,) = lab.app.control.broadcast("explain", arguments={"task_id": last.id}, **asked)
         if not is_redis(lab):  # which has moved most jobs without the worker
             assert reply[worker.node] == {"state": "parked", "lane": lane}
+        told = (
+            rf"{last.id} is parked in {lane}, {'(1.|2.) jobs before it' if is_redis(lab) else 'unless'}"
+        )
+        assert re.search(told, celery(lab, "explain", last.id, "-Q", queue[0])[1])
         assert f" parked in {lane} for up to " in celery(lab, limits=(PARKED[0],))[1]
 
 

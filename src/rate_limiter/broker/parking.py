@@ -242,6 +242,9 @@ class Lanes(Protocol):
     def count(self, lane: str) -> int:
         """Return how many messages wait in a lane."""
 
+    def find(self, lane: str, job: str) -> int | None:
+        """Return how many jobs of a lane come before one with an id. ``None``: it is not there; or on RabbitMQ."""
+
     def put_back(self, lane: str, queue: str, first: Iterable[Any] = ()) -> int:
         """Put all messages of a lane in front of what waits in its queue, in order. Return how many.
 
@@ -349,6 +352,17 @@ class RedisLanes:
             for key in self._lists(lane):
                 pipe.llen(key)
             return sum(pipe.execute())
+
+    def find(self, lane: str, job: str) -> int | None:  # noqa: D102
+        wanted, before = f'"id": {json.dumps(job)}'.encode(), 0  # in the headers, as kombu writes them
+        for key in self._lists(lane):
+            for start in range(0, self._client.llen(key), _AT_ONCE):
+                messages = self._client.lrange(key, -start - _AT_ONCE, -start - 1)[::-1]
+                for place, message in enumerate(messages):
+                    if wanted in message:
+                        return before + place
+                before += len(messages)
+        return None
 
     def put_back(self, lane: str, queue: str, first: Iterable[Any] = ()) -> int:  # noqa: D102
         total = 0
@@ -477,6 +491,9 @@ class AmqpLanes:
     def count(self, lane: str) -> int:  # noqa: D102
         there = self._look_at(lane)
         return 0 if there is None else int(there.message_count)
+
+    def find(self, lane: str, job: str) -> int | None:  # noqa: D102
+        return None
 
     def put_back(self, lane: str, queue: str, first: Iterable[Any] = ()) -> int:  # noqa: D102
         before = self.count(queue)

@@ -93,7 +93,7 @@ def _limits(state: Any, **_: Any) -> dict[str, Any]:
             "queue": each.queue,
             "enforced": each.enforced,
             "held": 0 if each.step is None else each.step.engine.held_by[each.limit],
-            "parked": {} if each.step is None else each.step.lanes_of(each.limit),
+            "lanes": {} if each.step is None else each.step.lanes_of(each.limit),
             **shown(each.limit),
         }
         for name, each in known.items()

@@ -1,4 +1,4 @@
-"""What an operator does with lanes: ``celery limits unpark`` and ``purge``. It asks the broker, and no worker."""
+"""What an operator asks of lanes: ``celery limits unpark``, ``purge``, ``explain``. The broker answers, no worker."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ from celery import Celery
 
 from ..broker.parking import Lanes, lanes_of
 
-__all__ = ["Found", "find_lanes", "purge", "unpark"]
+__all__ = ["Found", "find_job", "find_lanes", "purge", "unpark"]
 
 
 class Found(NamedTuple):
@@ -37,6 +37,26 @@ def find_lanes(app: Celery, limit: str | None, queues: Iterable[str] = ()) -> li
             for lane, limits in sorted(lanes.there(queue).items())
             if limit is None or limit in limits
         ]
+
+
+def find_job(app: Celery, task_id: str, queues: Iterable[str] = ()) -> tuple[str, int] | None:
+    """Return the lane of a job, and how many jobs come before it. ``None``: it is in none, or the broker cannot tell.
+
+    Args:
+        app: The app.
+        task_id: The id of the job.
+        queues: The names of the queues whose lanes are searched. None: those that the app knows.
+
+    """
+    with app.connection_for_write() as connection:
+        lanes = lanes_of(connection, "limits")
+        if lanes is None:
+            return None
+        for queue in queues or app.amqp.queues:
+            for lane in sorted(lanes.there(queue)):
+                if (before := lanes.find(lane, task_id)) is not None:
+                    return lane, before
+    return None
 
 
 def unpark(app: Celery, found: Iterable[Found]) -> int:

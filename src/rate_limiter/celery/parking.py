@@ -24,6 +24,7 @@ from ..broker.relay import Relay
 from ..gating.engine import Decision, Engine, Plan
 from ..gating.limit import Limit
 from ..gating.record import listed, record_of
+from ..gating.tally import tell
 from .parkable import why_not
 
 __all__ = ["Parking"]
@@ -94,6 +95,11 @@ class _Parked:
     def limits(self) -> tuple[Limit, ...]:
         """Their limits."""
         return self.plan.limits
+
+    def count(self, jobs: int) -> None:
+        """Count jobs that were moved there."""
+        for limit in self.limits if jobs else ():
+            tell("parked", limit, jobs)
 
 
 class Parking:
@@ -281,6 +287,7 @@ class Parking:
         except Exception as error:  # noqa: BLE001 - a lane that Redis does not let us write to
             self._break(parked, repr(error))
             return
+        parked.count(count)
         if count >= parked.sweep // 2:
             parked.sweep = min(2 * parked.sweep, _SWEEP_MOST)
         else:
@@ -331,6 +338,7 @@ class Parking:
     def _moved(self, job: tuple[_Parked, Any]) -> None:
         parked, request = job
         parked.leaving -= 1
+        parked.count(1)
         now = monotonic()
         parked.quiet_at = now + _QUIET
         parked.since = parked.since or now

@@ -32,6 +32,11 @@ def _common(command: Any) -> Any:
     return nodes(seconds(command))
 
 
+_queues = click.option(
+    "-Q", "--queues", metavar="QUEUE,…", help="Lanes of these queues. Default: all queues of the app."
+)
+
+
 @click.group(invoke_without_command=True)
 @_common
 @click.option("-j", "--json", "as_json", is_flag=True, help="Print the workers' replies as JSON.")
@@ -56,9 +61,10 @@ def limits(ctx: click.Context, /, as_json: bool, watch: bool, **_: Any) -> None:
 
 @limits.command()
 @click.argument("task_id")
+@_queues
 @_common
 @click.pass_context
-def explain(ctx: click.Context, /, task_id: str, **_: Any) -> None:
+def explain(ctx: click.Context, /, task_id: str, queues: str | None, **_: Any) -> None:
     """Tell where the job TASK_ID is, and why and how long it waits."""
     replies = _replies(ctx, "explain", task_id=task_id)
     found = False
@@ -79,7 +85,9 @@ def explain(ctx: click.Context, /, task_id: str, **_: Any) -> None:
         elif reply["state"] != "unknown":
             found = True
             click.echo(f"{node}: {reply['task']} {reply['state']}")
-    if not found:
+    if not found and (parked := _find_parked(ctx, task_id, _split(queues))):
+        click.echo(f"{task_id} is parked in {parked[0]}, {parked[1]} jobs before it")
+    elif not found:
         _end(
             ctx,
             f"No worker has the job {task_id}: it is in its queue, has ended, or never was",
@@ -150,11 +158,6 @@ def check(ctx: click.Context) -> None:
     click.echo("All limits are well.")
 
 
-_queues = click.option(
-    "-Q", "--queues", metavar="QUEUE,…", help="Lanes of these queues. Default: all queues of the app."
-)
-
-
 @limits.command()
 @click.argument("name", required=False)
 @_queues
@@ -188,6 +191,16 @@ def purge(ctx: click.Context, /, name: str | None, queues: str | None, force: bo
         click.echo(f"Deleted {purge(app, found)} jobs.")
     elif not found:
         click.echo("Nothing is parked.")
+
+
+def _find_parked(ctx: click.Context, task_id: str, queues: list[str]) -> tuple[str, int] | None:
+    try:
+        from ..celery.lanes import find_job  # noqa: PLC0415 - see above
+
+        return find_job(ctx.obj.app, task_id, queues)
+    except Exception as error:  # noqa: BLE001 - permissions, or an app without the library
+        click.echo(f"Could not look into the lanes of parked jobs: {error}", err=True)
+        return None
 
 
 def _split(names: str | None) -> list[str]:

@@ -134,7 +134,7 @@ def _state(limit: dict[str, Any]) -> str:
         for each in limit["buckets"]
         if "share_of" in each
     ]
-    for lane, each in sorted(limit.get("parked", {}).items()):
+    for lane, each in sorted(limit.get("lanes", {}).items()):
         if each["jobs"]:
             states.append(f"{each['jobs']} parked in {lane} for up to {each['seconds']:.3g} s")
     if limit["shadow"]:

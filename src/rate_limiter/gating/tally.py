@@ -1,6 +1,7 @@
 """What happened under each limit: observers learn every outcome of a job, and a tally counts them.
 
-Only the engine of a gate and the payment of the decorator call the observers, and `steering` for changes.
+Only the engine of a gate and the payment of the decorator call the observers; `steering` for changes, and
+`celery.parking` for what it moves.
 """
 
 import logging
@@ -79,6 +80,9 @@ class Observer:
 
         It was held for too long, or another worker has started and is to have its share.
         """
+
+    def parked(self, limit: Limit, jobs: int) -> None:
+        """Take note of jobs that were moved aside in the broker, until their tokens come."""
 
     def shadowed(self, limit: Limit, seconds: float) -> None:
         """Take note of a job that a limit with ``shadow=True`` would have made wait, or refused.
@@ -163,10 +167,10 @@ def _hearers(outcome: str) -> list[tuple[Observer, Callable[..., None]]]:
 
 _NAMES: Final = (
     *("admitted", "tokens", "refused", "failed", "skipped"),
-    *("returned", "shadowed", "waited", "longest"),
+    *("returned", "parked", "shadowed", "waited", "longest"),
 )
 _ADMITTED, _TOKENS, _REFUSED, _FAILED, _SKIPPED, *_LAST = range(len(_NAMES))
-_RETURNED, _SHADOWED, _WAITED, _LONGEST = _LAST
+_RETURNED, _PARKED, _SHADOWED, _WAITED, _LONGEST = _LAST
 
 #: The number of rows in shared memory, one for each process. Further processes use the last row together.
 _ROWS: Final = 256
@@ -184,6 +188,7 @@ class Tally:
     - ``failed``: jobs that could not pay: their cost could not be computed, or the bucket raised.
     - ``skipped``: jobs that were revoked, or expired, while held.
     - ``returned``: held jobs that went back to their queue before their turn.
+    - ``parked``: jobs that were moved aside in the broker, counted each time.
     - ``shadowed``: jobs that a limit with ``shadow=True`` would have made wait, or refused.
     - ``waited``, ``longest``: the seconds that admitted jobs have waited: their sum, and the longest wait. With
       ``shadow=True`` those that they would have waited.
@@ -331,6 +336,9 @@ class _Counting(Observer):
 
     def returned(self, job: Any, limit: Limit) -> None:
         tally_of(limit)._count(_RETURNED)
+
+    def parked(self, limit: Limit, jobs: int) -> None:
+        tally_of(limit)._count(_PARKED, jobs)
 
     def shadowed(self, limit: Limit, seconds: float) -> None:
         tally_of(limit)._count(_SHADOWED)
