@@ -50,6 +50,25 @@ def test_the_broker_keeps_what_is_beyond_the_bound(lab):
     lab.assert_bound("job", capacity=1, rate=10)
 
 
+def test_a_limit_in_the_way_of_others_says_what_would_help(redis_lab):
+    """After 10 s beyond its bound, once; not if the user has chosen, nor if it could not be parked."""
+    lab = redis_lab
+    held = {"rate": 2, "max_held": 4}
+    limits = (
+        limit(**held),
+        limit("other", **held, overflow="hold"),
+        limit("total", **held, max_wait=9e9),
+    )
+    for number in range(40):
+        for task in "job", "other", "total":
+            lab.send(task, number)
+    with start(lab, limits=limits) as worker:
+        wait_for(lambda: "jobs are held, more wait in the queue" in worker.output)
+        lab.wait_for_runs("job", len(lab.runs("job")) + 5)
+    (told,) = re.findall(r"Limit (\w+): (?:\d+) jobs are held, more wait", worker.output)
+    assert told == "job"
+
+
 def test_two_workers_share_the_backlog_of_a_paused_queue(lab):
     """overflow="pause": no worker hoards, both run at their rate, and each job runs once."""
     queue = lab.settings["task_default_queue"]

@@ -323,6 +323,28 @@ def test_lanes_are_where_sentinel_says(sentinel, own, redis_lab):
     assert waiting(lab, place[1][0]) == 80 - len(ran)
 
 
+def test_one_slot_of_a_redis_cluster_is_enough(own_redis, redis_lab):
+    """Where a hash tag puts all of kombu's keys in one slot, jobs are parked on a Redis Cluster too."""
+    lab, server = redis_lab, own_redis("--cluster-enabled", "yes")
+    with redis.Redis.from_url(server.url) as client:
+        client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        wait_for(lambda: "cluster_state:ok" in client.execute_command("CLUSTER", "INFO").decode())
+    settings = {"broker_url": server.url, "broker_transport_options": {"global_keyprefix": "{shop}"}}
+    lab.app.conf.update(settings)
+    lab.settings.update(settings)
+    place = place_in(lab)
+    send(place, "job", *range(60))
+    send(place, "other", *range(10))
+    with run(place, concurrency=1) as worker:
+        lab.wait_for_runs("other", 10)
+        with redis.Redis.from_url(server.url) as client:
+            assert client.llen(f"{{shop}}{place[1][0]}.parked.job") > 20
+        lab.wait_for_runs("job", 12)
+        worker.stop()
+    assert lab.runs("job") == list(range(len(lab.runs("job"))))
+    assert lanes(place) == {}
+
+
 def test_a_long_pause_gives_back_what_is_in_hand(place):
     """All but the first go back to the lane, but for a quorum queue, which has no place for them; order is kept."""
     lab, queue = place
