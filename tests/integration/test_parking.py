@@ -19,7 +19,7 @@ from limits import (
     waiting,
 )
 
-from rate_limiter.broker.parking import RedisLanes
+from rate_limiter.broker.redis_lanes import RedisLanes
 
 
 @pytest.mark.parametrize(

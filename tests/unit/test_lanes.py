@@ -7,7 +7,7 @@ from engine_lab import Lab
 from kombu import Queue
 
 from rate_limiter import AllOf, BucketPerKey, TokenBucket
-from rate_limiter.broker.parking import lane_entity, lane_name
+from rate_limiter.broker.lane import lane_entity, lane_name
 from rate_limiter.celery import Gate
 from rate_limiter.celery.check import problems
 from rate_limiter.celery.parkable import parked_limits

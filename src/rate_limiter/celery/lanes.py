@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from celery import Celery
 
-from ..broker.parking import Lanes, lanes_of
+from ..broker.lanes import Lanes, lanes_of
 
 __all__ = ["Found", "find_job", "find_lanes", "purge", "unpark"]
 

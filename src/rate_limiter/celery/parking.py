@@ -1,4 +1,4 @@
-"""Parking: jobs of limits with ``overflow="park"`` wait in the broker, aside, in lanes (`broker.parking`).
+"""Parking: jobs of limits with ``overflow="park"`` wait in the broker, aside, in lanes (`broker.lane`).
 
 The gate holds a few jobs of such a limit. The next ones are moved to the lane of their queue and their limits, and
 come back through a channel and a prefetch window of their own. While there are jobs in a lane, new ones go there
@@ -19,7 +19,8 @@ from typing import Any, Final
 
 from celery.worker import state
 
-from ..broker.parking import Lane, Lanes, lane_entity, lane_name, lanes_of
+from ..broker.lane import Lane, lane_entity, lane_name
+from ..broker.lanes import Lanes, lanes_of
 from ..broker.relay import Relay
 from ..gating.engine import Decision, Engine, Plan
 from ..gating.limit import Limit

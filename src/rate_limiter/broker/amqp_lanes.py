@@ -1,0 +1,275 @@
+"""The lanes on a RabbitMQ: see `lanes`."""
+
+import contextlib
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Final
+
+from .origin import restore_origin
+from .relay import Relay
+
+__all__ = ["AmqpLanes"]
+
+#: How many messages of a lane are in hand while they are put back.
+_AT_ONCE: Final = 500
+
+#: At most so many messages of a queue on RabbitMQ are sent behind those that are put back into it.
+_MOST_ROTATED: Final = 10_000
+
+#: Seconds until a channel is closed after its last acknowledgements. A quorum queue may get them late, and forgets
+#: those that it has not got when the channel closes.
+_SETTLE: Final = 0.5
+
+#: Seconds without a message after which to look whether a lane is empty.
+_NOTHING_MORE: Final = 0.2
+
+#: What RabbitMQ says of a queue that is declared as another worker, or an operator, has not declared it; and of one
+#: that is not there.
+_OF_ANOTHER_KIND: Final = 406
+_NOT_THERE: Final = 404
+
+#: Seconds to wait for RabbitMQ to confirm a note of a lane; and what is put back.
+_NOTED: Final = 1.0
+_CONFIRM: Final = 10.0
+
+
+class AmqpLanes:
+    """The lanes on a RabbitMQ. See `Lanes`.
+
+    What it does it does on connections of its own: to wait for an answer on the consumer's would be to handle
+    jobs meanwhile.
+
+    Args:
+        client: A kombu connection to the RabbitMQ. It is cloned.
+
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        #: For each queue: the channel on which this worker says that it uses lanes of it.
+        self._signs: dict[str, Any] = {}
+
+    def join(self, queue: str, lanes: Mapping[str, Iterable[str]]) -> None:  # noqa: D102
+        if not lanes:
+            return
+        known = self.there(queue)
+        with self._channel() as channel:
+            missing = {lane: limits for lane, limits in lanes.items() if lane not in known}
+            if missing:
+                channel.queue_declare(f"{queue}.parked", durable=True, auto_delete=False)
+            for lane, limits in missing.items():
+                note = channel.prepare_message(
+                    json.dumps([lane, list(limits)]),
+                    content_type="application/json",
+                    content_encoding="utf-8",
+                    properties={"delivery_mode": 2},
+                )
+                try:
+                    channel.basic_publish(note, "", f"{queue}.parked", confirm_timeout=_NOTED)
+                except TimeoutError:  # which would pass for a lost connection
+                    raise RuntimeError(
+                        "RabbitMQ confirms nothing: it is short of memory or disk space"
+                    ) from None
+        if queue not in self._signs:
+            channel = self._client.channel()
+            self._signs[queue] = channel
+            name = f"{queue}.parked.workers"
+            channel.queue_declare(name, durable=True, auto_delete=True)
+            channel.basic_consume(name, no_ack=True, callback=_ignore)
+
+    def leave(self, queue: str) -> None:  # noqa: D102
+        channel = self._signs.pop(queue, None)
+        if channel is not None:
+            channel.close()
+
+    def declare(self, entities: Iterable[Any]) -> dict[str, int | Exception]:  # noqa: D102
+        found: dict[str, int | Exception] = {}
+        with self._connection() as connection:
+            for entity in entities:
+                try:
+                    there = entity(connection.default_channel).queue_declare()
+                    found[entity.name] = int(there.message_count)
+                except connection.channel_errors as error:
+                    found[entity.name] = error
+                    if getattr(error, "reply_code", None) == _OF_ANOTHER_KIND:
+                        channel = connection.channel()
+                        there = channel.queue_declare(entity.name, passive=True)
+                        found[entity.name] = int(there.message_count)
+        return found
+
+    def there(self, queue: str) -> dict[str, list[str]]:  # noqa: D102
+        if self._look_at(f"{queue}.parked") is None:
+            return {}
+        with self._channel() as channel:  # as it closes, the notes go back
+            return {lane: limits for _, lane, limits in _notes(channel, queue)}
+
+    def unused(self, queue: str, lanes: Iterable[str]) -> list[str]:  # noqa: D102
+        found = {lane: self._look_at(lane) for lane in lanes}
+        return [lane for lane, there in found.items() if there is None or not there.consumer_count]
+
+    def calm(self, channels: Iterable[Any]) -> None:
+        """Do nothing: what arrives late goes back to its place."""
+
+    def alone(self, queue: str) -> bool:  # noqa: D102
+        there = self._look_at(f"{queue}.parked.workers")
+        return there is None or there.consumer_count <= (queue in self._signs)
+
+    def count(self, lane: str) -> int:  # noqa: D102
+        there = self._look_at(lane)
+        return 0 if there is None else int(there.message_count)
+
+    def find(self, lane: str, job: str) -> int | None:  # noqa: D102
+        return None
+
+    def put_back(self, lane: str, queue: str, first: Iterable[Any] = ()) -> int:  # noqa: D102
+        before = self.count(queue)
+        with self._channel() as channel:
+            count = self._move(first, queue)
+            if self._look_at(lane) is not None:
+                count += self._move(self._all_of(channel, lane), queue)
+            if count and before <= _MOST_ROTATED:
+                self._move(_got(channel, queue, before), queue)
+            if count:
+                time.sleep(_SETTLE)
+        return count
+
+    def sweep(self, queue: str, lane: str, tasks: Iterable[str], most: int) -> int:  # noqa: D102
+        return 0
+
+    def purge(self, lane: str) -> int:  # noqa: D102
+        if self._look_at(lane) is None:
+            return 0
+        with self._channel() as channel:
+            return int(channel.queue_purge(lane) or 0)
+
+    def remove(self, queue: str, lanes: Iterable[str]) -> None:  # noqa: D102
+        gone = set()
+        for lane in lanes:
+            there = self._look_at(lane)
+            if there is not None and not there.message_count and not there.consumer_count:
+                with self._channel() as channel:  # quorum queues know no if_empty
+                    channel.queue_delete(lane)
+            if there is None or not (there.message_count or there.consumer_count):
+                gone.add(lane)
+        if self._look_at(f"{queue}.parked") is None:
+            return
+        with self._channel() as channel:
+            left = 0
+            for note, lane, _ in list(_notes(channel, queue)):
+                if lane in gone:
+                    note.ack()
+                else:
+                    left += 1
+        if not left:
+            with contextlib.suppress(*self._client.channel_errors), self._channel() as channel:
+                channel.queue_delete(f"{queue}.parked", if_unused=True, if_empty=True)
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[Any]:
+        options = {**(self._client.transport_options or {}), "confirm_publish": True}
+        connection = self._client.clone(transport_options=options)
+        try:
+            connection.connect()
+            yield connection
+        finally:
+            with contextlib.suppress(Exception):
+                connection.collect()  # one that is blocked would not answer
+
+    @contextlib.contextmanager
+    def _channel(self) -> Iterator[Any]:
+        with self._connection() as connection:
+            channel = connection.channel()
+            yield channel
+            channel.close()
+
+    def _look_at(self, name: str) -> Any:
+        """Return how many messages and consumers a queue has. ``None``: there is no such queue."""
+        with self._connection() as connection:
+            try:
+                return connection.channel().queue_declare(name, passive=True)
+            except connection.channel_errors as error:
+                if getattr(error, "reply_code", None) != _NOT_THERE:
+                    raise
+        return None
+
+    def _all_of(self, channel: Any, lane: str) -> Iterator[Any]:
+        """Yield all messages of a lane, as they were sent at first. They are pushed: to get each takes long."""
+        inbox: deque[Any] = deque()
+        there = True
+        while there or self.count(lane):
+            channel.basic_qos(0, _AT_ONCE, False)
+            tag = channel.basic_consume(lane, no_ack=False, callback=inbox.append)
+            there = False
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    while inbox:
+                        there = True
+                        yield _as_sent(channel, inbox.popleft())
+                    channel.connection.client.drain_events(timeout=_NOTHING_MORE)
+            # RabbitMQ may pause for longer. The answers come behind what is on its way.
+            channel.basic_cancel(tag)
+            channel.basic_qos(0, _AT_ONCE, False)
+            while inbox:
+                there = True
+                yield _as_sent(channel, inbox.popleft())
+
+    @staticmethod
+    def _move(messages: Iterable[Any], queue: str) -> int:
+        """Send messages to the end of a queue. Return how many have arrived."""
+        done: list[Any] = []
+        failed: list[Any] = []
+        relay = Relay(_acknowledging(done), failed.append)
+        try:
+            for message in messages:
+                relay.send(message, message, queue)
+                end = time.monotonic() + _CONFIRM
+                while relay.full and not failed and time.monotonic() < end:
+                    relay.wait(_CONFIRM / 100)
+                if relay.full:
+                    break
+                if failed:
+                    break
+            relay.wait(0.0 if relay.blocked else _CONFIRM)
+        finally:
+            relay.close()
+        if failed:
+            raise RuntimeError(f"RabbitMQ has not confirmed a message for queue {queue}")
+        return len(done)
+
+
+def _acknowledging(done: list[Any]) -> Callable[[Any], None]:
+    def moved(message: Any) -> None:
+        message.ack()
+        done.append(message)
+
+    return moved
+
+
+def _as_sent(channel: Any, message: Any) -> Any:
+    """Return kombu's message, as it was sent at first."""
+    message = channel.message_to_python(message)
+    restore_origin(message)
+    return message
+
+
+def _got(channel: Any, queue: str, most: int | None = None) -> Iterator[Any]:
+    """Yield the messages of a queue, as they were sent at first."""
+    while most is None or most > 0:
+        message = channel.basic_get(queue, no_ack=False)
+        if message is None:
+            return
+        yield _as_sent(channel, message)
+        most = None if most is None else most - 1
+
+
+def _notes(channel: Any, queue: str) -> Iterator[tuple[Any, str, list[str]]]:
+    for note in _got(channel, f"{queue}.parked"):
+        with contextlib.suppress(ValueError, TypeError):
+            lane, limits = json.loads(note.body)
+            yield note, str(lane), list(limits)
+
+
+def _ignore(_message: Any) -> None:
+    """Take note of a message that nobody should have sent."""

@@ -1,0 +1,148 @@
+"""The lanes on one Redis: see `lanes`."""
+
+import contextlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from queue import Empty
+from typing import Any, Final
+
+from .lane import stop_reading
+from .relay import redis_client
+
+__all__ = ["RedisLanes"]
+
+_HERE: Final = Path(__file__).parent
+_PUT_BACK: Final = (_HERE / "put_back.lua").read_text()
+_SWEEP: Final = (_HERE / "sweep.lua").read_text()
+
+#: How many messages are put back, or read, at once. A script takes about 1 µs for each, and nobody else is served.
+_AT_ONCE: Final = 500
+
+#: Seconds after which a worker on Redis that does not renew its sign counts as gone.
+_GONE: Final = 10.0
+
+
+class RedisLanes:
+    """The lanes on one Redis. See `Lanes`.
+
+    Args:
+        channel: A kombu channel.
+        worker: The name of the worker, or of whoever asks.
+
+    """
+
+    def __init__(self, channel: Any, worker: str) -> None:
+        self._channel = channel
+        self._worker = worker
+        self._client = redis_client(channel)
+        self._put_back = self._client.register_script(_PUT_BACK)
+        self._sweep = self._client.register_script(_SWEEP)
+
+    def join(self, queue: str, lanes: Mapping[str, Iterable[str]]) -> None:
+        """Renew this worker's signs. It has to be called every few seconds."""
+        if not lanes:
+            return
+        now = self._now()
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.zadd(self._key(f"{queue}.parked.workers"), {self._sign(lane): now for lane in lanes})
+            for lane, limits in lanes.items():
+                pipe.hsetnx(self._key(f"{queue}.parked"), lane, json.dumps(list(limits)))
+            pipe.execute()
+
+    def leave(self, queue: str) -> None:  # noqa: D102 - as in Lanes
+        key = self._key(f"{queue}.parked.workers")
+        mine = [sign for sign in self._client.zrange(key, 0, -1) if _parts(sign)[0] == self._worker]
+        if mine:
+            self._client.zrem(key, *mine)
+
+    def declare(self, entities: Iterable[Any]) -> dict[str, int | Exception]:  # noqa: D102
+        return {entity.name: self.count(entity.name) for entity in entities}
+
+    def there(self, queue: str) -> dict[str, list[str]]:  # noqa: D102
+        found = self._client.hgetall(self._key(f"{queue}.parked"))
+        return {_text(lane): json.loads(limits) for lane, limits in found.items()}
+
+    def unused(self, queue: str, lanes: Iterable[str]) -> list[str]:  # noqa: D102
+        used = {lane for _, lane in self._signs(queue)}
+        return [lane for lane in lanes if lane not in used]
+
+    def calm(self, channels: Iterable[Any]) -> None:  # noqa: D102
+        for channel in channels:
+            stop_reading(channel)
+            if (
+                channel._in_poll
+            ):  # it waits for a second at most; kombu does this when it closes a channel
+                with contextlib.suppress(Empty):
+                    channel._brpop_read()
+
+    def alone(self, queue: str) -> bool:  # noqa: D102
+        return all(worker == self._worker for worker, _ in self._signs(queue))
+
+    def count(self, lane: str) -> int:  # noqa: D102
+        with self._client.pipeline(transaction=False) as pipe:
+            for key in self._lists(lane):
+                pipe.llen(key)
+            return sum(pipe.execute())
+
+    def find(self, lane: str, job: str) -> int | None:  # noqa: D102
+        wanted, before = f'"id": {json.dumps(job)}'.encode(), 0  # in the headers, as kombu writes them
+        for key in self._lists(lane):
+            for start in range(0, self._client.llen(key), _AT_ONCE):
+                messages = self._client.lrange(key, -start - _AT_ONCE, -start - 1)[::-1]
+                for place, message in enumerate(messages):
+                    if wanted in message:
+                        return before + place
+                before += len(messages)
+        return None
+
+    def put_back(self, lane: str, queue: str, first: Iterable[Any] = ()) -> int:  # noqa: D102
+        total = 0
+        for source, target in zip(self._lists(lane), self._lists(queue), strict=True):
+            while count := self._put_back(keys=[source, target], args=[_AT_ONCE]):
+                total += count
+        return total
+
+    def sweep(self, queue: str, lane: str, tasks: Iterable[str], most: int) -> int:  # noqa: D102
+        pairs = zip(self._lists(queue), self._lists(lane), strict=True)
+        return sum(self._sweep(keys=pair, args=[most, *tasks]) for pair in pairs)
+
+    def purge(self, lane: str) -> int:  # noqa: D102
+        count = self.count(lane)
+        self._client.delete(*self._lists(lane))
+        return count
+
+    def remove(self, queue: str, lanes: Iterable[str]) -> None:  # noqa: D102
+        for lane in lanes:
+            if not self.count(lane):
+                self._client.hdel(self._key(f"{queue}.parked"), lane)
+
+    def _key(self, name: str) -> str:
+        return f"{self._channel.global_keyprefix}{name}"
+
+    def _lists(self, name: str) -> list[str]:
+        channel = self._channel
+        return [self._key(channel._q_for_pri(name, step)) for step in channel.priority_steps]
+
+    def _now(self) -> float:
+        """Return the time of the Redis: workers may have other clocks."""
+        seconds, micros = self._client.time()
+        return float(seconds) + float(micros) / 1e6
+
+    def _sign(self, lane: str) -> str:
+        return json.dumps([self._worker, lane])
+
+    def _signs(self, queue: str) -> list[tuple[str, str]]:
+        """Return the workers that live, each with a lane that it uses."""
+        key, since = self._key(f"{queue}.parked.workers"), self._now() - _GONE
+        self._client.zremrangebyscore(key, "-inf", since)
+        return [_parts(sign) for sign in self._client.zrange(key, 0, -1)]
+
+
+def _parts(sign: Any) -> tuple[str, str]:
+    worker, lane = json.loads(sign)
+    return worker, lane
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
