@@ -19,7 +19,7 @@ FOLDERS = [
 ]
 
 #: These need two terminals, or a Redis, and a test of their own.
-APART = {"cluster", "two_terminals"}
+APART = {"cluster", "parking", "two_terminals"}
 
 
 def script(folder):

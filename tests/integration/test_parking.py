@@ -1,12 +1,15 @@
 """Jobs of limits with overflow="park" wait in the broker, aside, and come back when their tokens do."""
 
+import os
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
 
 import pytest
 import redis
-from harness import wait_for
+from harness import ROOT, wait_for
 from lanes_lab import PARKED, is_redis, lanes, parked, run, send
 from limits import (
     SHORT_LEASE,
@@ -233,6 +236,21 @@ def test_parked_jobs_are_shown(place):
         )
         assert re.search(told, celery(lab, "explain", last.id, "-Q", queue[0])[1])
         assert f" parked in {lane} for up to " in celery(lab, limits=(PARKED[0],))[1]
+
+
+def test_the_example(redis_url):
+    """Pictures pass 2,000 emails; in the end these are all in their queue."""
+    command = [sys.executable, str(ROOT / "examples" / "parking" / "run.py")]
+    environment = {**os.environ, "REDIS_URL": redis_url(), "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=90, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    pictures, parked, stopped = [line for line in done.stdout.splitlines() if "emails" in line]
+    sent = int(re.search(r"(\d+) emails? (is|are) sent", pictures)[1])
+    assert 1 <= sent < 60
+    assert int(parked.split()[0].replace(",", "")) > 1_900
+    assert re.search(r"stopped: 1,9\d\d emails wait in their queue, and none in a lane", stopped)
 
 
 @pytest.mark.parametrize("place", ["redis", "quorum"], indirect=True)
