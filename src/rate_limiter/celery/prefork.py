@@ -150,7 +150,11 @@ def _children(worker: Any) -> int:
 
 
 def _are_replaced(worker: Any) -> bool:
-    """Tell whether pool processes take another's place. Each starts anew: with a full bucket."""
+    """Tell whether pool processes take another's place.
+
+    What the other one took is forgotten: a forked process starts with the level of the main process, a
+    spawned one with a new bucket.
+    """
     return bool(worker.max_tasks_per_child or worker.max_memory_per_child or worker.time_limit)
 
 
