@@ -2,15 +2,18 @@
 
 Celery finds this command by its entry point and loads it with every ``celery`` program, whatever app that is
 for. So it imports nothing of `rate_limiter.celery` before `check` needs it, and asks workers by remote control
-alone. It exits with 2 if an argument is wrong, and with 69 if no worker answers, as Celery's own commands do.
+alone. It exits with 2 if an argument is wrong, and with 69 if no worker or no broker answers, as Celery's own
+commands do for a worker.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
 from typing import Any, Final, NoReturn
 
 import click
+from kombu.exceptions import OperationalError
 
 from ..redis_state import somebody
 from .table import Table
@@ -167,8 +170,9 @@ def unpark(ctx: click.Context, /, name: str | None, queues: str | None) -> None:
     from ..celery.lanes import find_lanes, unpark  # noqa: PLC0415 - see above
 
     app = ctx.obj.app
-    found = find_lanes(app, name, _split(queues))
-    click.echo(f"Put {unpark(app, found)} jobs back from {len(found)} lanes.")
+    with _broker(ctx):
+        found = find_lanes(app, name, _split(queues))
+        click.echo(f"Put {unpark(app, found)} jobs back from {len(found)} lanes.")
 
 
 @limits.command()
@@ -181,13 +185,14 @@ def purge(ctx: click.Context, /, name: str | None, queues: str | None, force: bo
     from ..celery.lanes import find_lanes, purge  # noqa: PLC0415 - see above
 
     app = ctx.obj.app
-    found = find_lanes(app, name, _split(queues))
-    for lane in found:
-        click.echo(f"{lane.name}: {lane.jobs} jobs")
-    if found and (force or click.confirm("Delete them?", abort=True)):
-        click.echo(f"Deleted {purge(app, found)} jobs.")
-    elif not found:
-        click.echo("Nothing is parked.")
+    with _broker(ctx):
+        found = find_lanes(app, name, _split(queues))
+        for lane in found:
+            click.echo(f"{lane.name}: {lane.jobs} jobs")
+        if found and (force or click.confirm("Delete them?", abort=True)):
+            click.echo(f"Deleted {purge(app, found)} jobs.")
+        elif not found:
+            click.echo("Nothing is parked.")
 
 
 def _split(names: str | None) -> list[str]:
@@ -215,19 +220,32 @@ def _replies(ctx: click.Context, command: str, **arguments: Any) -> dict[str, An
 
 def _ask(ctx: click.Context, command: str, **arguments: Any) -> dict[str, Any]:
     nodes = _option(ctx, "destination")
-    replies = ctx.obj.app.control.broadcast(
-        command,
-        arguments=arguments,
-        destination=nodes and [node.strip() for node in nodes.split(",")],
-        timeout=_timeout(ctx),
-        reply=True,
-    )
+    with _broker(ctx):
+        replies = ctx.obj.app.control.broadcast(
+            command,
+            arguments=arguments,
+            destination=nodes and [node.strip() for node in nodes.split(",")],
+            timeout=_timeout(ctx),
+            reply=True,
+        )
     merged = {node: reply for each in replies for node, reply in each.items()}
     for node, reply in merged.items():
         error = reply.get("error")
         if isinstance(error, str) and error.startswith("KeyError"):  # Celery's, to an unknown command
             merged[node] = {"error": "this worker's app does not use rate_limiter"}
     return merged
+
+
+@contextlib.contextmanager
+def _broker(ctx: click.Context) -> Iterator[None]:
+    """End with a line that names the broker, if that does not answer or has no lanes."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    except OperationalError as error:
+        where = ctx.obj.app.connection_for_write().as_uri()  # without its password
+        _end(ctx, f"The broker at {where} does not answer: {error}", _NO_WORKER)
 
 
 def _timeout(ctx: click.Context) -> float:
