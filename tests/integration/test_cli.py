@@ -143,6 +143,33 @@ def test_no_broker(tmp_path, arguments):
     assert "secret" not in printed
 
 
+def test_check_counts_limits(tmp_path):
+    """It says how many there are, for whoever has written them where nobody reads them."""
+    module = "from celery import Celery\nfrom rate_limiter.celery import Gate\napp = Celery('shop')\nGate(app)\n"
+    for name, setting, says in [
+        ("none", "", "No limit is declared.\n"),
+        (
+            "one",
+            "app.conf.rate_limiter_limits = {'job': '5/s'}\n@app.task(name='job')\ndef job(): ...",
+            "well: 1.\n",
+        ),
+    ]:
+        (tmp_path / f"{name}.py").write_text(module + setting)
+        command = [
+            sys.executable,
+            "-m",
+            "celery",
+            "--workdir",
+            str(tmp_path),
+            "-A",
+            name,
+            "limits",
+            "check",
+        ]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout.endswith(says)
+
+
 def test_no_lanes(tmp_path):
     """Parked jobs are looked for on Redis and RabbitMQ alone: else exit 2."""
     status, printed = celery(Lab(tmp_path, "memory://"), "unpark")
@@ -157,7 +184,7 @@ def test_check(redis_lab):
     lab.settings["broker_url"] = "redis://nobody.invalid"
     ok = {"task_annotations": {"cello": {"rate_limit": None}, "doubly": {"rate_limit": None}}}
     status, printed = celery(lab, "check", **ok)
-    assert (status, printed) == (0, "All limits are well.\n")
+    assert (status, re.fullmatch(r"All limits are well: \d\d\.\n", printed) is not None) == (0, True)
     wrong = ok | {
         "task_annotations": {
             **ok["task_annotations"],

@@ -11,7 +11,7 @@ from .prefork import why_not_shared
 from .settings import longest_hold, parks_all
 from .startup import without_gate
 
-__all__ = ["problems"]
+__all__ = ["count", "problems"]
 
 
 def problems(app: Celery) -> list[str]:
@@ -64,6 +64,13 @@ def problems(app: Celery) -> list[str]:
         if app.tasks[name].rate_limit
     ]
     return found
+
+
+def count(app: Celery) -> int:
+    """Return how many limits an app without `problems` has."""
+    if gate := gates.get(app):
+        return len(gate.tasks_of())
+    return len({limit for task in app.tasks.values() for limit in limits_of(task)})
 
 
 def _one_per_process(task: Task) -> list[str]:

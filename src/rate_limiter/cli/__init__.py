@@ -143,14 +143,15 @@ def restore(ctx: click.Context, /, name: str, **order: Any) -> None:
 @click.pass_context
 def check(ctx: click.Context) -> None:
     """Check all declarations of the app without a broker. Prints a line for each problem, and exits with 1."""
-    from ..celery.check import problems  # noqa: PLC0415 - see above
+    from ..celery.check import count, problems  # noqa: PLC0415 - see above
 
     found = problems(ctx.obj.app)
     for problem in found:
         click.echo(problem)
     if found:
         ctx.exit(1)
-    click.echo("All limits are well.")
+    number = count(ctx.obj.app)
+    click.echo(f"All limits are well: {number}." if number else "No limit is declared.")
 
 
 _queues = click.option(
