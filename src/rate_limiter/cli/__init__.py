@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Any, Final, NoReturn
 
 import click
-from kombu.exceptions import OperationalError
 
 from ..redis_state import somebody
 from .table import Table
@@ -244,9 +243,12 @@ def _broker(ctx: click.Context) -> Iterator[None]:
         yield
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    except OperationalError as error:
-        where = ctx.obj.app.connection_for_write().as_uri()  # without its password
-        _end(ctx, f"The broker at {where} does not answer: {error}", _NO_WORKER)
+    except Exception as error:
+        from ..celery.lanes import why_no_broker  # noqa: PLC0415 - see above
+
+        if why := why_no_broker(ctx.obj.app, error):
+            _end(ctx, why, _NO_WORKER)
+        raise
 
 
 def _timeout(ctx: click.Context) -> float:
