@@ -63,7 +63,7 @@ LOOK = """
 
     what ran       the lines below
     each job       docker compose -f docker/compose.yaml logs -f worker-1 worker-2
-    what is held   docker compose -f docker/compose.yaml exec worker-1 celery -A shop inspect reserved
+    what is held   docker compose -f docker/compose.yaml exec worker-1 celery -A shop limits --watch
     the limits     docker/shop.py: 1 email/s and 10 MB/s in each of the two workers
 
                emails/s     MB/s  pictures/s

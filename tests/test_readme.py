@@ -11,6 +11,9 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 
+#: Pages without code that runs.
+OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+
 #: A target of a link or picture, up to its anchor, and the anchor.
 _LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 
@@ -29,7 +32,7 @@ def test_code_block(block):
     block.run()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES + OTHERS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links(page):
     """Each link within the repository leads to a file, and to a heading of it."""
     for target, anchor in _LINK.findall(page.read_text(encoding="utf-8")):
@@ -37,6 +40,22 @@ def test_links(page):
         assert file.exists(), target
         if anchor:
             assert anchor in _anchors(file.read_text(encoding="utf-8")), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize(
+    ("page", "begins"),
+    [("settings.md", "| setting |"), ("operate.md", "    celery -A shop limits  ")],
+)
+def test_what_is_said_twice_is_the_same(page, begins):
+    """The README has what its reader needs at once, and a page in docs/ the whole: they do not differ."""
+    assert _paragraph(README, begins) == _paragraph(ROOT / "docs" / "howto" / page, begins)
+
+
+def _paragraph(page, begins):
+    """Return the paragraph with a beginning, without the targets of its links."""
+    paragraphs = page.read_text(encoding="utf-8").split("\n\n")
+    (found,) = [each for each in paragraphs if each.startswith(begins)]
+    return re.sub(r"\]\([^)]*\)", "]", found)
 
 
 def _anchors(text):

@@ -68,12 +68,14 @@ class Outages:
             self._until = monotonic() + self._pause
         if first:
             logger.error(
-                "%s does not answer: %s: %s. Until it does, each bucket there does what its on_outage says"
+                "%s does not answer: %s: %s. Until it does, each bucket there grants this process's share of its "
+                "rate, or what its on_outage says"
                 if self._server is None
-                else "%s cannot be used: %s: %s. Until it can, it does what its on_outage says",
+                else "%s cannot be used: %s: %s. Until it can, it grants this process's share of its rate, or "
+                "what its on_outage says",
                 self._what,
                 type(error).__name__,
-                error,
+                str(error).rstrip("."),
             )
 
     def answered(self) -> None:

@@ -131,15 +131,60 @@ def test_watch(held, before):
     assert ("\x1b[?1049h" in drawn) is not bool(before)  # the terminal's other screen
 
 
+@pytest.mark.parametrize("arguments", [("--watch",), ("purge",)])
+def test_no_broker(tmp_path, arguments):
+    """A line says which broker does not answer, without its password; exit 69."""
+    lab = Lab(tmp_path, "redis://:secret@nobody.invalid")
+    lab.settings["broker_connection_retry"] = False
+    status, printed = celery(lab, *arguments)
+    assert status == 69
+    assert "The broker at redis://:**@nobody.invalid:6379// does not answer: " in printed
+    assert "Traceback" not in printed
+    assert "secret" not in printed
+
+
+def test_check_counts_limits(tmp_path):
+    """It says how many there are, for whoever has written them where nobody reads them."""
+    module = "from celery import Celery\nfrom rate_limiter.celery import Gate\napp = Celery('shop')\nGate(app)\n"
+    for name, setting, says in [
+        ("none", "", "No limit is declared.\n"),
+        (
+            "one",
+            "app.conf.rate_limiter_limits = {'job': '5/s'}\n@app.task(name='job')\ndef job(): ...",
+            "well: 1.\n",
+        ),
+    ]:
+        (tmp_path / f"{name}.py").write_text(module + setting)
+        command = [
+            sys.executable,
+            "-m",
+            "celery",
+            "--workdir",
+            str(tmp_path),
+            "-A",
+            name,
+            "limits",
+            "check",
+        ]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout.endswith(says)
+
+
+def test_no_lanes(tmp_path):
+    """Parked jobs are looked for on Redis and RabbitMQ alone: else exit 2."""
+    status, printed = celery(Lab(tmp_path, "memory://"), "unpark")
+    assert status == 2
+    assert "only Redis and RabbitMQ have lanes, and the broker is memory" in printed
+    assert "Traceback" not in printed
+
+
 def test_check(redis_lab):
     """It needs no broker; a line for each problem, and exit 1."""
     lab = redis_lab
     lab.settings["broker_url"] = "redis://nobody.invalid"
-    status, printed = celery(lab)
-    assert status == 1  # no broker
     ok = {"task_annotations": {"cello": {"rate_limit": None}, "doubly": {"rate_limit": None}}}
     status, printed = celery(lab, "check", **ok)
-    assert (status, printed) == (0, "All limits are well.\n")
+    assert (status, re.fullmatch(r"All limits are well: \d\d\.\n", printed) is not None) == (0, True)
     wrong = ok | {
         "task_annotations": {
             **ok["task_annotations"],
@@ -152,8 +197,13 @@ def test_check(redis_lab):
     assert [line.partition(":")[0] for line in printed.splitlines()] == [
         "rate_limiter_limits of free",
         "key must be the name of a parameter, not 'tenant'",
-        "Limit typo matches no registered task",
+        "Limit typo matches no registered task; there are",
     ]
+    assert ", cello, declare, " in printed
+    wrong = {"cello": {"rate": "5/s", "key": "tenant"}}
+    status, printed = celery(lab, "check", rate_limiter_limits=wrong, **ok)
+    assert status == 1
+    assert len(printed.splitlines()) == 1  # not that the limit matches no task, too
     status, printed = celery(lab, "check", gate=False, rate_limiter_limits={"job": "5/s"})
     assert status == 1
     assert "no gate, so nothing obeys rate_limiter_limits: add Gate(app)" in printed

@@ -21,7 +21,7 @@ def test_limits_are_declared_before_the_worker_starts():
     )  # fmt: skip
     gate, bucket = Gate(app), TokenBucket(1, 1)
     gate.limit("before", bucket=bucket)
-    with pytest.raises(RuntimeError, match="has a Gate already"):
+    with pytest.raises(RuntimeError, match=r"has a Gate already, .*write gate = Gate\(app\) once"):
         Gate(app)
     with (
         setup_default_app(app, use_trap=False),

@@ -202,6 +202,8 @@ def assert_fault_of_server(url, begin, end, says, caplog):
         (error,) = lines(caplog, "ERROR")
         assert error.startswith(f"Redis at {buckets['open'].server.where} does not answer: ")
         assert says in error
+        assert ".. " not in error  # whatever the text of the server ends with
+        assert "each bucket there grants this process's share of its rate" in error
         assert lines(caplog, "INFO") == []
     finally:
         end()
@@ -920,8 +922,9 @@ SETTINGS = {"rate_limiter_limits": {"free": {"rate": "100/s", "per": "cluster"}}
         ("x://:secret@localhost", "url must be the URL of a Redis: "),
         (
             ":secret@localhost",
-            "rate_limiter_redis must be a URL, or the name of an environment variable",
+            "rate_limiter_redis must be a URL such as 'redis://localhost/1', or the name of an environment ",
         ),
+        ("NO_SUCH_VARIABLE", "rate_limiter_redis must be "),
         ("redis://:secret@localhost:port", "url must be the URL of a Redis: "),
     ],
 )
@@ -932,6 +935,7 @@ def test_a_wrong_setting_at_start(tmp_path, setting, says):
     worker = start(lab, module="cluster_app", rate_limiter_redis=setting, **SETTINGS)
     output = fail_at_start(worker)
     assert f"rate_limiter_limits['free']: {says}" in output
+    assert ("and NO_SUCH_VARIABLE is not set" in output) is setting.isidentifier()
     assert "secret" not in output
 
 

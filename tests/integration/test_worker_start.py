@@ -100,6 +100,15 @@ def test_one_rate_for_the_worker_is_accepted(start, source, arguments):
 
 SPARE = APP + "spare = [TokenBucket(1, 2) for _ in range(3)]\n"
 MANY = APP + "spare = [TokenBucket(1, 2) for _ in range(300)]\n"
+CLUSTER = (
+    APP
+    + GATE
+    + """
+app.conf.rate_limiter_redis = "redis://nobody.invalid"
+app.conf.rate_limiter_limits = {"send_sms": {"rate": "1/s", "per": "cluster"}}
+app.task(pay, name="send_sms")
+"""
+)
 ALONE = "so each of the 4 pool processes has its own, with the whole rate"
 
 
@@ -111,8 +120,9 @@ ALONE = "so each of the 4 pool processes has its own, with the whole rate"
         (MANY + GATE, "and 299 other buckets, " + ALONE),
         (APP + GATE + "spare = BucketPerKey(5, 1)\nspare['x'].allow()\n", ALONE),
         (TENANTS + GATE, ""),
+        (CLUSTER, ""),
     ],
-    ids=["throttle", "gate", "too many", "per key", "per key at the gate"],
+    ids=["throttle", "gate", "too many", "per key", "per key at the gate", "cluster"],
 )
 def test_a_bucket_that_no_limit_names_is_shared_too(start, source, told):
     """A task may wait for it in its body: it is shared before the pool forks, or the worker warns."""

@@ -90,12 +90,25 @@ def test_a_watched_table():
     assert lines[2].count("█") == 10
 
 
-@pytest.mark.parametrize("error", [{"error": "it is down"}, None])
-def test_no_limits(error):
+@pytest.mark.parametrize(
+    ("replies", "says"),
+    [
+        ({"a@host": {"error": "it is down"}}, "a@host: it is down"),
+        ({"a@host": {}}, "No worker has limits."),
+        ({}, "No worker has answered."),
+    ],
+)
+def test_no_limits(replies, says):
     """Without any limit it says so, or why."""
-    assert Table({"a@host": error or {}}).lines() == (
-        ["a@host: it is down"] if error else ["No worker has limits."]
-    )
+    assert Table(replies).lines() == [says]
+
+
+def test_a_limit_of_all_workers():
+    """A rate that is in Redis is told from one that each worker has for itself."""
+    in_redis = limit(bucket={"declared": {"capacity": 10, "rate": 2}, "stored": None, "outage": False})
+    together, alone = Table({"a@host": {"emails": in_redis, "slow": limit()}}).lines()[1:]
+    assert together.endswith("  one rate for all workers")
+    assert not alone.endswith("for all workers")
 
 
 def test_a_limit_named_error():

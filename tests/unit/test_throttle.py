@@ -58,10 +58,13 @@ def plain(function):
     return function
 
 
+MISSING = r"not the function .*; write:\s+@app.task\s+@throttle\("
+
+
 @pytest.mark.parametrize("decorate", [app.task, shared_task, plain, staticmethod])
 def test_parentheses_cannot_be_left_out(decorate):
     """@throttle without a bucket is an error at the line, whatever stands above it."""
-    with pytest.raises(TypeError, match=r"not the function .*send_email; write @throttle\(bucket\)"):
+    with pytest.raises(TypeError, match=MISSING):
 
         @decorate
         @throttle
@@ -78,13 +81,13 @@ def test_parentheses_cannot_be_left_out_above_others():
 
         return wrapper
 
-    with pytest.raises(TypeError, match=r"write @throttle\(bucket\)"):
+    with pytest.raises(TypeError, match=MISSING):
 
         @throttle
         @other
         def send_email(to): ...
 
-    with pytest.raises(TypeError, match=r"write @throttle\(bucket\)"):
+    with pytest.raises(TypeError, match=MISSING):
 
         class Upload(Task):
             @throttle
@@ -122,7 +125,7 @@ def nothing(): ...
 )
 def test_a_task_is_no_bucket(task):
     """@throttle without parentheses and above @app.task is wrong twice."""
-    with pytest.raises(TypeError, match="is given a bucket, and stands below @app.task"):
+    with pytest.raises(TypeError, match="is given a rate or a bucket, and stands below @app.task"):
         throttle(task)
 
 

@@ -173,7 +173,7 @@ def test_celery(environment, tmp_path):
     done = run(python, EXAMPLES / "quickstart.py", cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "Every limit was held."
     command = (python.with_name("celery"), "--workdir", EXAMPLES, "-A", "emails", "limits", "check")
-    assert run(*command, cwd=tmp_path).stdout == "All limits are well.\n"
+    assert run(*command, cwd=tmp_path).stdout == "All limits are well: 1.\n"
 
 
 def test_types(environment, tmp_path):

@@ -11,7 +11,7 @@ from .prefork import why_not_shared
 from .settings import longest_hold, parks_all
 from .startup import without_gate
 
-__all__ = ["problems"]
+__all__ = ["count", "problems"]
 
 
 def problems(app: Celery) -> list[str]:
@@ -43,12 +43,16 @@ def problems(app: Celery) -> list[str]:
         return [str(error)]
     with app.connection_for_read() as connection:  # it is not opened
         broker = connection.transport.driver_type
+    declared = {each.limit: each for each in gate.declared}
+    there = [name for name in sorted(app.tasks) if not name.startswith("celery.")]
     for limit, tasks in tasks_of.items():
-        if not tasks:
-            found.append(f"Limit {record_of(limit).name} matches no registered task")
+        # A task that has a problem of its own is not among them.
+        if not tasks and not any(declared[limit].covers(name) for name in there):
+            found.append(
+                f"Limit {record_of(limit).name} matches no registered task; there are: {listed(there)}"
+            )
         if isinstance(limit.bucket, DividedBucket) and (reason := why_no_share(broker)):
             found.append(f"Limit {record_of(limit).name}: {reason}")
-    declared = {each.limit: each for each in gate.declared}
     try:
         parked_limits(tasks_of, declared, broker, by_default=parks_all(app))
     except ImproperlyConfigured as error:
@@ -60,6 +64,13 @@ def problems(app: Celery) -> list[str]:
         if app.tasks[name].rate_limit
     ]
     return found
+
+
+def count(app: Celery) -> int:
+    """Return how many limits an app without `problems` has."""
+    if gate := gates.get(app):
+        return len(gate.tasks_of())
+    return len({limit for task in app.tasks.values() for limit in limits_of(task)})
 
 
 def _one_per_process(task: Task) -> list[str]:

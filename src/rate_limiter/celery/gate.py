@@ -72,7 +72,10 @@ class Gate:
         if max_held is not None:
             whole("max_held", max_held)
         if app in gates:
-            raise RuntimeError(f"{app!r} has a Gate already: an app has one, for all its limits")
+            raise RuntimeError(
+                f"{app!r} has a Gate already, and an app has one for all its limits: write gate = Gate(app) "
+                "once, and gate.limit(…) for each limit"
+            )
         if has_started(app):
             raise RuntimeError(
                 f"this Gate comes too late: a worker of {app!r} runs already, without it. Construct the Gate "

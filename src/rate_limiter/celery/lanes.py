@@ -4,10 +4,11 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from celery import Celery
+from kombu.exceptions import OperationalError
 
 from ..broker.lanes import Lanes, lanes_of
 
-__all__ = ["Found", "find_job", "find_lanes", "purge", "unpark"]
+__all__ = ["Found", "find_job", "find_lanes", "purge", "unpark", "why_no_broker"]
 
 
 class Found(NamedTuple):
@@ -75,6 +76,14 @@ def purge(app: Celery, found: Iterable[Found]) -> int:
     with app.connection_for_write() as connection:
         lanes = _lanes(connection)
         return sum(lanes.purge(each.name) for each in found)
+
+
+def why_no_broker(app: Celery, error: Exception) -> str:
+    """Return what to say of an error that means that the broker does not answer; ``""`` of any other."""
+    if not isinstance(error, OperationalError):
+        return ""
+    where = app.connection_for_write().as_uri()  # without its password
+    return f"The broker at {where} does not answer: {error}"
 
 
 def _lanes(connection: Any) -> Lanes:

@@ -134,6 +134,7 @@ def share_the_rest(worker: Any, limits: Iterable[Limit]) -> None:
 def _existing_buckets() -> tuple[list[BucketPerKey], list[TokenBucket]]:
     """Return the buckets of this process: those per key, and those that are not one of these's."""
     per_key, single = [], []
+    gc.collect()  # what nothing refers to is no bucket of a task
     for each in gc.get_objects():
         kind = type(each)  # isinstance would wake Celery's proxies
         if issubclass(kind, TokenBucket):

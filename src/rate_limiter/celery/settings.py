@@ -225,9 +225,11 @@ def _for_cluster(app: Celery, what: str, options: dict[str, Any]) -> Limit:
 def _redis_url(app: Celery) -> str | None:
     if value := app.conf.get(_REDIS):
         url = str(value) if "://" in str(value) else os.environ.get(str(value))
-        if url is None:  # the value is not shown: it may have a password
+        if url is None:  # a value that is no name is not shown: it may have a password
+            unset = f", and {value} is not set" if str(value).isidentifier() else ""
             raise ValueError(
-                f"{_REDIS} must be a URL, or the name of an environment variable that has it"
+                f"{_REDIS} must be a URL such as 'redis://localhost/1', or the name of an environment "
+                f"variable that has it{unset}"
             )
         return url
     for url in app.conf.broker_url, app.conf.result_backend:

@@ -54,7 +54,7 @@ R = TypeVar("R")
 _WATCHED: Final = "__rate_limiter_watched__"
 
 #: The right order of the decorators, for errors.
-_HOW: Final = "\n\n    @app.task\n    @throttle(bucket)\n    def send_email(to): ...\n"
+_HOW: Final = '\n\n    @app.task\n    @throttle("100/m")\n    def send_email(to): ...\n'
 
 #: The seconds that a job may wait for a few missing tokens, if it was sent back before and has come at its
 #: scheduled time.
@@ -216,7 +216,7 @@ def watch_all(gate: Any, tasks_of: Mapping[Limit, Iterable[str]]) -> list[Task]:
 def _refuse_what_is_decorated(bucket: Any, caller: FrameType) -> None:
     """Refuse a function or a task where a bucket is to be: the parentheses were forgotten."""
     if _is_task(bucket):
-        raise TypeError(f"@throttle is given a bucket, and stands below @app.task:{_HOW}")
+        raise TypeError(f"@throttle is given a rate or a bucket, and stands below @app.task:{_HOW}")
     # A callable that returns a bucket is a function too. A function that is being decorated differs in one
     # way: its caller's code defines it, and executes one of the function's lines now.
     function = inspect.unwrap(bucket) if inspect.isfunction(bucket) else None
@@ -228,8 +228,7 @@ def _refuse_what_is_decorated(bucket: Any, caller: FrameType) -> None:
         code.co_firstlineno <= caller.f_lineno <= last
     ):
         raise TypeError(
-            f"@throttle is given a bucket, not the function {function.__qualname__}; write "
-            f"@throttle(bucket):{_HOW}"
+            f"@throttle is given a rate or a bucket, not the function {function.__qualname__}; write:{_HOW}"
         )
 
 
@@ -240,7 +239,7 @@ def _refuse_what_is_not_a_function(function: Any) -> None:
             f"{_HOW}"
         )
     if not inspect.isfunction(function):
-        raise TypeError(f"@throttle decorates a function, not {function!r}; write @throttle(bucket)")
+        raise TypeError(f"@throttle decorates a function, not {function!r}; write:{_HOW}")
     refuse_async(function, function.__qualname__)
 
 

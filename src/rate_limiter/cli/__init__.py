@@ -2,9 +2,11 @@
 
 Celery finds this command by its entry point and loads it with every ``celery`` program, whatever app that is
 for. So it imports nothing of `rate_limiter.celery` before `check` needs it, and asks workers by remote control
-alone. It exits with 2 if an argument is wrong, and with 69 if no worker answers, as Celery's own commands do.
+alone. It exits with 2 if an argument is wrong, and with 69 if no worker or no broker answers, as Celery's own
+commands do for a worker.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -148,14 +150,15 @@ def restore(ctx: click.Context, /, name: str, **order: Any) -> None:
 @click.pass_context
 def check(ctx: click.Context) -> None:
     """Check all declarations of the app without a broker. Prints a line for each problem, and exits with 1."""
-    from ..celery.check import problems  # noqa: PLC0415 - see above
+    from ..celery.check import count, problems  # noqa: PLC0415 - see above
 
     found = problems(ctx.obj.app)
     for problem in found:
         click.echo(problem)
     if found:
         ctx.exit(1)
-    click.echo("All limits are well.")
+    number = count(ctx.obj.app)
+    click.echo(f"All limits are well: {number}." if number else "No limit is declared.")
 
 
 @limits.command()
@@ -170,8 +173,9 @@ def unpark(ctx: click.Context, /, name: str | None, queues: str | None) -> None:
     from ..celery.lanes import find_lanes, unpark  # noqa: PLC0415 - see above
 
     app = ctx.obj.app
-    found = find_lanes(app, name, _split(queues))
-    click.echo(f"Put {unpark(app, found)} jobs back from {len(found)} lanes.")
+    with _broker(ctx):
+        found = find_lanes(app, name, _split(queues))
+        click.echo(f"Put {unpark(app, found)} jobs back from {len(found)} lanes.")
 
 
 @limits.command()
@@ -184,13 +188,14 @@ def purge(ctx: click.Context, /, name: str | None, queues: str | None, force: bo
     from ..celery.lanes import find_lanes, purge  # noqa: PLC0415 - see above
 
     app = ctx.obj.app
-    found = find_lanes(app, name, _split(queues))
-    for lane in found:
-        click.echo(f"{lane.name}: {lane.jobs} jobs")
-    if found and (force or click.confirm("Delete them?", abort=True)):
-        click.echo(f"Deleted {purge(app, found)} jobs.")
-    elif not found:
-        click.echo("Nothing is parked.")
+    with _broker(ctx):
+        found = find_lanes(app, name, _split(queues))
+        for lane in found:
+            click.echo(f"{lane.name}: {lane.jobs} jobs")
+        if found and (force or click.confirm("Delete them?", abort=True)):
+            click.echo(f"Deleted {purge(app, found)} jobs.")
+        elif not found:
+            click.echo("Nothing is parked.")
 
 
 def _find_parked(ctx: click.Context, task_id: str, queues: list[str]) -> tuple[str, int] | None:
@@ -228,19 +233,35 @@ def _replies(ctx: click.Context, command: str, **arguments: Any) -> dict[str, An
 
 def _ask(ctx: click.Context, command: str, **arguments: Any) -> dict[str, Any]:
     nodes = _option(ctx, "destination")
-    replies = ctx.obj.app.control.broadcast(
-        command,
-        arguments=arguments,
-        destination=nodes and [node.strip() for node in nodes.split(",")],
-        timeout=_timeout(ctx),
-        reply=True,
-    )
+    with _broker(ctx):
+        replies = ctx.obj.app.control.broadcast(
+            command,
+            arguments=arguments,
+            destination=nodes and [node.strip() for node in nodes.split(",")],
+            timeout=_timeout(ctx),
+            reply=True,
+        )
     merged = {node: reply for each in replies for node, reply in each.items()}
     for node, reply in merged.items():
         error = reply.get("error")
         if isinstance(error, str) and error.startswith("KeyError"):  # Celery's, to an unknown command
             merged[node] = {"error": "this worker's app does not use rate_limiter"}
     return merged
+
+
+@contextlib.contextmanager
+def _broker(ctx: click.Context) -> Iterator[None]:
+    """End with a line that names the broker, if that does not answer or has no lanes."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    except Exception as error:
+        from ..celery.lanes import why_no_broker  # noqa: PLC0415 - see above
+
+        if why := why_no_broker(ctx.obj.app, error):
+            _end(ctx, why, _NO_WORKER)
+        raise
 
 
 def _timeout(ctx: click.Context) -> float:

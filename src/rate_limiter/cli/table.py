@@ -45,6 +45,7 @@ class Table:
             if node not in self.errors
             for name, limit in reply.items()
         }
+        self.answered = bool(replies)
         self.watched = watched
         self.before = before
 
@@ -65,7 +66,8 @@ class Table:
             for row in rows
         ]
         if not self.limits:
-            lines = [] if self.errors else ["No worker has limits."]
+            nothing = "No worker has limits." if self.answered else "No worker has answered."
+            lines = [] if self.errors else [nothing]
         return [*lines, *self._remarks()]
 
     def _rows(self) -> list[dict[str, str]]:
@@ -134,6 +136,8 @@ def _state(limit: dict[str, Any]) -> str:
         for each in limit["buckets"]
         if "share_of" in each
     ]
+    if any("declared" in each for each in limit["buckets"]):
+        states.append("one rate for all workers")
     for lane, each in sorted(limit.get("lanes", {}).items()):
         if each["jobs"]:
             states.append(f"{each['jobs']} parked in {lane} for up to {each['seconds']:.3g} s")
