@@ -19,6 +19,9 @@ POLICIES: Final[tuple[str, ...]] = get_args(Policy)
 _PAUSE: Final = 0.5
 _LONGEST_PAUSE: Final = 1.0
 
+#: The shortest delay, in seconds, that a bucket with ``"closed"`` returns: the server is about to be asked.
+_SHORTEST_DELAY: Final = 0.01
+
 
 class ServerDownError(Exception):
     """The server does not answer, or has an error for an answer. It never leaves the buckets."""
@@ -73,7 +76,7 @@ class Outages:
                 else "%s cannot be used: %s: %s. Until it can, it does what its on_outage says",
                 self._what,
                 type(error).__name__,
-                error,
+                str(error).rstrip("."),  # most texts of redis-py end with one
             )
 
     def answered(self) -> None:
@@ -120,7 +123,7 @@ class StandIn:
 
         """
         if self._policy == "closed":
-            return max(self._outages.left, 0.01)
+            return max(self._outages.left, _SHORTEST_DELAY)
         with self._lock:
             if self._policy == "local":
                 bucket = self._share(share)
