@@ -215,25 +215,34 @@ def test_a_bucket_that_was_configured_is_never_forgotten(clock):
 def test_configure_changes_all_keys_without_numbers_of_their_own(clock):
     """Old keys and new ones; not those of limits, nor one whose bucket was configured."""
     tenants = BucketPerKey(2, 1, clock=clock, limits={"premium": (9, 9)}.get)
-    kept = [tenants[key] for key in ("old", "premium", "configured")]
-    tenants["configured"].configure(capacity=5)
-    tenants["old"].charge(2)
+    old, premium, configured = (tenants[key] for key in ("old", "premium", "configured"))
+    configured.configure(capacity=5)
+    old.charge(2)
     tenants.configure(tokens_per_second=4)
     clock.advance(0.25)
     numbers = {
-        key: (bucket.capacity, bucket.tokens_per_second)
-        for key, bucket in {
-            key: tenants[key] for key in ("new", "old", "premium", "configured")
-        }.items()
+        bucket: (bucket.capacity, bucket.tokens_per_second)
+        for bucket in (tenants, old, premium, configured, tenants["new"], tenants.buckets()[-1])
     }
-    assert numbers == {"new": (2, 4), "old": (2, 4), "premium": (9, 9), "configured": (5, 1)}
-    assert kept[0].tokens == 1
-    assert (tenants.capacity, tenants.tokens_per_second) == (2, 4)
-    assert tenants.buckets()[-1].tokens_per_second == 4
-    for wrong in {"capacity": 0}, {"tokens_per_second": float("nan")}:
-        with pytest.raises(ValueError, match="must be"):
-            tenants.configure(**wrong)
-    assert tenants["new"].capacity == 2
+    assert list(numbers.values()) == [(2, 4), (2, 4), (9, 9), (5, 1), (2, 4), (2, 4)]
+    assert old.tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "text"),
+    [
+        ({"capacity": 0}, ValueError, "capacity must be positive, not 0"),
+        ({"tokens_per_second": float("nan")}, ValueError, "tokens_per_second must be a finite number"),
+        ({"tokens_per_secnd": 5}, TypeError, "tokens_per_secnd"),
+        ({"capacity": 5, "by": "anna"}, TypeError, "by"),
+    ],
+)
+def test_wrong_configuration(wrong, error, text):
+    """A wrong value is an error, and so is a wrong name; nothing is changed."""
+    tenants = BucketPerKey(2, 1)
+    with pytest.raises(error, match=text):
+        tenants.configure(**wrong)
+    assert (tenants.capacity, tenants["new"].capacity) == (2, 2)
 
 
 # -- initial -----------------------------------------------------------------------------------------------
