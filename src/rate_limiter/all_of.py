@@ -1,7 +1,7 @@
 """Several buckets as one. All taking from several buckets at a time stands here.
 
-A bucket class may have a ``server``, with ``take_together``, ``wait_together`` and ``check_together``: buckets of
-one server are then taken from in one call, and after all others, so that no refusal makes it give back.
+Buckets on one Redis server are taken from in one call, and after all others, so that no refusal makes them give
+back: see ``server``, ``take_together``, ``wait_together`` and ``check_together`` of `RedisTokenBucket`.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ from operator import itemgetter
 from time import monotonic
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from .bucket import Bucket
+from .bucket import Bucket, is_in_redis
 from .checks import not_negative, positive
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
 
 
 class Demand(Protocol):
-    """So many tokens from this bucket. In what is paid together each bucket stands once."""
+    """Tokens to take from one bucket. Demands that are paid together are for different buckets."""
 
     @property
     def bucket(self) -> Bucket: ...  # noqa: D102
@@ -290,15 +290,13 @@ def _by_server(demands: Sequence[Demand], *, last: bool = True) -> list[list[int
         last: Whether those of servers come last. If not, they come where the first of them stands.
 
     """
-    if not any(hasattr(demand.bucket, "server") for demand in demands):
+    if not any(is_in_redis(demand.bucket) for demand in demands):
         return [[position] for position in range(len(demands))]
     groups: dict[Any, list[int]] = {}
     for position, demand in enumerate(demands):
-        server = getattr(demand.bucket, "server", None)
-        groups.setdefault(position if server is None else server, []).append(position)
-    return sorted(
-        groups.values(), key=lambda group: last and hasattr(demands[group[0]].bucket, "server")
-    )
+        bucket: Any = demand.bucket
+        groups.setdefault(bucket.server if is_in_redis(bucket) else position, []).append(position)
+    return sorted(groups.values(), key=lambda group: last and is_in_redis(demands[group[0]].bucket))
 
 
 def _take_together(demands: Sequence[Demand], together: Sequence[int]) -> tuple[float, int]:

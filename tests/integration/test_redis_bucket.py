@@ -398,11 +398,13 @@ def test_a_long_outage_is_charged_up_to_the_capacity(own):
     assert -5.6 <= bucket.tokens <= -4.9  # it was full again
 
 
-def test_a_shadow_is_refused(make):
-    """Its bucket would be asked in a worker's loop; also within an AllOf."""
+def test_a_shadow_is_refused(make, per_key):
+    """Its bucket would be asked in a worker's loop; also within an AllOf, and those of keys."""
     for bucket in make(1, 1), AllOf(TokenBucket(1, 1), make(1, 1)):
         with pytest.raises(ValueError, match="shadow is for a bucket in this process"):
             new_limit(bucket, shadow=True)
+    with pytest.raises(ValueError, match="shadow is for a bucket in this process"):
+        new_limit(per_key(1, 1), key="tenant", shadow=True)
 
 
 def test_each_outage_begins_anew(own):

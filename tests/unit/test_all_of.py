@@ -166,6 +166,18 @@ def test_nests(both, clock):
     assert both.tokens == 1
 
 
+def test_a_class_of_the_users_may_have_any_other_attribute(clock):
+    """A bucket with a ``server`` of its own is taken from by itself: only those in Redis go together."""
+
+    class Remote(TokenBucket):
+        server = "one of ours"
+
+    both = AllOf(Remote(1, 0.1, clock=clock), Remote(2, 1, clock=clock))
+    assert [both.allow(), both.allow()] == [True, False]
+    both.wait()
+    assert [bucket.tokens for bucket in both.buckets] == pytest.approx([0, 1])
+
+
 @pytest.mark.parametrize("arguments", [(), (5,), (TokenBucket,)])
 def test_bad_arguments(arguments):
     """Without a bucket, or with something else, the declaration raises."""
