@@ -272,10 +272,10 @@ class RedisTokenBucket:
         return self.server.workers
 
     def for_gate(self) -> Any:
-        """Return what one gate takes from instead: it never waits for the server. See `redis_asker`."""
-        from .redis_asker import Asked  # noqa: PLC0415 - only where there is a gate
+        """Return what one gate takes from instead: it never waits for the server."""
+        from .redis_gate_bucket import GateBucket  # noqa: PLC0415 - only where there is a gate
 
-        return Asked(self._state)
+        return GateBucket(self._state)
 
 
 def _states_of(demands: Sequence[Demand]) -> list[tuple[State, float]]:
@@ -289,7 +289,7 @@ class _Turn:
     """The place of a caller that waits: at which bucket it was promised tokens, and how many."""
 
     state: State | None = None
-    held = 0.0
+    promised = 0.0
 
 
 def _take(demands: Sequence[tuple[State, float]], turn: _Turn | None = None) -> tuple[float, int]:
@@ -310,7 +310,7 @@ def _take(demands: Sequence[tuple[State, float]], turn: _Turn | None = None) -> 
     if 0 < len(without := _without_server(demands)) < len(demands):
         return _take_split(demands, without, turn)
     parts = [
-        Part(state, tokens, turn.held if turn is not None and turn.state is state else 0.0)
+        Part(state, tokens, turn.promised if turn is not None and turn.state is state else 0.0)
         for state, tokens in demands
     ]
     try:
@@ -322,7 +322,7 @@ def _take(demands: Sequence[tuple[State, float]], turn: _Turn | None = None) -> 
             return _take_split(demands, without, turn)
         return _take_without_server(demands)
     if turn is not None:
-        turn.state, turn.held = demands[taken.last][0], taken.promised
+        turn.state, turn.promised = demands[taken.last][0], taken.promised
     if taken.wait < 0.0:
         state, tokens = demands[taken.last]
         raise state.too_many(tokens)
@@ -377,9 +377,9 @@ def _wait(demands: Sequence[tuple[State, float]], timeout: float | None) -> None
                 )
             _sleep(state, delay)
     except BaseException:
-        if turn.state is not None and turn.held:
+        if turn.state is not None and turn.promised:
             with contextlib.suppress(ServerDownError):
-                call_take([Part(turn.state, held=turn.held)])
+                call_take([Part(turn.state, promised=turn.promised)])
         raise
 
 
@@ -388,7 +388,7 @@ def _sleep(state: State, seconds: float) -> None:
     end, seen = time.monotonic() + seconds, state.seen
     while (left := end - time.monotonic()) > 0.0:
         time.sleep(min(left, _LOOK))
-        if left > _LOOK:  # not earlier: who asks before his moment is refused
+        if left > _LOOK:  # not earlier: a caller that asks before its moment is refused
             state.look()
             if seen != state.seen:
                 return

@@ -44,7 +44,7 @@ class Stored(NamedTuple):
 
     capacity: float
     tokens_per_second: float
-    #: When he did, as in ``"2026-11-29T17:00:00+00:00"``, why, and who.
+    #: When that was, as in ``"2026-11-29T17:00:00+00:00"``, why, and by whom.
     at: str
     reason: str
     who: str
@@ -218,9 +218,7 @@ class State:
         """
         capacity, rate, initial = self.numbers
         version = self._version or "?"
-        return (
-            f"{capacity!r} {rate!r} {initial!r} {version} {back!r} {part.held!r} {part.unit!r} {place}"
-        )
+        return f"{capacity!r} {rate!r} {initial!r} {version} {back!r} {part.promised!r} {part.unit!r} {place}"
 
     def learn(self, version: str, level: str, stored: list[Any]) -> None:
         """Take note of what the script shows of this bucket."""
@@ -328,8 +326,8 @@ class Part(NamedTuple):
     state: State
     #: What one job takes from it.
     unit: float = 0.0
-    #: What the caller was promised there.
-    held: float = 0.0
+    #: The tokens that the caller was promised there.
+    promised: float = 0.0
     #: Tokens to give back; below 0: to charge.
     back: float = 0.0
 
