@@ -11,7 +11,7 @@ from time import monotonic
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from .bucket import Bucket, is_in_redis
-from .checks import not_negative, positive
+from .checks import positive, timeout_seconds
 
 __all__ = [
     "AllOf",
@@ -219,7 +219,7 @@ def wait_for_all(
     demand: AnyDemand | None = None
     try:
         for demands, timeout in waits:
-            most = None if timeout is None else not_negative(timeout)
+            most = None if timeout is None else timeout_seconds(timeout)
             demand = demands[0]
             delays = _take_all_or_delays(demands)
             if any(delays):

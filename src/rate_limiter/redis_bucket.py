@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from typing import Any, Final, Self
 
 from .all_of import Demand
-from .checks import initial_tokens, not_negative, positive, zero_or_more
-from .exceptions import RateLimitExceeded
+from .checks import initial_tokens, positive, timeout_seconds, too_many, zero_or_more
+from .exceptions import timed_out
 from .outage import POLICIES, Policy, ServerDownError
 from .redis_server import Server, server_of
 from .redis_state import MICRO, Known, Part, State, call_take, somebody
@@ -325,7 +325,7 @@ def _take(demands: Sequence[tuple[State, float]], turn: _Turn | None = None) -> 
         turn.state, turn.promised = demands[taken.last][0], taken.promised
     if taken.wait < 0.0:
         state, tokens = demands[taken.last]
-        raise state.too_many(tokens)
+        raise too_many(tokens, state.capacity)
     return (0.0, 0) if taken.jobs else (max(taken.wait, MICRO), taken.last)
 
 
@@ -365,16 +365,14 @@ def _take_without_server(demands: Sequence[tuple[State, float]]) -> tuple[float,
 
 def _wait(demands: Sequence[tuple[State, float]], timeout: float | None) -> None:
     """Block until tokens of all buckets of one server are taken."""
-    until = math.inf if timeout is None else time.monotonic() + not_negative(timeout)
+    until = math.inf if timeout is None else time.monotonic() + timeout_seconds(timeout)
     turn = _Turn()
     try:
         while (asked := _take(demands, turn))[0]:
             delay, position = asked
             state, tokens = demands[position]
             if delay > until - time.monotonic():
-                raise RateLimitExceeded(
-                    f"rate limit exceeded: {tokens:g} tokens only in {delay:.3g} s", delay
-                )
+                raise timed_out(tokens, delay)
             _sleep(state, delay)
     except BaseException:
         if turn.state is not None and turn.promised:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
+from .checks import too_many
 from .redis_asker import asker_of
 from .redis_state import Part, Question, State
 from .token_bucket import TokenBucket
@@ -144,7 +145,7 @@ class GateBucket:
             delay = self._due_at - now if self._promised else _UNKNOWN
             is_out = self._is_out
         if tokens > state.capacity and now - state.known_at < _KNOWN:
-            raise state.too_many(tokens)
+            raise too_many(tokens, state.capacity)
         if state.outages.is_down or self._asker.is_overdue(now):
             self._asker.need(self)
             return state.take_without_server(tokens)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from .checks import too_many
 from .outage import Outages, Policy, ServerDownError, StandIn
 from .token_bucket import TokenBucket
 
@@ -140,10 +141,6 @@ class State:
     def pause_left(self) -> float:
         """The seconds until the end of a pause, as far as known without the server."""
         return max(0.0, self._paused_until - time.monotonic()) if self._paused_until else 0.0
-
-    def too_many(self, tokens: float) -> ValueError:
-        """Return the error for more tokens than the capacity."""
-        return ValueError(f"tokens must be at most the capacity {self.capacity:g}, not {tokens:.15g}")
 
     # -- calls that are for this bucket alone -----------------------------------------------------
 
@@ -295,7 +292,7 @@ class State:
 
         """
         if tokens > self.capacity:
-            raise self.too_many(tokens)
+            raise too_many(tokens, self.capacity)
         delay = self.stand_in.take_or_delay(tokens, self._share)
         if not delay:
             self.server.owing.add(self)
