@@ -114,16 +114,16 @@ class AllOf:
         return take_all_or_longest_delay(self._demands(tokens))[0]
 
     def refund(self, tokens: float) -> None:
-        """Give back to all of them."""
+        """Give back to all of them. See `TokenBucket.refund`."""
         give_back(self._demands(tokens))
 
     def charge(self, tokens: float) -> None:
-        """Take from all of them without asking."""
+        """Take from all of them without asking. See `TokenBucket.charge`."""
         for bucket in self.buckets:
             bucket.charge(tokens)
 
     def pause(self, seconds: float) -> None:
-        """Pause all of them."""
+        """Pause all of them. See `TokenBucket.pause`."""
         for bucket in self.buckets:
             bucket.pause(seconds)
 

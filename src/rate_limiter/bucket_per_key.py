@@ -156,7 +156,7 @@ class BucketPerKey:
         return self._find_or_make(key)
 
     def __len__(self) -> int:
-        """Return the number of buckets."""
+        """Return the number of buckets in this process."""
         return len(self._buckets)
 
     def __bool__(self) -> bool:

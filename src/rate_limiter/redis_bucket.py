@@ -62,7 +62,8 @@ class RedisTokenBucket:
         TypeError: An argument has the wrong type, or not one of ``client`` and ``url`` is given.
 
     A server that loses its data, evicts the key, or is set back gives at most one burst more. Talk to the
-    primary; ``maxmemory-policy noeviction`` keeps the keys.
+    primary; ``maxmemory-policy noeviction`` keeps the keys. Threads may share a bucket, and so may forked processes:
+    each has connections of its own.
 
     """
 
@@ -139,7 +140,7 @@ class RedisTokenBucket:
 
     @property
     def tokens(self) -> float:
-        """The tokens that are there now. It asks the server; during an outage it is what was last known."""
+        """The tokens that are there now: below 0 while in debt. It asks the server; in an outage: as last known."""
         self._state.look()
         return self._state.level
 
@@ -216,15 +217,18 @@ class RedisTokenBucket:
             )
 
     def refund(self, tokens: float) -> None:
-        """Give back tokens that were not used. During an outage they are lost."""
+        """Give back tokens that were not used. See `TokenBucket.refund`. During an outage they are lost."""
         self._state.settle(positive("tokens", tokens))
 
     def charge(self, tokens: float) -> None:
-        """Take tokens without asking. During an outage they are charged afterwards."""
+        """Take tokens without asking. See `TokenBucket.charge`. During an outage they are charged afterwards."""
         self._state.settle(-positive("tokens", tokens))
 
     def pause(self, seconds: float) -> None:
-        """Grant nothing to any process for some seconds. During an outage the others learn it afterwards."""
+        """Grant nothing to any process for some seconds. See `TokenBucket.pause`.
+
+        During an outage it counts in this process, and for the others once the server answers.
+        """
         self._state.pause(zero_or_more("seconds", seconds))
 
     def resume(self) -> None:

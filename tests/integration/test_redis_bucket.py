@@ -223,7 +223,8 @@ def test_numbers_are_changed_for_all(url):
         ({"on_outage": "wait"}, ValueError, "on_outage must be one of 'open', 'closed', 'local'"),
         ({"timeout": 0}, ValueError, "timeout must be positive"),
         ({"url": "http://localhost"}, ValueError, "url must be the URL of a Redis: .*scheme"),
-        ({"url": None}, TypeError, "one of client=… and url=…"),
+        ({"url": None}, TypeError, "one of client=… and url=…, not none"),
+        ({"client": redis.Redis()}, TypeError, "one of client=… and url=…, not both"),
         ({"client": object(), "url": None}, TypeError, "client must be a redis.Redis"),
     ],
 )
