@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 import pytest
 import redis
 from harness import DEADLINE, ROOT, wait_for
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rate_limiter import (
@@ -56,7 +56,7 @@ def make(url):
 # -- what a bucket does -----------------------------------------------------------------------------
 
 
-def test_it_is_a_bucket(make):
+def test_it_is_a_bucket():
     """It has the contract of all buckets, and asking that speaks to no server."""
     bucket = RedisTokenBucket("b", 5, 2, url="redis://nobody.invalid")
     assert isinstance(bucket, Bucket)
@@ -244,17 +244,24 @@ REFUND = st.tuples(st.just("refund"), COSTS)
 PAUSE = st.tuples(st.just("pause"), st.floats(0, 5))
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.fixture(scope="module")
+def timed(redis_url):
+    """Yield the script with a clock that it is given: a call takes keys, arguments and the microseconds."""
+    source = redis_server._SCRIPT.replace("redis.call('TIME')", "{0, ARGV[#ARGV]}")
+    source = source.replace("redis.call('PEXPIRE'", "tostring('PEXPIRE'")
+    with redis.Redis.from_url(redis_url()) as client:
+        script = client.register_script(source)
+        yield lambda keys, arguments, now: script(keys=keys, args=[*arguments, now])
+
+
+@settings(deadline=None, max_examples=200)
 @given(
     st.lists(st.tuples(st.floats(1, 8), st.floats(0.1, 50), st.floats(0, 1)), min_size=1, max_size=3),
     st.lists(st.tuples(st.integers(0, 3_000_000), TAKE | CHARGE | REFUND | PAUSE), max_size=30),
 )
-def test_the_script_decides_as_token_buckets_do(redis_url, numbers, steps):
+def test_the_script_decides_as_token_buckets_do(timed, numbers, steps):
     """On one clock, with one bucket or several: the same grants and levels, delays within a microsecond."""
-    timed = redis_server._SCRIPT.replace("redis.call('TIME')", "{0, ARGV[#ARGV]}")
-    timed = timed.replace("redis.call('PEXPIRE'", "tostring('PEXPIRE'")
-    client = redis.Redis.from_url(URLS.setdefault("url", redis_url()))
-    script, keys = client.register_script(timed), [uuid4().hex for _ in numbers]
+    keys = [uuid4().hex for _ in numbers]
     clock, now = ManualClock(1.0), 1_000_000
     buckets = [TokenBucket(capacity, rate, clock=clock) for capacity, rate, _ in numbers]
 
@@ -263,11 +270,10 @@ def test_the_script_decides_as_token_buckets_do(redis_url, numbers, steps):
         for (capacity, rate, initial), part in zip(numbers, parts, strict=False):
             fields = capacity, rate, initial * capacity, 0, *part, 0
             arguments.append(" ".join(map(repr, fields)))
-        words = script(keys=keys[: len(parts)], args=[*arguments, now]).split()
+        words = timed(keys[: len(parts)], arguments, now).split()
         shown = len(words) - 2 * len(parts)
-        return [float(word) for word in words[:shown] if word != b"-"], list(
-            map(float, words[shown + 1 :: 2])
-        )
+        answer = [float(word) for word in words[:shown] if word != b"-"]
+        return answer, [float(level) for level in words[shown + 1 :: 2]]
 
     nothing = [(0, 0, 0)] * len(keys)
     run("take", 0, 0, *nothing)
@@ -303,11 +309,6 @@ def test_the_script_decides_as_token_buckets_do(redis_url, numbers, steps):
             if not bucket.pause_left:
                 # The server counts whole microseconds.
                 assert level == pytest.approx(bucket.tokens, abs=1e-6 + 2e-6 * rate)
-    client.delete(*keys)
-    client.close()
-
-
-URLS = {}
 
 
 # -- outages ----------------------------------------------------------------------------------------
