@@ -322,6 +322,7 @@ def _take(demands: Sequence[tuple[State, float]], turn: _Turn | None = None) -> 
     except ServerDownError:
         if turn is not None:
             turn.state = None
+        # The call may have found out that some of them cannot be used.
         if 0 < len(without := _without_server(demands)) < len(demands):
             return _take_split(demands, without, turn)
         return _take_without_server(demands)

@@ -445,8 +445,8 @@ class TokenBucket:
         """Have a function called whenever a forecast of `take_or_delay` may no longer be right.
 
         It is called with the bucket, in the thread that made the change and after it, without any lock:
-        after each `refund`, `pause` and `configure` in this process, and when a thread leaves `wait`
-        without its tokens. It is not called when tokens are taken or charged: who asks too early is told
+        after each `refund`, `pause`, `resume` and `configure` in this process, and when a thread leaves
+        `wait` without its tokens. It is not called when tokens are taken or charged: who asks too early is told
         the later moment. It should be quick, as one that wakes a sleeping thread is. An exception
         that it raises is logged, since the change is already made; the caller does not get it.
 
