@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from uuid import UUID
 
 from .checks import initial_tokens, positive, whole
-from .outage import Policy
+from .outage import Policy, check_policy
 from .token_bucket import TokenBucket
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ class BucketPerKey:
         if limits is not None and not callable(limits):
             raise TypeError(f"limits must be a callable that is given a key, or None, not {limits!r}")
         self.max_keys = whole("max_keys", max_keys)
+        check_policy(on_outage)
         self.limits = limits
         self._clock = clock
         #: The bucket in Redis whose stored numbers count for all keys without numbers of their own. No job

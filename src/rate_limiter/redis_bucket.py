@@ -19,7 +19,7 @@ from typing import Any, Final, Self
 from .all_of import Demand
 from .checks import initial_tokens, positive, timeout_seconds, too_many, zero_or_more
 from .exceptions import timed_out
-from .outage import POLICIES, Policy, ServerDownError
+from .outage import Policy, ServerDownError, check_policy
 from .redis_server import Server, server_of
 from .redis_state import MICRO, Known, Part, State, call_take, somebody
 
@@ -89,10 +89,7 @@ class RedisTokenBucket:
             name.encode()
         except UnicodeEncodeError:
             raise ValueError(f"name must be text that UTF-8 has, not {name!r}") from None
-        if on_outage not in POLICIES:
-            raise ValueError(
-                f"on_outage must be one of {', '.join(map(repr, POLICIES))}, not {on_outage!r}"
-            )
+        check_policy(on_outage)
         size, rate = positive("capacity", capacity), positive("tokens_per_second", tokens_per_second)
         numbers = size, rate, initial_tokens(initial, size)
         server = server_of(client, url, positive("timeout", timeout))
