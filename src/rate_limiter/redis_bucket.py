@@ -96,23 +96,6 @@ class RedisTokenBucket:
         self.name = name
         self._state = server.state(name, numbers, on_outage)
 
-    def of_key(self, key: str, own: tuple[float, float] | None, initial: float | None) -> Self:
-        """Return the bucket of one key, for `BucketPerKey`.
-
-        Args:
-            key: The key.
-            own: Its capacity and rate, if it has others than this bucket. If not, what is stored for this
-                bucket counts for the key too.
-            initial: As of `BucketPerKey`.
-
-        """
-        it = copy.copy(self)
-        it.name = f"{self.name}:{key}"
-        size, rate = own or self._state.numbers[:2]
-        numbers = size, rate, size if initial is None else min(initial, size)
-        it._state = self.server.state_of_key(it.name, numbers, self._state, follows=own is None)
-        return it
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RedisTokenBucket) and self._state is other._state
 
@@ -147,18 +130,6 @@ class RedisTokenBucket:
         self._state.look()
         return self._state.pause_left
 
-    @property
-    def known(self) -> Known:
-        """What this process knows of it, without asking the server."""
-        state = self._state
-        outage = state.outages.is_down
-        return Known(state.level, state.pause_left, state.numbers[:2], state.stored, outage)
-
-    @property
-    def server(self) -> Server:
-        """Where it is: buckets of one server are taken from together, see `all_of`."""
-        return self._state.server
-
     def allow(self, tokens: float = 1) -> bool:
         """Take tokens now, or none. See `TokenBucket.allow`."""
         number = positive("tokens", tokens, documented=True)
@@ -179,39 +150,6 @@ class RedisTokenBucket:
     def take_or_delay(self, tokens: float = 1) -> float:
         """Take tokens and return ``0.0``, or return the seconds to wait. See `TokenBucket.take_or_delay`."""
         return _take([(self._state, positive("tokens", tokens))])[0]
-
-    def take_together(self, demands: Sequence[Demand]) -> tuple[float, int]:
-        """Take from several buckets of this server in one call, from all or from none.
-
-        Returns:
-            ``0.0`` and 0, or the seconds to wait and the position of the bucket because of which.
-
-        """
-        return _take(_states_of(demands))
-
-    def wait_together(self, demands: Sequence[Demand], timeout: float | None) -> None:
-        """Block until the tokens of several buckets of this server are taken, in one call.
-
-        Raises:
-            RateLimitExceeded: As `TokenBucket.wait`.
-
-        """
-        _wait(_states_of(demands), timeout)
-
-    @staticmethod
-    def check_together(buckets: Sequence["RedisTokenBucket"]) -> None:
-        """Refuse buckets that a Redis Cluster would keep on different servers, if their names say so.
-
-        Raises:
-            ValueError: The hash tags in their names are different.
-
-        """
-        tags = {tag.group(1): each.name for each in buckets if (tag := _TAG.search(each.name))}
-        if len(tags) > 1:
-            raise ValueError(
-                "buckets that are taken from together must have one hash tag, not "
-                + ", ".join(f"{tag!r} (of {name!r})" for tag, name in sorted(tags.items()))
-            )
 
     def refund(self, tokens: float) -> None:
         """Give back tokens that were not used. See `TokenBucket.refund`. During an outage they are lost."""
@@ -267,10 +205,74 @@ class RedisTokenBucket:
         """
         self._state.restore()
 
+    # -- for `AllOf`, `BucketPerKey` and gates ------------------------------------------------------
+
+    @property
+    def server(self) -> Server:
+        """Where it is: buckets of one server are taken from together, see `all_of`."""
+        return self._state.server
+
+    @property
+    def known(self) -> Known:
+        """What this process knows of it, without asking the server."""
+        state = self._state
+        outage = state.outages.is_down
+        return Known(state.level, state.pause_left, state.numbers[:2], state.stored, outage)
+
     @property
     def workers(self) -> int:
         """How many processes use the server now, as far as known."""
         return self.server.workers
+
+    def of_key(self, key: str, own: tuple[float, float] | None, initial: float | None) -> Self:
+        """Return the bucket of one key, for `BucketPerKey`.
+
+        Args:
+            key: The key.
+            own: Its capacity and rate, if it has others than this bucket. If not, what is stored for this
+                bucket counts for the key too.
+            initial: As of `BucketPerKey`.
+
+        """
+        it = copy.copy(self)
+        it.name = f"{self.name}:{key}"
+        size, rate = own or self._state.numbers[:2]
+        numbers = size, rate, size if initial is None else min(initial, size)
+        it._state = self.server.state_of_key(it.name, numbers, self._state, follows=own is None)
+        return it
+
+    def take_together(self, demands: Sequence[Demand]) -> tuple[float, int]:
+        """Take from several buckets of this server in one call, from all or from none.
+
+        Returns:
+            ``0.0`` and 0, or the seconds to wait and the position of the bucket because of which.
+
+        """
+        return _take(_states_of(demands))
+
+    def wait_together(self, demands: Sequence[Demand], timeout: float | None) -> None:
+        """Block until the tokens of several buckets of this server are taken, in one call.
+
+        Raises:
+            RateLimitExceeded: As `TokenBucket.wait`.
+
+        """
+        _wait(_states_of(demands), timeout)
+
+    @staticmethod
+    def check_together(buckets: Sequence["RedisTokenBucket"]) -> None:
+        """Refuse buckets that a Redis Cluster would keep on different servers, if their names say so.
+
+        Raises:
+            ValueError: The hash tags in their names are different.
+
+        """
+        tags = {tag.group(1): each.name for each in buckets if (tag := _TAG.search(each.name))}
+        if len(tags) > 1:
+            raise ValueError(
+                "buckets that are taken from together must have one hash tag, not "
+                + ", ".join(f"{tag!r} (of {name!r})" for tag, name in sorted(tags.items()))
+            )
 
     def for_gate(self) -> Any:
         """Return what one gate takes from instead: it never waits for the server."""
