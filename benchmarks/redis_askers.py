@@ -16,8 +16,8 @@ from typing import Any
 from rate_limiter import AllOf, Bucket, TokenBucket
 from rate_limiter.gating.engine import Engine, Host
 from rate_limiter.gating.limit import Limit
-from rate_limiter.redis_asker import Asked
 from rate_limiter.redis_bucket import RedisTokenBucket
+from rate_limiter.redis_gate_bucket import GateBucket
 
 
 class Gate(Host[int]):
@@ -34,7 +34,7 @@ class Gate(Host[int]):
 # What touches the inside of the bucket: to tell what was given back from what jobs took.
 
 
-class Watched(Asked):
+class Watched(GateBucket):
     """Counts the tokens that came to this gate."""
 
     came = 0.0

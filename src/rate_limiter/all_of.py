@@ -1,7 +1,7 @@
 """Several buckets as one. All taking from several buckets at a time stands here.
 
-A bucket class may have a ``server``, with ``take_together``, ``wait_together`` and ``check_together``: buckets of
-one server are then taken from in one call, and after all others, so that no refusal makes it give back.
+Buckets on one Redis server are taken from in one call, and after all others, so that no refusal makes them give
+back: see ``server``, ``take_together``, ``wait_together`` and ``check_together`` of `RedisTokenBucket`.
 """
 
 import contextlib
@@ -10,8 +10,8 @@ from operator import itemgetter
 from time import monotonic
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from .bucket import Bucket
-from .checks import not_negative, positive
+from .bucket import Bucket, is_in_redis
+from .checks import positive, timeout_seconds
 
 __all__ = [
     "AllOf",
@@ -26,7 +26,7 @@ __all__ = [
 
 
 class Demand(Protocol):
-    """So many tokens from this bucket. In what is paid together each bucket stands once."""
+    """Tokens to take from one bucket. Demands that are paid together are for different buckets."""
 
     @property
     def bucket(self) -> Bucket: ...  # noqa: D102
@@ -114,16 +114,16 @@ class AllOf:
         return take_all_or_longest_delay(self._demands(tokens))[0]
 
     def refund(self, tokens: float) -> None:
-        """Give back to all of them."""
+        """Give back to all of them. See `TokenBucket.refund`."""
         give_back(self._demands(tokens))
 
     def charge(self, tokens: float) -> None:
-        """Take from all of them without asking."""
+        """Take from all of them without asking. See `TokenBucket.charge`."""
         for bucket in self.buckets:
             bucket.charge(tokens)
 
     def pause(self, seconds: float) -> None:
-        """Pause all of them."""
+        """Pause all of them. See `TokenBucket.pause`."""
         for bucket in self.buckets:
             bucket.pause(seconds)
 
@@ -219,7 +219,7 @@ def wait_for_all(
     demand: AnyDemand | None = None
     try:
         for demands, timeout in waits:
-            most = None if timeout is None else not_negative(timeout)
+            most = None if timeout is None else timeout_seconds(timeout)
             demand = demands[0]
             delays = _take_all_or_delays(demands)
             if any(delays):
@@ -290,15 +290,13 @@ def _by_server(demands: Sequence[Demand], *, last: bool = True) -> list[list[int
         last: Whether those of servers come last. If not, they come where the first of them stands.
 
     """
-    if not any(hasattr(demand.bucket, "server") for demand in demands):
+    if not any(is_in_redis(demand.bucket) for demand in demands):
         return [[position] for position in range(len(demands))]
     groups: dict[Any, list[int]] = {}
     for position, demand in enumerate(demands):
-        server = getattr(demand.bucket, "server", None)
-        groups.setdefault(position if server is None else server, []).append(position)
-    return sorted(
-        groups.values(), key=lambda group: last and hasattr(demands[group[0]].bucket, "server")
-    )
+        bucket: Any = demand.bucket
+        groups.setdefault(bucket.server if is_in_redis(bucket) else position, []).append(position)
+    return sorted(groups.values(), key=lambda group: last and is_in_redis(demands[group[0]].bucket))
 
 
 def _take_together(demands: Sequence[Demand], together: Sequence[int]) -> tuple[float, int]:

@@ -3,7 +3,7 @@
 from abc import ABCMeta
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
-__all__ = ["Bucket"]
+__all__ = ["Bucket", "is_in_redis"]
 
 if TYPE_CHECKING:
     _ProtocolMeta = ABCMeta
@@ -77,3 +77,8 @@ class Bucket(Protocol, metaclass=_BucketMeta):
 
 
 _MEMBERS: Final = tuple(name for name in vars(Bucket) if not name.startswith("_"))
+
+
+def is_in_redis(bucket: object) -> bool:
+    """Tell whether a bucket, or those of a `BucketPerKey`, are in Redis. It imports nothing for that."""
+    return hasattr(getattr(bucket, "of_all", bucket), "take_together")

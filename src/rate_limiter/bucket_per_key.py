@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from uuid import UUID
 
 from .checks import initial_tokens, positive, whole
-from .outage import Policy
+from .outage import Policy, check_policy
 from .token_bucket import TokenBucket
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ __all__ = ["BucketPerKey", "Key"]
 #: The types of a key. The parts of a tuple are of the other types.
 Key = str | int | UUID | tuple[Any, ...]
 
-#: What a key has.
+#: The bucket of a key.
 OfKey: TypeAlias = "TokenBucket | RedisTokenBucket"
 
 logger = logging.getLogger("rate_limiter")
@@ -108,6 +108,7 @@ class BucketPerKey:
         if limits is not None and not callable(limits):
             raise TypeError(f"limits must be a callable that is given a key, or None, not {limits!r}")
         self.max_keys = whole("max_keys", max_keys)
+        check_policy(on_outage)
         self.limits = limits
         self._clock = clock
         #: The bucket in Redis whose stored numbers count for all keys without numbers of their own. No job
@@ -156,7 +157,7 @@ class BucketPerKey:
         return self._find_or_make(key)
 
     def __len__(self) -> int:
-        """Return the number of buckets."""
+        """Return the number of buckets in this process."""
         return len(self._buckets)
 
     def __bool__(self) -> bool:
@@ -192,7 +193,8 @@ class BucketPerKey:
         *,
         capacity: float | None = None,
         tokens_per_second: float | None = None,
-        **stored: str,
+        reason: str = "",
+        who: str | None = None,
     ) -> None:
         """Change the numbers of all keys, those that have a bucket now too.
 
@@ -201,12 +203,13 @@ class BucketPerKey:
         Args:
             capacity: The most tokens that each bucket can hold from now on. ``None``: unchanged.
             tokens_per_second: The rate of each bucket from now on. ``None``: unchanged.
-            stored: With ``redis``: ``reason`` and ``who``, as in `RedisTokenBucket.configure`.
+            reason: With ``redis``: as in `RedisTokenBucket.configure`. Without it nothing is stored.
+            who: As ``reason``.
 
         Raises:
             ValueError: An argument is not above 0, or is not finite. Nothing is changed.
             TypeError: An argument is not a number. Nothing is changed.
-            redis.RedisError: The server does not answer.
+            redis.RedisError: The server does not answer, or refuses. Nothing was changed, as far as known.
 
         """
         size = self.capacity if capacity is None else positive("capacity", capacity)
@@ -214,7 +217,7 @@ class BucketPerKey:
         if tokens_per_second is not None:
             rate = positive("tokens_per_second", tokens_per_second)
         if self.of_all is not None:
-            self.of_all.configure(capacity=size, tokens_per_second=rate, **stored)
+            self.of_all.configure(capacity=size, tokens_per_second=rate, reason=reason, who=who)
         with self._lock:
             before = self.capacity, self.tokens_per_second
             self.capacity, self.tokens_per_second = size, rate
@@ -227,6 +230,7 @@ class BucketPerKey:
 
         Raises:
             TypeError: The buckets are not in Redis.
+            redis.RedisError: The server does not answer, or refuses.
 
         """
         if self.of_all is None:
@@ -235,7 +239,7 @@ class BucketPerKey:
         self.capacity, self.tokens_per_second = _numbers(self.of_all)
 
     def _find_or_make(self, key: Key) -> OfKey:
-        _check(key)
+        _check_key(key)
         bucket = self._buckets.get(key)
         if bucket is not None:
             return bucket
@@ -254,7 +258,7 @@ class BucketPerKey:
 
     def _new(self, key: Key, own: tuple[float, float] | None) -> OfKey:
         if self.of_all is not None:
-            return self.of_all.of_key(_text(key), own, self.initial)
+            return self.of_all.of_key(_name_of(key), own, self.initial)
         numbers = own or _numbers(self)
         return TokenBucket(*numbers, initial=self._initial_now(*numbers), clock=self._clock)
 
@@ -337,16 +341,16 @@ def _level(bucket: OfKey) -> float:
     return bucket.tokens if isinstance(bucket, TokenBucket) else bucket.known.tokens
 
 
-def _text(key: Key) -> str:
+def _name_of(key: Key) -> str:
     """Return the name of a key in Redis. No two keys have the same."""
     if isinstance(key, str):
         return f"(str){key}" if key.startswith("(") else key
     if isinstance(key, tuple):
-        return f"(tuple){json.dumps([_text(part) for part in key])}"
+        return f"(tuple){json.dumps([_name_of(part) for part in key])}"
     return f"(UUID){key}" if isinstance(key, UUID) else f"(int){int(key)}"
 
 
-def _check(key: Any) -> None:
+def _check_key(key: Any) -> None:
     parts = key if isinstance(key, tuple) else (key,)
     characters = 0
     for part in parts:
@@ -372,11 +376,13 @@ def _shortened(key: Any) -> str:
 
 
 def _references_if_unused() -> float:
+    """Count the references to a bucket that only a dict and the caller's variable hold."""
     leaving = {"key": object()}
     bucket = leaving["key"]
-    return min(_references(bucket), 9.0)
+    return min(_references(bucket), 9.0)  # not infinity: where nobody can tell, no bucket is unused
 
 
+#: How many references a bucket has at most that nobody uses, as `BucketPerKey._forget` sees it.
 _UNUSED: Final = _references_if_unused()
 
 _all: "weakref.WeakSet[BucketPerKey]" = weakref.WeakSet()

@@ -6,7 +6,7 @@ from decimal import Decimal
 from numbers import Real
 from typing import NoReturn
 
-__all__ = ["initial_tokens", "not_negative", "positive", "whole", "zero_or_more"]
+__all__ = ["initial_tokens", "positive", "timeout_seconds", "too_many", "whole", "zero_or_more"]
 
 
 def positive(name: str, value: float, *, documented: bool = False) -> float:
@@ -64,7 +64,7 @@ def initial_tokens(initial: float | None, capacity: float) -> float:
     return tokens
 
 
-def not_negative(timeout: float) -> float:
+def timeout_seconds(timeout: float) -> float:
     """Return a ``timeout`` as a float: seconds, 0 or more; infinity becomes the longest timeout.
 
     Raises:
@@ -93,6 +93,11 @@ def whole(name: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{name} must be 1 or more, not {_shown(value)}")
     return value
+
+
+def too_many(tokens: float, capacity: float) -> ValueError:
+    """Return the error for more tokens than a bucket can hold."""
+    return ValueError(f"tokens must be at most the capacity {capacity:g}, not {tokens:.15g}")
 
 
 def _number(name: str, value: float) -> float:

@@ -60,6 +60,11 @@ class RetryAfter(RateLimitExceeded):
         self.args = (pause,)
 
 
+def timed_out(tokens: float, delay: float) -> RateLimitExceeded:
+    """Return the error of a `wait` whose tokens are there in ``delay`` seconds only."""
+    return RateLimitExceeded(f"rate limit exceeded: {tokens:g} tokens only in {delay:.3g} s", delay)
+
+
 def _seconds_of(header: str) -> float:
     """Return the seconds that the text of a ``Retry-After`` header asks for."""
     try:

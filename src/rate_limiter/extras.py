@@ -1,4 +1,4 @@
-"""What the core does without: packages that an extra of this distribution brings."""
+"""Imports of packages that only an extra of this distribution installs."""
 
 import contextlib
 import importlib
@@ -9,12 +9,12 @@ __all__ = ["extra"]
 
 @contextlib.contextmanager
 def extra(name: str, package: str, lowest: tuple[int, int] = (0, 0)) -> Iterator[None]:
-    """Import a package of an extra, and then what is inside: an error names the extra.
+    """Import a package of an extra; then run the imports in the ``with`` block. An error names the extra.
 
     Args:
         name: The extra.
-        package: The package.
-        lowest: Its lowest version. As nothing but an extra asks for it, pip does not check it.
+        package: The package. Its ``VERSION``, if it has one, is compared.
+        lowest: Its lowest version: pip checks that only for those who have asked for the extra.
 
     Raises:
         ImportError: A package is missing, or the version is lower.

@@ -8,16 +8,27 @@ from typing import Final, Literal, get_args
 
 from .token_bucket import TokenBucket
 
-__all__ = ["POLICIES", "Outages", "Policy", "ServerDownError", "StandIn"]
+__all__ = ["Outages", "Policy", "ServerDownError", "StandIn", "check_policy"]
 
 logger = logging.getLogger("rate_limiter")
 
 Policy = Literal["open", "closed", "local"]
-POLICIES: Final[tuple[str, ...]] = get_args(Policy)
+_POLICIES: Final[tuple[str, ...]] = get_args(Policy)
 
 #: Seconds until what has failed is asked again, at first and at most.
 _PAUSE: Final = 0.5
 _LONGEST_PAUSE: Final = 1.0
+
+#: The shortest delay, in seconds, that a bucket with ``"closed"`` returns: the server is about to be asked.
+_SHORTEST_DELAY: Final = 0.01
+
+
+def check_policy(on_outage: object) -> None:
+    """Raise ``ValueError`` if an ``on_outage`` is no `Policy`."""
+    if on_outage not in _POLICIES:
+        raise ValueError(
+            f"on_outage must be one of {', '.join(map(repr, _POLICIES))}, not {on_outage!r}"
+        )
 
 
 class ServerDownError(Exception):
@@ -75,7 +86,7 @@ class Outages:
                 "what its on_outage says",
                 self._what,
                 type(error).__name__,
-                str(error).rstrip("."),
+                str(error).rstrip("."),  # most texts of redis-py end with one
             )
 
     def answered(self) -> None:
@@ -122,7 +133,7 @@ class StandIn:
 
         """
         if self._policy == "closed":
-            return max(self._outages.left, 0.01)
+            return max(self._outages.left, _SHORTEST_DELAY)
         with self._lock:
             if self._policy == "local":
                 bucket = self._share(share)

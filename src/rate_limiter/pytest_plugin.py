@@ -26,6 +26,7 @@ from .token_bucket import TokenBucket
 
 __all__ = ["RateLimits", "rate_limits"]
 
+#: More tokens, and tokens per second, than any test takes.
 _NO_END: Final = 1e12
 
 

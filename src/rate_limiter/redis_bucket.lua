@@ -49,6 +49,7 @@ local function numbers(key, ...)
   return h
 end
 
+-- The i-th bucket, as its hash and the time since then make it.
 local function open(i)
   local capacity, rate, initial, known, back, held, unit, parent = string.match(ARGV[1 + i], FIELDS)
   local key = KEYS[i]
@@ -115,6 +116,7 @@ local function after(b, short)
   return math.min(wait, FAR)
 end
 
+-- What a caller is told that does not know the version: the numbers that count, and who has set them.
 local function stored(b)
   local more = b.stored and redis.call('HMGET', b.stored, 'v', 'y', 'w', 'd', 'e') or {}
   return {text(b.capacity), text(b.rate), more[1] or '', more[2] or '', more[3] or '', more[4] or '', more[5] or ''}

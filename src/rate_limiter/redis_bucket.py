@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from typing import Any, Final, Self
 
 from .all_of import Demand
-from .checks import initial_tokens, not_negative, positive, zero_or_more
-from .exceptions import RateLimitExceeded
-from .outage import POLICIES, Policy, ServerDownError
+from .checks import initial_tokens, positive, timeout_seconds, too_many, zero_or_more
+from .exceptions import timed_out
+from .outage import Policy, ServerDownError, check_policy
 from .redis_server import Server, server_of
 from .redis_state import MICRO, Known, Part, State, call_take, somebody
 
@@ -62,7 +62,8 @@ class RedisTokenBucket:
         TypeError: An argument has the wrong type, or not one of ``client`` and ``url`` is given.
 
     A server that loses its data, evicts the key, or is set back gives at most one burst more. Talk to the
-    primary; ``maxmemory-policy noeviction`` keeps the keys.
+    primary; ``maxmemory-policy noeviction`` keeps the keys. Threads may share a bucket, and so may forked processes:
+    each has connections of its own.
 
     """
 
@@ -88,32 +89,12 @@ class RedisTokenBucket:
             name.encode()
         except UnicodeEncodeError:
             raise ValueError(f"name must be text that UTF-8 has, not {name!r}") from None
-        if on_outage not in POLICIES:
-            raise ValueError(
-                f"on_outage must be one of {', '.join(map(repr, POLICIES))}, not {on_outage!r}"
-            )
+        check_policy(on_outage)
         size, rate = positive("capacity", capacity), positive("tokens_per_second", tokens_per_second)
         numbers = size, rate, initial_tokens(initial, size)
         server = server_of(client, url, positive("timeout", timeout))
         self.name = name
         self._state = server.state(name, numbers, on_outage)
-
-    def of_key(self, key: str, own: tuple[float, float] | None, initial: float | None) -> Self:
-        """Return the bucket of one key, for `BucketPerKey`.
-
-        Args:
-            key: The key.
-            own: Its capacity and rate, if it has others than this bucket. If not, what is stored for this
-                bucket counts for the key too.
-            initial: As of `BucketPerKey`.
-
-        """
-        it = copy.copy(self)
-        it.name = f"{self.name}:{key}"
-        size, rate = own or self._state.numbers[:2]
-        numbers = size, rate, size if initial is None else min(initial, size)
-        it._state = self.server.state_of_key(it.name, numbers, self._state, follows=own is None)
-        return it
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RedisTokenBucket) and self._state is other._state
@@ -139,7 +120,7 @@ class RedisTokenBucket:
 
     @property
     def tokens(self) -> float:
-        """The tokens that are there now. It asks the server; during an outage it is what was last known."""
+        """The tokens that are there now: below 0 while in debt. It asks the server; in an outage: as last known."""
         self._state.look()
         return self._state.level
 
@@ -148,18 +129,6 @@ class RedisTokenBucket:
         """The seconds until the end of a pause. It asks the server; during an outage it is what was last known."""
         self._state.look()
         return self._state.pause_left
-
-    @property
-    def known(self) -> Known:
-        """What this process knows of it, without asking the server."""
-        state = self._state
-        outage = state.outages.is_down
-        return Known(state.level, state.pause_left, state.numbers[:2], state.stored, outage)
-
-    @property
-    def server(self) -> Server:
-        """Where it is: buckets of one server are taken from together, see `all_of`."""
-        return self._state.server
 
     def allow(self, tokens: float = 1) -> bool:
         """Take tokens now, or none. See `TokenBucket.allow`."""
@@ -182,49 +151,19 @@ class RedisTokenBucket:
         """Take tokens and return ``0.0``, or return the seconds to wait. See `TokenBucket.take_or_delay`."""
         return _take([(self._state, positive("tokens", tokens))])[0]
 
-    def take_together(self, demands: Sequence[Demand]) -> tuple[float, int]:
-        """Take from several buckets of this server in one call, from all or from none.
-
-        Returns:
-            ``0.0`` and 0, or the seconds to wait and the position of the bucket because of which.
-
-        """
-        return _take(_states_of(demands))
-
-    def wait_together(self, demands: Sequence[Demand], timeout: float | None) -> None:
-        """Block until the tokens of several buckets of this server are taken, in one call.
-
-        Raises:
-            RateLimitExceeded: As `TokenBucket.wait`.
-
-        """
-        _wait(_states_of(demands), timeout)
-
-    @staticmethod
-    def check_together(buckets: Sequence["RedisTokenBucket"]) -> None:
-        """Refuse buckets that a Redis Cluster would keep on different servers, if their names say so.
-
-        Raises:
-            ValueError: The hash tags in their names are different.
-
-        """
-        tags = {tag.group(1): each.name for each in buckets if (tag := _TAG.search(each.name))}
-        if len(tags) > 1:
-            raise ValueError(
-                "buckets that are taken from together must have one hash tag, not "
-                + ", ".join(f"{tag!r} (of {name!r})" for tag, name in sorted(tags.items()))
-            )
-
     def refund(self, tokens: float) -> None:
-        """Give back tokens that were not used. During an outage they are lost."""
+        """Give back tokens that were not used. See `TokenBucket.refund`. During an outage they are lost."""
         self._state.settle(positive("tokens", tokens))
 
     def charge(self, tokens: float) -> None:
-        """Take tokens without asking. During an outage they are charged afterwards."""
+        """Take tokens without asking. See `TokenBucket.charge`. During an outage they are charged afterwards."""
         self._state.settle(-positive("tokens", tokens))
 
     def pause(self, seconds: float) -> None:
-        """Grant nothing to any process for some seconds. During an outage the others learn it afterwards."""
+        """Grant nothing to any process for some seconds. See `TokenBucket.pause`.
+
+        During an outage it counts in this process, and for the others once the server answers.
+        """
         self._state.pause(zero_or_more("seconds", seconds))
 
     def resume(self) -> None:
@@ -266,16 +205,80 @@ class RedisTokenBucket:
         """
         self._state.restore()
 
+    # -- for `AllOf`, `BucketPerKey` and gates ------------------------------------------------------
+
+    @property
+    def server(self) -> Server:
+        """Where it is: buckets of one server are taken from together, see `all_of`."""
+        return self._state.server
+
+    @property
+    def known(self) -> Known:
+        """What this process knows of it, without asking the server."""
+        state = self._state
+        outage = state.outages.is_down
+        return Known(state.level, state.pause_left, state.numbers[:2], state.stored, outage)
+
     @property
     def workers(self) -> int:
         """How many processes use the server now, as far as known."""
         return self.server.workers
 
-    def for_gate(self) -> Any:
-        """Return what one gate takes from instead: it never waits for the server. See `redis_asker`."""
-        from .redis_asker import Asked  # noqa: PLC0415 - only where there is a gate
+    def of_key(self, key: str, own: tuple[float, float] | None, initial: float | None) -> Self:
+        """Return the bucket of one key, for `BucketPerKey`.
 
-        return Asked(self._state)
+        Args:
+            key: The key.
+            own: Its capacity and rate, if it has others than this bucket. If not, what is stored for this
+                bucket counts for the key too.
+            initial: As of `BucketPerKey`.
+
+        """
+        it = copy.copy(self)
+        it.name = f"{self.name}:{key}"
+        size, rate = own or self._state.numbers[:2]
+        numbers = size, rate, size if initial is None else min(initial, size)
+        it._state = self.server.state_of_key(it.name, numbers, self._state, follows=own is None)
+        return it
+
+    def take_together(self, demands: Sequence[Demand]) -> tuple[float, int]:
+        """Take from several buckets of this server in one call, from all or from none.
+
+        Returns:
+            ``0.0`` and 0, or the seconds to wait and the position of the bucket because of which.
+
+        """
+        return _take(_states_of(demands))
+
+    def wait_together(self, demands: Sequence[Demand], timeout: float | None) -> None:
+        """Block until the tokens of several buckets of this server are taken, in one call.
+
+        Raises:
+            RateLimitExceeded: As `TokenBucket.wait`.
+
+        """
+        _wait(_states_of(demands), timeout)
+
+    @staticmethod
+    def check_together(buckets: Sequence["RedisTokenBucket"]) -> None:
+        """Refuse buckets that a Redis Cluster would keep on different servers, if their names say so.
+
+        Raises:
+            ValueError: The hash tags in their names are different.
+
+        """
+        tags = {tag.group(1): each.name for each in buckets if (tag := _TAG.search(each.name))}
+        if len(tags) > 1:
+            raise ValueError(
+                "buckets that are taken from together must have one hash tag, not "
+                + ", ".join(f"{tag!r} (of {name!r})" for tag, name in sorted(tags.items()))
+            )
+
+    def for_gate(self) -> Any:
+        """Return what one gate takes from instead: it never waits for the server."""
+        from .redis_gate_bucket import GateBucket  # noqa: PLC0415 - only where there is a gate
+
+        return GateBucket(self._state)
 
 
 def _states_of(demands: Sequence[Demand]) -> list[tuple[State, float]]:
@@ -289,7 +292,7 @@ class _Turn:
     """The place of a caller that waits: at which bucket it was promised tokens, and how many."""
 
     state: State | None = None
-    held = 0.0
+    promised = 0.0
 
 
 def _take(demands: Sequence[tuple[State, float]], turn: _Turn | None = None) -> tuple[float, int]:
@@ -310,7 +313,7 @@ def _take(demands: Sequence[tuple[State, float]], turn: _Turn | None = None) -> 
     if 0 < len(without := _without_server(demands)) < len(demands):
         return _take_split(demands, without, turn)
     parts = [
-        Part(state, tokens, turn.held if turn is not None and turn.state is state else 0.0)
+        Part(state, tokens, turn.promised if turn is not None and turn.state is state else 0.0)
         for state, tokens in demands
     ]
     try:
@@ -318,14 +321,15 @@ def _take(demands: Sequence[tuple[State, float]], turn: _Turn | None = None) -> 
     except ServerDownError:
         if turn is not None:
             turn.state = None
+        # The call may have found out that some of them cannot be used.
         if 0 < len(without := _without_server(demands)) < len(demands):
             return _take_split(demands, without, turn)
         return _take_without_server(demands)
     if turn is not None:
-        turn.state, turn.held = demands[taken.last][0], taken.promised
+        turn.state, turn.promised = demands[taken.last][0], taken.promised
     if taken.wait < 0.0:
         state, tokens = demands[taken.last]
-        raise state.too_many(tokens)
+        raise too_many(tokens, state.capacity)
     return (0.0, 0) if taken.jobs else (max(taken.wait, MICRO), taken.last)
 
 
@@ -365,21 +369,19 @@ def _take_without_server(demands: Sequence[tuple[State, float]]) -> tuple[float,
 
 def _wait(demands: Sequence[tuple[State, float]], timeout: float | None) -> None:
     """Block until tokens of all buckets of one server are taken."""
-    until = math.inf if timeout is None else time.monotonic() + not_negative(timeout)
+    until = math.inf if timeout is None else time.monotonic() + timeout_seconds(timeout)
     turn = _Turn()
     try:
         while (asked := _take(demands, turn))[0]:
             delay, position = asked
             state, tokens = demands[position]
             if delay > until - time.monotonic():
-                raise RateLimitExceeded(
-                    f"rate limit exceeded: {tokens:g} tokens only in {delay:.3g} s", delay
-                )
+                raise timed_out(tokens, delay)
             _sleep(state, delay)
     except BaseException:
-        if turn.state is not None and turn.held:
+        if turn.state is not None and turn.promised:
             with contextlib.suppress(ServerDownError):
-                call_take([Part(turn.state, held=turn.held)])
+                call_take([Part(turn.state, promised=turn.promised)])
         raise
 
 
@@ -388,7 +390,7 @@ def _sleep(state: State, seconds: float) -> None:
     end, seen = time.monotonic() + seconds, state.seen
     while (left := end - time.monotonic()) > 0.0:
         time.sleep(min(left, _LOOK))
-        if left > _LOOK:  # not earlier: who asks before his moment is refused
+        if left > _LOOK:  # not earlier: a caller that asks before its moment is refused
             state.look()
             if seen != state.seen:
                 return

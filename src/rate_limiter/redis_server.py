@@ -178,7 +178,7 @@ class Server:
         return reply
 
     def order(self, question: Question) -> Any:
-        """Call the script once.
+        """Call the script once for an operator, who is to see an error: also just after a failure of a bucket.
 
         Raises:
             redis.RedisError: The server does not answer, or has an error for this question.
@@ -292,7 +292,8 @@ def server_of(client: Any, url: str | None, timeout: float) -> Server:
 
     """
     if (client is None) == (url is None):
-        raise TypeError("RedisTokenBucket takes one of client=… and url=…")
+        given = "none" if client is None else "both"
+        raise TypeError(f"RedisTokenBucket takes one of client=… and url=…, not {given}")
     if client is None:
         if not isinstance(url, str):
             raise TypeError(f"url must be text, not a {type(url).__name__}")  # it may have a password

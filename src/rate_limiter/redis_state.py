@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from .checks import too_many
 from .outage import Outages, Policy, ServerDownError, StandIn
 from .token_bucket import TokenBucket
 
@@ -44,7 +45,7 @@ class Stored(NamedTuple):
 
     capacity: float
     tokens_per_second: float
-    #: When he did, as in ``"2026-11-29T17:00:00+00:00"``, why, and who.
+    #: When that was, as in ``"2026-11-29T17:00:00+00:00"``, why, and by whom.
     at: str
     reason: str
     who: str
@@ -141,10 +142,6 @@ class State:
         """The seconds until the end of a pause, as far as known without the server."""
         return max(0.0, self._paused_until - time.monotonic()) if self._paused_until else 0.0
 
-    def too_many(self, tokens: float) -> ValueError:
-        """Return the error for more tokens than the capacity."""
-        return ValueError(f"tokens must be at most the capacity {self.capacity:g}, not {tokens:.15g}")
-
     # -- calls that are for this bucket alone -----------------------------------------------------
 
     def look(self) -> None:
@@ -218,9 +215,7 @@ class State:
         """
         capacity, rate, initial = self.numbers
         version = self._version or "?"
-        return (
-            f"{capacity!r} {rate!r} {initial!r} {version} {back!r} {part.held!r} {part.unit!r} {place}"
-        )
+        return f"{capacity!r} {rate!r} {initial!r} {version} {back!r} {part.promised!r} {part.unit!r} {place}"
 
     def learn(self, version: str, level: str, stored: list[Any]) -> None:
         """Take note of what the script shows of this bucket."""
@@ -297,7 +292,7 @@ class State:
 
         """
         if tokens > self.capacity:
-            raise self.too_many(tokens)
+            raise too_many(tokens, self.capacity)
         delay = self.stand_in.take_or_delay(tokens, self._share)
         if not delay:
             self.server.owing.add(self)
@@ -328,8 +323,8 @@ class Part(NamedTuple):
     state: State
     #: What one job takes from it.
     unit: float = 0.0
-    #: What the caller was promised there.
-    held: float = 0.0
+    #: The tokens that the caller was promised there.
+    promised: float = 0.0
     #: Tokens to give back; below 0: to charge.
     back: float = 0.0
 

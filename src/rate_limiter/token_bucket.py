@@ -45,8 +45,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar, Final, NoReturn, TypeAlias
 
-from .checks import initial_tokens, not_negative, positive, zero_or_more
-from .exceptions import RateLimitExceeded
+from .checks import initial_tokens, positive, timeout_seconds, too_many, zero_or_more
+from .exceptions import timed_out
 
 __all__ = ["TokenBucket"]
 
@@ -260,26 +260,25 @@ class TokenBucket:
 
         """
         waiter = _Waiter(self, positive("tokens", tokens, documented=True))
-        deadline = math.inf if timeout is None else self._clock() + not_negative(timeout)
+        deadline = math.inf if timeout is None else self._clock() + timeout_seconds(timeout)
         try:
             delay = self._take(waiter.tokens, waiter)
             if not delay:
                 return
             if self._clock() + delay - deadline > _DEADLINE_SLACK:
-                raise _timed_out(waiter.tokens, delay)
+                raise timed_out(waiter.tokens, delay)
             self._queue(waiter)
             sleep, longest = getattr(self._clock, "wait_for", None), math.inf
             if sleep is None:
                 sleep, longest = _wait_for, self._LONGEST_SLEEP
             while True:
-                left = (
-                    deadline - self._clock()
-                )  # before asking, so that the last time is at the deadline
+                # Before it asks, so that it asks at the deadline once more.
+                left = deadline - self._clock()
                 delay = self._take(waiter.tokens, waiter)
                 if not delay:
                     break
                 if left <= _DEADLINE_SLACK:
-                    raise _timed_out(waiter.tokens, delay)
+                    raise timed_out(waiter.tokens, delay)
                 if not waiter.queued:  # the process was forked while it slept, by a signal handler
                     self._queue(waiter)
                     continue
@@ -446,8 +445,8 @@ class TokenBucket:
         """Have a function called whenever a forecast of `take_or_delay` may no longer be right.
 
         It is called with the bucket, in the thread that made the change and after it, without any lock:
-        after each `refund`, `pause` and `configure` in this process, and when a thread leaves `wait`
-        without its tokens. It is not called when tokens are taken or charged: who asks too early is told
+        after each `refund`, `pause`, `resume` and `configure` in this process, and when a thread leaves
+        `wait` without its tokens. It is not called when tokens are taken or charged: who asks too early is told
         the later moment. It should be quick, as one that wakes a sleeping thread is. An exception
         that it raises is logged, since the change is already made; the caller does not get it.
 
@@ -544,7 +543,7 @@ class TokenBucket:
                         short = _MOST
                 used = self._used = short
         if tokens > capacity:
-            raise ValueError(f"tokens must be at most the capacity {capacity:g}, not {tokens:.15g}")
+            raise too_many(tokens, capacity)
         # The seconds from now until the arithmetic above grants them.
         delay = (used - capacity + tokens + ahead) / rate - (now - full_at)
         if ahead:
@@ -760,10 +759,6 @@ class _Waiter:
 
 def _wait_for(alarm: threading.Lock, seconds: float) -> None:
     alarm.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
-
-
-def _timed_out(tokens: float, delay: float) -> RateLimitExceeded:
-    return RateLimitExceeded(f"rate limit exceeded: {tokens:g} tokens only in {delay:.3g} s", delay)
 
 
 #: Every call of `wait` in this process that has queued up, for the fork hook.

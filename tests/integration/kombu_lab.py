@@ -13,6 +13,7 @@ from harness import DEADLINE, wait_for
 from kombu import Connection, Exchange, Queue
 from kombu.mixins import ConsumerMixin, ConsumerProducerMixin
 
+from rate_limiter import TokenBucket
 from rate_limiter.kombu import Gate, GateMixin
 
 _names = itertools.count()
@@ -79,6 +80,22 @@ class Broker:
     def close(self) -> None:
         """Close the producer."""
         self._producer.release()
+
+
+def gate_for(
+    queue: Queue,
+    bucket: Any = None,
+    *,
+    rate: float = 20,
+    capacity: float = 1,
+    gate_held: int | None = None,
+    **options: Any,
+) -> Gate:
+    """Return a gate with one limit, "limit", for a queue: of a bucket, or of a new one with these numbers."""
+    gate = Gate(max_held=gate_held)
+    limited = TokenBucket(capacity, rate) if bucket is None else bucket
+    gate.limit(queue.name, bucket=limited, name="limit", **options)
+    return gate
 
 
 class _Recorder:

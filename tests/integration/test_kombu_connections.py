@@ -4,16 +4,9 @@ import time
 
 import pytest
 from harness import wait_for
-from kombu_lab import ProducingWorker, Worker, running
+from kombu_lab import ProducingWorker, Worker, gate_for, running
 
 from rate_limiter import TokenBucket
-from rate_limiter.kombu import Gate
-
-
-def gate_for(queue, bucket, **options):
-    gate = Gate(max_held=options.pop("gate_held", None))
-    gate.limit(queue.name, bucket=bucket, name="limit", **options)
-    return gate
 
 
 @pytest.mark.parametrize("kind", [Worker, ProducingWorker])

@@ -7,21 +7,13 @@ import time
 import pytest
 from harness import wait_for
 from kombu import Exchange
-from kombu_lab import Broker, ProducingWorker, RawWorker, Worker, running
+from kombu_lab import Broker, ProducingWorker, RawWorker, Worker, gate_for, running
 
 from rate_limiter import BucketPerKey, TokenBucket
-from rate_limiter.kombu import Gate
 
 FREE = TokenBucket(1e9, 1e9)
 
 QUORUM = {"x-queue-type": "quorum"}
-
-
-def gate_for(*queues, rate=20, capacity=1, bucket=None, gate_held=None, **options):
-    gate = Gate(max_held=gate_held)
-    limited = bucket or TokenBucket(capacity, rate)
-    gate.limit(*(queue.name for queue in queues), bucket=limited, name="limit", **options)
-    return gate
 
 
 @pytest.mark.parametrize("kind", [Worker, RawWorker, ProducingWorker])
@@ -45,7 +37,7 @@ def test_messages_behind_the_limited_ones_pass(broker):
     broker.send(queue, *range(50))
     broker.send(other, "other")
     slow = TokenBucket(1, 1)
-    gate = gate_for(queue, bucket=lambda body, _: slow if body == "slow" else FREE, gate_held=1000)
+    gate = gate_for(queue, lambda body, _: slow if body == "slow" else FREE, gate_held=1000)
     with running(Worker(broker, gate, queue, other)) as worker:
         wait_for(lambda: {*range(50), "other"} <= set(worker.ran))
         assert worker.at[-1] - worker.at[0] < 10
@@ -75,7 +67,7 @@ def test_prices_by_body_header_and_routing_key(rabbitmq_broker, price, kind):
             routing_key=f"size.{size}",
             exchange=queue.exchange,
         )
-    with running(kind(broker, gate_for(queue, bucket=bucket, tokens=price), queue)) as worker:
+    with running(kind(broker, gate_for(queue, bucket, tokens=price), queue)) as worker:
         worker.wait_for_runs(3)
         wait_for(lambda: worker.gate.held == {"limit": 1})
     assert [body["size"] for body in worker.ran] == [5, 3, 2]
@@ -100,7 +92,7 @@ def test_holds_no_more_than_max_held(broker):
     queue = broker.queue()
     broker.send(queue, *range(60))
     bucket = TokenBucket(1, 0.01)
-    with running(Worker(broker, gate_for(queue, bucket=bucket, max_held=10), queue)) as worker:
+    with running(Worker(broker, gate_for(queue, bucket, max_held=10), queue)) as worker:
         wait_for(lambda: worker.gate.held.get("limit", 0) >= 10)
         time.sleep(0.5)
         assert worker.gate.held["limit"] <= 10 + 2 * worker.prefetch_count
@@ -158,7 +150,7 @@ def test_quorum_queues(rabbitmq_broker, hidden):
     broker.send(queue, *range(60), *"abcdefghij")
     if hidden:
         queue = broker.queue(no_declare=True)
-    gate = gate_for(queue, bucket=is_slow(TokenBucket(1, 10)))
+    gate = gate_for(queue, is_slow(TokenBucket(1, 10)))
     with running(Worker(broker, gate, queue)) as worker:
         wait_for(lambda: set("abcdefghij") <= set(worker.ran))
         assert len(worker.ran) < 60
@@ -171,7 +163,7 @@ def test_no_more_than_max_held_of_a_quorum_queue(rabbitmq_broker):
     """Beyond max_held and one prefetch count the broker keeps the messages."""
     broker, queue = rabbitmq_broker, rabbitmq_broker.queue(queue_arguments=QUORUM)
     broker.send(queue, *range(60))
-    gate = gate_for(queue, bucket=TokenBucket(1, 0.01), max_held=10)
+    gate = gate_for(queue, TokenBucket(1, 0.01), max_held=10)
     with running(Worker(broker, gate, queue)) as worker:
         wait_for(lambda: worker.gate.held.get("limit", 0) >= 10)
         time.sleep(0.5)
@@ -199,7 +191,7 @@ def test_a_single_active_consumer_is_left_alone(rabbitmq_broker, caplog):
     broker = rabbitmq_broker
     queue = broker.queue(queue_arguments={**QUORUM, "x-single-active-consumer": True})
     broker.send(queue, *range(20), "a")
-    gates = [gate_for(queue, bucket=is_slow(TokenBucket(1, 10))) for _ in range(2)]
+    gates = [gate_for(queue, is_slow(TokenBucket(1, 10))) for _ in range(2)]
     one, two = (Worker(broker, gate, queue) for gate in gates)
     with running(one):
         one.wait_for_runs(1)
@@ -216,7 +208,7 @@ def test_auto_delete_queues_survive_beside_a_quorum_queue(rabbitmq_broker):
     broker, quorum = rabbitmq_broker, rabbitmq_broker.queue("quorum", queue_arguments=QUORUM)
     queue = broker.queue("passing", auto_delete=True)
     broker.send(queue, *range(40), *"abc")
-    gate = gate_for(queue, bucket=is_slow(TokenBucket(1, 20)))
+    gate = gate_for(queue, is_slow(TokenBucket(1, 20)))
     gate.limit(quorum.name, bucket=TokenBucket(1, 1), name="other")
     with running(Worker(broker, gate, quorum, queue)) as worker:
         wait_for(lambda: set("abc") <= set(worker.ran))
@@ -316,7 +308,7 @@ def test_nothing_runs_after_should_stop(broker, debt):
     broker.send(queue, *range(20))
     bucket = TokenBucket(20, 1000)
     bucket.charge(debt)
-    worker = Worker(broker, gate_for(queue, bucket=bucket), queue)
+    worker = Worker(broker, gate_for(queue, bucket), queue)
 
     def stop(_body, _message):
         time.sleep(0.1)
@@ -347,7 +339,7 @@ def test_a_tenants_backlog_stands_before_nobody(broker):
     """One FIFO per key: another tenant's messages pass a backlog, and a key that is none ends its own."""
     queue = broker.queue()
     tenants = BucketPerKey(1, 4)
-    gate = gate_for(queue, bucket=tenants, key=lambda body, message: message.headers["tenant"])
+    gate = gate_for(queue, tenants, key=lambda body, message: message.headers["tenant"])
     for number in range(60):
         broker.send(queue, number, headers={"tenant": "big"})
     broker.send(queue, "lost", headers={"tenant": 1.5})

@@ -9,17 +9,11 @@ from collections import Counter, defaultdict
 import pytest
 from harness import wait_for
 from kombu import Exchange
-from kombu_lab import RawWorker, Worker, running
+from kombu_lab import RawWorker, Worker, gate_for, running
 
 from rate_limiter import RateLimitExceeded, TokenBucket
 from rate_limiter.gating.tally import tally_of
 from rate_limiter.kombu import Gate
-
-
-def gate_for(queue, bucket, **options):
-    gate = Gate()
-    gate.limit(queue.name, bucket=bucket, name="limit", **options)
-    return gate
 
 
 def interrupt(error=KeyboardInterrupt):

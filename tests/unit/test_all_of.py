@@ -74,14 +74,6 @@ def test_wait_with_timeout_takes_nothing(both, buckets):
     assert [bucket.tokens for bucket in buckets] == [0, 0]
 
 
-@pytest.mark.parametrize("timeout", [-1, float("nan"), "1"])
-def test_wrong_timeout_costs_nothing(both, timeout):
-    """A timeout that is none raises, also where the tokens are there."""
-    with pytest.raises((ValueError, TypeError), match="timeout must be"):
-        both.wait(timeout=timeout)
-    assert both.tokens == 2
-
-
 def test_wait_knows_the_slowest(clock):
     """A timeout that the first bucket would keep, and a slower one not, raises at once."""
     both = AllOf(TokenBucket(1, 1, clock=clock), TokenBucket(1, 0.01, clock=clock))
@@ -112,8 +104,13 @@ def test_pause_reaches_all(both, buckets, clock):
     both.pause(3)
     clock.advance(2.9)
     assert [bucket.tokens for bucket in buckets] == [0, 0]
+
+
+@pytest.mark.parametrize("wanted", [{}, {"capacity": 1}, {"tokens_per_second": 1}])
+def test_it_has_no_numbers_to_configure(both, wanted):
+    """The error says what to do instead."""
     with pytest.raises(TypeError, match="configure one of its buckets"):
-        both.configure(capacity=1)
+        both.configure(**wanted)
 
 
 def test_wait_takes_from_all_at_the_moment_it_returns(clock):
@@ -164,6 +161,18 @@ def test_nests(both, clock):
     outer = AllOf(both, TokenBucket(1, 1, clock=clock))
     assert [outer.allow() for _ in range(2)] == [True, False]
     assert both.tokens == 1
+
+
+def test_a_class_of_the_users_may_have_any_other_attribute(clock):
+    """A bucket with a ``server`` of its own is taken from by itself: only those in Redis go together."""
+
+    class Remote(TokenBucket):
+        server = "one of ours"
+
+    both = AllOf(Remote(1, 0.1, clock=clock), Remote(2, 1, clock=clock))
+    assert [both.allow(), both.allow()] == [True, False]
+    both.wait()
+    assert [bucket.tokens for bucket in both.buckets] == pytest.approx([0, 1])
 
 
 @pytest.mark.parametrize("arguments", [(), (5,), (TokenBucket,)])

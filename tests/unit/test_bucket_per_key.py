@@ -149,6 +149,11 @@ def test_what_limits_may_not_return(answer, error, text):
         ({"initial": "1"}, TypeError, "initial must be a number"),
         ({"max_keys": 0}, ValueError, "max_keys must be 1 or more, not 0"),
         ({"max_keys": 2.5}, TypeError, "max_keys must be a whole number, not 2.5"),
+        (
+            {"on_outage": "opne"},
+            ValueError,
+            "on_outage must be one of 'open', 'closed', 'local', not 'opne'",
+        ),
         ({"limits": {}}, TypeError, "limits must be a callable that is given a key, or None, not {}"),
     ],
 )
@@ -158,9 +163,10 @@ def test_bad_arguments(arguments, error, text):
         BucketPerKey(**{"capacity": 1, "tokens_per_second": 1, **arguments})
 
 
-def test_full_buckets_are_forgotten(clock):
-    """Cycling through keys keeps no more buckets than are not full."""
-    tenants = BucketPerKey(1, 1, clock=clock)
+@pytest.mark.parametrize("initial", [None, 0])
+def test_full_buckets_are_forgotten(clock, initial):
+    """Cycling through keys keeps no more buckets than are not full; with ``initial``, once a new one would be."""
+    tenants = BucketPerKey(1, 1, initial=initial, clock=clock)
     for number in range(1000):
         tenants[number].allow()
         clock.advance(0.1)
@@ -215,25 +221,34 @@ def test_a_bucket_that_was_configured_is_never_forgotten(clock):
 def test_configure_changes_all_keys_without_numbers_of_their_own(clock):
     """Old keys and new ones; not those of limits, nor one whose bucket was configured."""
     tenants = BucketPerKey(2, 1, clock=clock, limits={"premium": (9, 9)}.get)
-    kept = [tenants[key] for key in ("old", "premium", "configured")]
-    tenants["configured"].configure(capacity=5)
-    tenants["old"].charge(2)
+    old, premium, configured = (tenants[key] for key in ("old", "premium", "configured"))
+    configured.configure(capacity=5)
+    old.charge(2)
     tenants.configure(tokens_per_second=4)
     clock.advance(0.25)
     numbers = {
-        key: (bucket.capacity, bucket.tokens_per_second)
-        for key, bucket in {
-            key: tenants[key] for key in ("new", "old", "premium", "configured")
-        }.items()
+        bucket: (bucket.capacity, bucket.tokens_per_second)
+        for bucket in (tenants, old, premium, configured, tenants["new"], tenants.buckets()[-1])
     }
-    assert numbers == {"new": (2, 4), "old": (2, 4), "premium": (9, 9), "configured": (5, 1)}
-    assert kept[0].tokens == 1
-    assert (tenants.capacity, tenants.tokens_per_second) == (2, 4)
-    assert tenants.buckets()[-1].tokens_per_second == 4
-    for wrong in {"capacity": 0}, {"tokens_per_second": float("nan")}:
-        with pytest.raises(ValueError, match="must be"):
-            tenants.configure(**wrong)
-    assert tenants["new"].capacity == 2
+    assert list(numbers.values()) == [(2, 4), (2, 4), (9, 9), (5, 1), (2, 4), (2, 4)]
+    assert old.tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "text"),
+    [
+        ({"capacity": 0}, ValueError, "capacity must be positive, not 0"),
+        ({"tokens_per_second": float("nan")}, ValueError, "tokens_per_second must be a finite number"),
+        ({"tokens_per_secnd": 5}, TypeError, "tokens_per_secnd"),
+        ({"capacity": 5, "by": "anna"}, TypeError, "by"),
+    ],
+)
+def test_wrong_configuration(wrong, error, text):
+    """A wrong value is an error, and so is a wrong name; nothing is changed."""
+    tenants = BucketPerKey(2, 1)
+    with pytest.raises(error, match=text):
+        tenants.configure(**wrong)
+    assert (tenants.capacity, tenants["new"].capacity) == (2, 2)
 
 
 # -- initial -----------------------------------------------------------------------------------------------
@@ -283,15 +298,6 @@ def test_a_key_that_was_forgotten_starts_as_if_it_was_not(initial, asks):
         clock.advance(step)
         assert tenants[key].tokens == kept[key].tokens
         assert tenants[key].take_or_delay(tokens) == kept[key].take_or_delay(tokens)
-
-
-def test_full_buckets_are_forgotten_with_initial(clock):
-    """Once a new bucket would be full, full ones are forgotten as ever."""
-    tenants = BucketPerKey(1, 1, initial=0, clock=clock)
-    for number in range(1000):
-        tenants[number].allow()
-        clock.advance(0.1)
-    assert 10 <= len(tenants) <= 25
 
 
 def test_no_bucket_is_forgotten_that_a_new_one_would_not_equal(clock):

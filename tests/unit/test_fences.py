@@ -20,6 +20,7 @@ FENCES = {
     "redis_state.py": {"celery", "kombu", "redis"} | OURS,
     "redis_server.py": {"celery", "kombu"} | OURS,
     "redis_asker.py": {"celery", "kombu"} | OURS,
+    "redis_gate_bucket.py": {"celery", "kombu"} | OURS,
     "testing.py": {"celery", "kombu", "redis"} | OURS - {"rate_limiter.celery"},
     "gating": {"celery", "kombu", "redis"} | OURS - {"rate_limiter.gating"},
     "broker": {"celery"} | OURS - {"rate_limiter.broker"},

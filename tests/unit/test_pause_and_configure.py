@@ -14,7 +14,7 @@ from test_token_bucket import NOT_A_NUMBER, NOT_FINITE, complaint
 from test_token_bucket_properties import SHARES, SIZES, STARTS, STEPS, Oracle
 from waiters import assert_idle, eventually, line_up, moments
 
-from rate_limiter import AllOf, RateLimitExceeded, TokenBucket
+from rate_limiter import RateLimitExceeded, TokenBucket
 from rate_limiter.testing import ManualClock
 
 # (capacity, tokens_per_second), then rows of (time, tokens before, method, argument, what it returns)
@@ -570,15 +570,3 @@ def test_repr(new_single):
             with state._lock:
                 assert repr(bucket).endswith("Bucket: capacity 20, 2.5 tokens_per_second>")
     assert len(asked) == before
-
-
-def test_all_of():
-    """AllOf pauses all of its buckets; it has no numbers of its own to configure."""
-    clock = ManualClock()
-    buckets = TokenBucket(2, 1, clock=clock), TokenBucket(4, 2, clock=clock)
-    both = AllOf(*buckets)
-    both.pause(5)
-    assert [bucket.take_or_delay(2) for bucket in buckets] == [7.0, 6.0]
-    for wanted in {}, {"capacity": 1}, {"tokens_per_second": 1}:
-        with pytest.raises(TypeError, match="configure one of its buckets"):
-            both.configure(**wanted)

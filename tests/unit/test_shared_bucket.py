@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 import weakref
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -673,11 +672,3 @@ def test_it_leaves_no_file_open():
     assert gone() is None
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(file)
-
-
-def test_numbers_of_every_kind_become_floats():
-    """Shared memory holds floats, whatever numbers it is given."""
-    bucket = SharedTokenBucket(Fraction(5, 2), True, clock=ManualClock())
-    assert (bucket.capacity, bucket.tokens_per_second) == (2.5, 1.0)
-    bucket.configure(capacity=Fraction(7, 2), tokens_per_second=2)
-    assert (bucket.capacity, bucket.tokens_per_second, bucket.tokens) == (3.5, 2.0, 2.5)

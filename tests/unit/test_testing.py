@@ -48,8 +48,8 @@ def test_wait_moves_it_on():
     assert clock() == 102.0
 
 
-def test_turn_that_is_free_costs_no_time():
-    """Who is woken by another does not move the clock."""
+def test_a_wait_that_is_over_costs_no_time():
+    """One that another thread has woken already does not move the clock."""
     clock = ManualClock()
     clock.wait_for(threading.Lock(), 3.0)
     assert clock() == 0.0
@@ -109,14 +109,14 @@ def test_steps_of_every_kind(seconds):
     assert type(clock()) is float
 
 
-def test_waiting_for_a_turn_takes_no_time_to_infinity():
+def test_a_wait_without_a_moment_does_not_move_it():
     """With ``auto_advance``, a wait that has no moment yet does not move the clock to infinity."""
     clock = ManualClock()
-    turn = threading.Lock()
-    turn.acquire()
-    job = Job(clock.wait_for, turn, math.inf)
+    alarm = threading.Lock()
+    alarm.acquire()
+    job = Job(clock.wait_for, alarm, math.inf)
     eventually(lambda: clock.sleepers or not job.is_alive())
-    if turn.locked():
-        turn.release()
+    if alarm.locked():
+        alarm.release()
     job.result()
     assert clock() == 0.0

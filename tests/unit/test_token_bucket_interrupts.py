@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from processes import children
+from processes import children, in_child
 from waiters import Job, assert_idle, eventually, line_up, moments
 
 from rate_limiter import RateLimitExceeded, SharedTokenBucket, TokenBucket
@@ -56,10 +56,10 @@ class Stage(ManualClock):
         self.script = None
         self.used_by_others = 10
 
-    def wait_for(self, turn, seconds):
+    def wait_for(self, alarm, seconds):
         """Sleep, or play the script."""
         if threading.current_thread() is not MAIN:
-            super().wait_for(turn, seconds)
+            super().wait_for(alarm, seconds)
         elif self.script is not None:
             profile = sys.getprofile()
             sys.setprofile(None)
@@ -67,7 +67,7 @@ class Stage(ManualClock):
             script()
             sys.setprofile(profile)
         else:
-            assert turn.acquire(timeout=30)
+            assert alarm.acquire(timeout=30)
 
 
 def interrupt(point):
@@ -359,26 +359,6 @@ def test_killed_greenlets():
 # -- forks -------------------------------------------------------------------------------------
 
 
-def in_child(check):
-    """Fork, and assert that ``check()`` is true in the child, which then ends at once."""
-    child = os.fork()
-    if not child:
-        try:
-            os._exit(0 if check() else 1)
-        finally:
-            os._exit(2)
-    ended = []
-    try:
-        eventually(
-            lambda: ended.extend(pair for pair in [os.waitpid(child, os.WNOHANG)] if pair[0]) or ended
-        )
-    finally:
-        if not ended:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(ended[0][1]) == 0
-
-
 @needs_fork
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_fork_in_the_midst_of_it():
@@ -397,7 +377,7 @@ def test_fork_in_the_midst_of_it():
         return bucket._head is None and bucket.take_or_delay(1) == 0.0 and bucket.allow()
 
     for _ in range(30):
-        in_child(check)
+        assert in_child(check)
     done.set()
     for job in jobs:
         job.result()
@@ -437,7 +417,7 @@ def test_fork_while_locks_are_held(clock):
     with contextlib.ExitStack() as held:
         for lock in {bucket._lock for bucket in buckets}:
             held.enter_context(lock)
-        in_child(lambda: all(bucket.allow(10) and not bucket.allow() for bucket in buckets))
+        assert in_child(lambda: all(bucket.allow(10) and not bucket.allow() for bucket in buckets))
     assert all(bucket.allow(10) for bucket in buckets)
 
 
@@ -484,7 +464,7 @@ def test_fork_keeps_the_level_and_drops_the_waiters(clock):
         return bucket.tokens == 2 and bucket.allow(2) and not bucket.allow()
 
     with bucket._lock:
-        in_child(check)
+        assert in_child(check)
     assert bucket.tokens == 2
     clock.advance(3)
     job.result()

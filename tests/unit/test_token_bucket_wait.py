@@ -241,25 +241,6 @@ def test_no_timeout(bucket, clock, timeout):
     job.result()
 
 
-@pytest.mark.parametrize(
-    ("timeout", "error", "text"),
-    [
-        (-1, ValueError, "must be 0 or more seconds, or None, not -1"),
-        (-1e-9, ValueError, "must be 0 or more seconds, or None, not -1e-09"),
-        (math.nan, ValueError, "must be 0 or more seconds, or None, not nan"),
-        (-math.inf, ValueError, "must be 0 or more seconds, or None, not -inf"),
-        ("5", TypeError, "must be a number of seconds or None, not '5'"),
-        ([], TypeError, r"must be a number of seconds or None, not \[\]"),
-    ],
-)
-def test_bad_timeout(new_queue, timeout, error, text):
-    """A bad timeout is named, even where nobody would have to wait, and nothing is taken."""
-    bucket = new_queue(10, 1, clock=ManualClock())
-    with pytest.raises(error, match=f"^timeout {text}$"):
-        bucket.wait(1, timeout=timeout)
-    assert bucket.tokens == 10
-
-
 def test_on_a_real_clock(new_queue):
     """On the clock of the system they sleep too, and are all served."""
     bucket = new_queue(5, 2000)

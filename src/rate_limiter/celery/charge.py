@@ -11,11 +11,10 @@ from weakref import WeakKeyDictionary
 from celery import Task
 from celery._state import get_current_task
 
-from ..bucket import Bucket
+from ..bucket import Bucket, is_in_redis
 from ..checks import zero_or_more
 from ..gating.limit import Call, Demand, Limit
 from ..gating.record import record_of
-from ..gating.steering import is_in_redis
 from ..gating.tally import tell
 from ..shared_bucket import is_shared
 from ..token_bucket import TokenBucket

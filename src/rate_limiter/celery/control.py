@@ -18,10 +18,11 @@ from celery.concurrency.prefork import TaskPool
 from celery.worker import state as worker_state
 from celery.worker.control import Panel
 
+from ..bucket import is_in_redis
 from ..bucket_per_key import BucketPerKey
 from ..gating.limit import Limit
 from ..gating.record import listed, record_of
-from ..gating.steering import Order, buckets_of, carry_out, is_in_redis, shown
+from ..gating.steering import Order, buckets_of, carry_out, shown
 from ..shared_bucket import is_shared
 from ..token_bucket import TokenBucket
 from .bootstep import GateStep

@@ -13,11 +13,10 @@ from celery.concurrency.prefork import TaskPool
 from celery.exceptions import ImproperlyConfigured
 
 from ..all_of import members
-from ..bucket import Bucket
+from ..bucket import Bucket, is_in_redis
 from ..bucket_per_key import BucketPerKey
 from ..gating.limit import Limit
 from ..gating.record import record_of
-from ..gating.steering import is_in_redis
 from ..gating.tally import share_tallies
 from ..shared_bucket import is_shared, share
 from ..token_bucket import TokenBucket

@@ -19,7 +19,8 @@ from .table import Table
 
 __all__ = ["limits"]
 
-_NOT_FOUND: Final = 2
+#: The exit statuses.
+_WRONG_ARGUMENT: Final = 2
 _NO_WORKER: Final = 69
 
 #: Seconds to wait for replies, as Celery's own commands do.
@@ -69,32 +70,27 @@ def limits(ctx: click.Context, /, as_json: bool, watch: bool, **_: Any) -> None:
 def explain(ctx: click.Context, /, task_id: str, queues: str | None, **_: Any) -> None:
     """Tell where the job TASK_ID is, and why and how long it waits."""
     replies = _replies(ctx, "explain", task_id=task_id)
-    found = False
     for node, reply in sorted(replies.items()):
         if "error" in reply:
             click.echo(f"{node}: {reply['error']}")
         elif reply["state"] == "held":
-            found = True
             click.echo(
                 f"{node}: {reply['task']} is held by limit {reply['limit']}, {reply['before']} jobs before it; "
                 f"it runs in {reply['seconds']:.3g} s, if a slot of the pool is free"
             )
         elif reply["state"] == "parked":
-            found = True
             click.echo(
                 f"{node}: {task_id} is parked in {reply['lane']}, unless another worker has it now"
             )
         elif reply["state"] != "unknown":
-            found = True
             click.echo(f"{node}: {reply['task']} {reply['state']}")
-    if not found and (parked := _find_parked(ctx, task_id, _split(queues))):
+    if any(reply.get("state", "unknown") != "unknown" for reply in replies.values()):
+        return
+    if parked := _find_parked(ctx, task_id, _split(queues)):
         click.echo(f"{task_id} is parked in {parked[0]}, {parked[1]} jobs before it")
-    elif not found:
-        _end(
-            ctx,
-            f"No worker has the job {task_id}: it is in its queue, has ended, or never was",
-            _NOT_FOUND,
-        )
+    else:
+        text = f"No worker has the job {task_id}: it is in its queue, has ended, or never was"
+        _end(ctx, text, _WRONG_ARGUMENT)
 
 
 @limits.command(name="set")
@@ -220,7 +216,7 @@ def _change(ctx: click.Context, name: str, order: dict[str, Any]) -> None:
     for node, reply in sorted(replies.items()):
         click.echo(f"{node}: {reply.get('ok') or reply['error']}")
     if any("error" in reply for reply in replies.values()):
-        ctx.exit(_NOT_FOUND)
+        ctx.exit(_WRONG_ARGUMENT)
 
 
 def _replies(ctx: click.Context, command: str, **arguments: Any) -> dict[str, Any]:

@@ -11,12 +11,12 @@ _COLUMNS: Final = (
     *("longest wait", "state"),
 )
 
-#: What stands at the right of its column.
-_NUMBERS: Final = frozenset(_COLUMNS) - {"limit", "worker", "state", "now"}
+#: The columns whose texts stand at the right.
+_NUMBERS: Final = frozenset(_COLUMNS) - {"limit", "worker", "state"}
 
 _UNITS: Final = (("s", 1), ("m", 60), ("h", 3600), ("d", 86400))
 
-#: The characters of a bar.
+#: How many characters a bar has.
 _BAR: Final = 10
 
 
@@ -24,9 +24,9 @@ class Table:
     """One look at the limits.
 
     Args:
-        replies: What each worker has replied.
-        watched: Whether there is a column for the rate since the table before, and bars.
-        before: The table before.
+        replies: What each worker has replied, by its name.
+        watched: Whether there is a column for the rate since the last look, and bars.
+        before: The last look.
 
     """
 
@@ -50,7 +50,7 @@ class Table:
         self.before = before
 
     def lines(self) -> list[str]:
-        """Return the lines of the table, and what else is to be said."""
+        """Return the lines of the table, and below them which workers failed and which limits differ."""
         columns = list(_COLUMNS)
         if self.watched:
             columns.insert(3, "now")
@@ -96,14 +96,14 @@ class Table:
         return rows
 
     def _now(self, name: str, node: str, limit: dict[str, Any], bucket: dict[str, Any] | None) -> str:
-        """Return the tokens per second that were taken since the table before, and a bar of the set rate."""
+        """Return the tokens per second that were taken since the last look, and a bar: their part of the rate."""
         if self.before is None or (old := self.before.limits.get((name, node))) is None:
             return ""
         now = max(0.0, limit["tokens"] - old["tokens"]) / (self.at - self.before.at)
         return f"{now:.3g}/s" + ("" if bucket is None else f" {_bar(now / bucket['rate'])}")
 
     def _remarks(self) -> list[str]:
-        """Say which workers have failed to answer, and which limits differ between workers."""
+        """Return a line for each worker that replied with an error, and for each limit that workers do not agree on."""
         remarks = [f"{node}: {error}" for node, error in sorted(self.errors.items())]
         numbers: defaultdict[str, dict[str, str]] = defaultdict(dict)
         for (name, node), limit in sorted(self.limits.items()):
@@ -149,13 +149,15 @@ def _state(limit: dict[str, Any]) -> str:
         states.append("Redis does not answer")
     stored = [each["stored"] for each in limit["buckets"] if each.get("stored")]
     if stored:
-        states += [_set(each["at"], "", each["reason"], each["who"]) for each in stored]
+        states += [_change_text(each["at"], "", each["reason"], each["who"]) for each in stored]
     elif changed := limit["changed"]:
-        states.append(_set(changed["at"], changed["what"], changed["reason"], changed.get("who", "")))
+        states.append(
+            _change_text(changed["at"], changed["what"], changed["reason"], changed.get("who", ""))
+        )
     return ", ".join(states)
 
 
-def _set(at: str, what: str, reason: str, who: str) -> str:
+def _change_text(at: str, what: str, reason: str, who: str) -> str:
     text = f"changed {at}" + (f" by {who}" if who else "") + (f": {what}" if what else "")
     return text + (f" ({reason})" if reason else "")
 

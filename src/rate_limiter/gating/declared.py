@@ -14,7 +14,7 @@ from typing import Any, Final
 from weakref import WeakKeyDictionary, WeakSet
 
 from ..all_of import members
-from ..bucket import Bucket
+from ..bucket import Bucket, is_in_redis
 from ..bucket_per_key import BucketPerKey
 from ..checks import positive, whole, zero_or_more
 from ..token_bucket import TokenBucket
@@ -182,7 +182,7 @@ def _refuse_shadow_of_others(limit: Limit) -> None:
     """Refuse a shadow's bucket that others take from: its debt would make real jobs wait."""
     for named in (limit.bucket, *limit.buckets):
         for bucket in members(named):  # type: ignore[arg-type] # a callable is its own only member
-            if limit.shadow and hasattr(bucket, "for_gate"):
+            if limit.shadow and is_in_redis(bucket):
                 raise ValueError(f"shadow is for a bucket in this process, not for {bucket!r}")
             with contextlib.suppress(TypeError):  # it cannot be referenced weakly
                 others = _limits_of.setdefault(bucket, WeakSet())

@@ -18,7 +18,7 @@ from typing import Any, Final, Generic, Literal, TypeVar
 from weakref import WeakValueDictionary
 
 from ..all_of import members
-from ..bucket import Bucket
+from ..bucket import Bucket, is_in_redis
 from . import limit as limits
 from .forecast import Forecast, forecasts
 from .holding import Held, Holding
@@ -260,7 +260,7 @@ class Engine(Generic[Job]):
         for limit in limits:
             bucket: Any = getattr(limit.bucket, "of_all", limit.bucket)
             for each in members(bucket):
-                if hasattr(each, "for_gate"):
+                if is_in_redis(each):
                     self._bucket_for_gate(each).look()
 
     def plan(self, *kind: Hashable) -> Plan:
@@ -510,15 +510,13 @@ class Engine(Generic[Job]):
 
         Those of this process come first: what they grant in vain goes back at no cost. Shadows stay last.
         """
-        if not any(hasattr(demand.bucket, "for_gate") for demand in demands):
+        if not any(is_in_redis(demand.bucket) for demand in demands):
             return demands
-        ordered = sorted(
-            demands, key=lambda each: (each.limit.shadow, hasattr(each.bucket, "for_gate"))
-        )
+        ordered = sorted(demands, key=lambda each: (each.limit.shadow, is_in_redis(each.bucket)))
         return [demand._replace(bucket=self._bucket_for_gate(demand.bucket)) for demand in ordered]
 
     def _bucket_for_gate(self, bucket: Any) -> Any:
-        if not hasattr(bucket, "for_gate"):
+        if not is_in_redis(bucket):
             return bucket
         with self.lock:
             own = self._buckets.get(bucket)

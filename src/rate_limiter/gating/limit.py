@@ -14,7 +14,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Final, NamedTuple
 
 from ..all_of import members
-from ..bucket import Bucket
+from ..bucket import Bucket, is_in_redis
 from ..bucket_per_key import BucketPerKey
 from ..checks import positive
 from ..token_bucket import TokenBucket
@@ -183,7 +183,7 @@ class Limit:
                 ) from None
         # The capacity of a bucket on a server may have been raised there: it says so itself.
         if cost > bucket.capacity and not self.shadow:
-            sizes = [each.capacity for each in members(bucket) if not hasattr(each, "for_gate")]
+            sizes = [each.capacity for each in members(bucket) if not is_in_redis(each)]
             if sizes and cost > min(sizes):
                 most = f"at most the capacity {min(sizes):g}"
                 raise ValueError(self._complaint("tokens", call.job, tokens, most))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from ..all_of import AllOf, members
+from ..bucket import is_in_redis
 from ..bucket_per_key import BucketPerKey
 from ..checks import positive, zero_or_more
 from .declared import UNITS, parse_rate
@@ -19,7 +20,7 @@ from .limit import Limit
 from .record import record_of
 from .tally import tally_of, tell
 
-__all__ = ["Order", "buckets_of", "carry_out", "is_in_redis", "seconds_of", "shown"]
+__all__ = ["Order", "buckets_of", "carry_out", "seconds_of", "shown"]
 
 
 class Order(NamedTuple):
@@ -257,11 +258,6 @@ def _check_change(
                 f"capacity {capacity:g} is below the {each.cost:g} tokens that a job of limit "
                 f"{record_of(each).name} costs"
             )
-
-
-def is_in_redis(bucket: Any) -> bool:
-    """Tell whether a bucket, or those of a `BucketPerKey`, are in Redis."""
-    return hasattr(bucket, "for_gate") or getattr(bucket, "of_all", None) is not None
 
 
 def _do(bucket: Any, what: str, **arguments: Any) -> None:

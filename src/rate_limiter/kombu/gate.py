@@ -76,6 +76,7 @@ class Gate:
         self.on_refused = on_refused
         self._declared = Declarations("queues")
         self._started = False
+        #: All loops that use this gate: those of mixins, and one of the user's own.
         self.sessions: WeakSet[Session] = WeakSet()
         self._session: Session | None = None
 

@@ -1,4 +1,4 @@
-"""Pausing the consumption of a queue, and consuming it again."""
+"""Which queues a consumer stops consuming for a while (``overflow="pause"``), and which cannot be limited."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ..gating.limit import Limit
 from ..gating.record import record_of
 
-__all__ = ["Pausing", "check"]
+__all__ = ["Pausing", "check_queue"]
 
 logger = logging.getLogger("rate_limiter")
 
@@ -61,7 +61,7 @@ class Pausing:
         self._paused.clear()
 
 
-def check(queue: Any, consumer: Any, limits: Iterable[Limit]) -> None:
+def check_queue(queue: Any, consumer: Any, limits: Iterable[Limit]) -> None:
     """Refuse a limited queue whose messages cannot be held, or that has to be paused and cannot be.
 
     Raises:

@@ -17,10 +17,10 @@ __all__ = ["Returning"]
 
 logger = logging.getLogger("rate_limiter")
 
-#: When a message that could not be sent is tried again, in seconds.
+#: Seconds after which a message that could not be sent is tried again.
 _TRY_AGAIN: Final = 1.0
 
-#: How long to wait for the last confirmations, in seconds: without them messages run twice.
+#: The most seconds to wait for the last confirmations: without them messages run twice.
 _FAREWELL: Final = 0.5
 
 
@@ -36,7 +36,7 @@ class Returning:
     def __init__(self, gone: Callable[[Any], bool], sent: Callable[[Any, bool], None]) -> None:
         self._gone = gone
         self._sent = sent
-        self._relay = Relay(moved=self._moved, failed=self._await_turn)
+        self._relay = Relay(moved=self._moved, failed=self.add)
         self._count = itertools.count()
         #: The messages, by the moment of their turn.
         self._turns: list[tuple[float, int, Any]] = []
@@ -47,9 +47,9 @@ class Returning:
         turn = self._turns[0][0] if self._turns and not self._relay.full else math.inf
         return min(turn, self._relay.due)
 
-    def add(self, job: Any, seconds: float) -> None:
+    def add(self, job: Any, seconds: float = _TRY_AGAIN) -> None:
         """Let a message wait for its turn, in so many seconds."""
-        self._await_turn(job, seconds)
+        heapq.heappush(self._turns, (monotonic() + seconds, next(self._count), job))
 
     def send(self) -> None:
         """Send a copy of each message whose turn has come; settle those that the broker has confirmed."""
@@ -63,7 +63,7 @@ class Returning:
                 self._relay.send(job, job.message, job.queue)
             except Exception:
                 logger.warning("Could not send back a message of queue %s", job.queue, exc_info=True)
-                self._await_turn(job)
+                self.add(job)
         self._relay.tend()
 
     def wait(self) -> None:
@@ -82,6 +82,3 @@ class Returning:
                 job.message.ack()
             logger.debug("Sent a message to the end of queue %s", job.queue)
         self._sent(job, gone)
-
-    def _await_turn(self, job: Any, seconds: float = _TRY_AGAIN) -> None:
-        heapq.heappush(self._turns, (monotonic() + seconds, next(self._count), job))

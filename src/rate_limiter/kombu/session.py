@@ -26,9 +26,9 @@ from ..exceptions import RateLimitExceeded
 from ..gating.engine import Engine, Host, warn_of_unused
 from ..gating.limit import Call, Demand, Limit, is_of_a_signal
 from ..gating.record import record_of
-from .pausing import Pausing, check
+from .pausing import Pausing, check_queue
 from .returning import Returning
-from .window import DEFAULT, Window
+from .window import DEFAULT_COUNT, Window
 
 if TYPE_CHECKING:
     from .gate import Gate
@@ -37,7 +37,7 @@ __all__ = ["Session"]
 
 logger = logging.getLogger("rate_limiter")
 
-#: A moment that is closer than this, in seconds, is waited for as a whole, see `Session.timeout`.
+#: A moment that is closer than this, in seconds, is waited for in one go, see `Session.timeout`.
 _EXACT: Final = 0.004
 
 #: While messages are held, the loop waits no longer, in seconds: another thread that refunds or
@@ -49,8 +49,8 @@ class _Job:
     """A message on its way through the gate."""
 
     __slots__ = (
-        *("args", "callback", "can_return", "copy"),
-        *("held", "message", "queue", "window"),
+        *("args", "callback", "can_return", "held"),
+        *("message", "queue", "was_sent_back", "window"),
     )
 
     def __init__(
@@ -62,7 +62,7 @@ class _Job:
         restore_origin(self.message)
         info = self.message.delivery_info
         #: Whether it was sent back before.
-        self.copy: bool = info.pop(MOVED, False)
+        self.was_sent_back: bool = info.pop(MOVED, False)
         queue = info.pop(MARK, queue)
         #: The queue it came from; if nobody knows that, what comes nearest to it.
         self.queue: str = queue or info.get("routing_key") or ""
@@ -99,14 +99,15 @@ class Session(Host[_Job]):
         self._windows: dict[Any, Window] = {}
         self._leftovers = Leftovers()
         #: The prefetch counts that the consumers of queues have without a gate.
-        self._own: dict[str, int] = {}
-        self._own_of: dict[Limit, int] = {}
+        self._counts: dict[str, int] = {}
+        #: The highest of them, of all queues of a limit.
+        self._count_of: dict[Limit, int] = {}
         #: For how many held messages there is to be room, and for how many at most.
         self._room = 0, 0
         #: The limits that the log has said are enforced, and those that it has said are for nothing.
         self._announced: set[Limit] = set()
         self._unused: set[Limit] = set()
-        #: Whether there may be more of these.
+        #: Whether there may be more of the latter: a consumer was attached.
         self._unwarned = False
         #: The consumers that were attached, and the names of their queues.
         self._consumers: list[Any] = []
@@ -121,7 +122,7 @@ class Session(Host[_Job]):
         self.static = False
         gate.sessions.add(self)
 
-    # -- what it is put in front of ---------------------------------------------------------------
+    # -- consumers and callbacks ------------------------------------------------------------------
 
     def attach(self, consumer: Any) -> None:
         """Gate all messages of a consumer that has not begun to consume."""
@@ -145,14 +146,14 @@ class Session(Host[_Job]):
         limits_of = {queue.name: self._engine.plan(queue.name).limits for queue in consumer.queues}
         limits = {limit for each in limits_of.values() for limit in each}
         for queue in consumer.queues:
-            check(queue, consumer, limits_of[queue.name])
+            check_queue(queue, consumer, limits_of[queue.name])
         self._queues |= set(limits_of)
         if limits:
             window = self._window(consumer.channel)
             with self._occupied():
-                own = window.add(consumer)
-            self._own.update(dict.fromkeys(limits_of, own))
-            self._own_of.clear()
+                count = window.add(consumer)
+            self._counts.update(dict.fromkeys(limits_of, count))
+            self._count_of.clear()
             self._pausing.add(consumer)
         for limit in limits - self._announced:
             names = [name for name, each in limits_of.items() if limit in each]
@@ -273,12 +274,12 @@ class Session(Host[_Job]):
         return window
 
     def _window_of(self, limit: Limit) -> int:
-        own = self._own_of.get(limit)
-        if own is None:
+        count = self._count_of.get(limit)
+        if count is None:
             plan = self._engine.plan
-            owns = [count for name, count in self._own.items() if limit in plan(name).limits]
-            own = self._own_of[limit] = max(owns, default=DEFAULT)
-        return own
+            counts = [each for name, each in self._counts.items() if limit in plan(name).limits]
+            count = self._count_of[limit] = max(counts, default=DEFAULT_COUNT)
+        return count
 
     # -- what the engine asks for -----------------------------------------------------------------
 
@@ -293,8 +294,8 @@ class Session(Host[_Job]):
         if limit.when_limited == "retry":
             if not job.can_return:
                 return False
-            if job.copy and self._engine.can_hold(limit, delay):
-                return False  # it was sent back before and comes at its turn: a few tokens are missing
+            if job.was_sent_back and self._engine.can_hold(limit, delay):
+                return False  # it comes at its turn: a few tokens are missing
             self._engine.keep(job, limit)
             self._enter(job)
             longest = self._engine.longest_hold
@@ -400,7 +401,7 @@ class Session(Host[_Job]):
         if self._inbox:
             return 0.0
         moments = [self._engine.next_due, self._returning.next_due]
-        moments += [window.renewal or math.inf for window in self._windows.values() if window.held]
+        moments += [window.renewal for window in self._windows.values() if window.held]
         left = min(moments) - monotonic()
         if self._unsettled:
             left = min(left, _THREAD_POLL)

@@ -6,6 +6,7 @@ Redis, and lets them go back to the broker in order.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Any, Final
@@ -17,12 +18,12 @@ from ..broker.prefetch import HIGHEST_COUNT, STATIC_QUEUE_TYPES, Prefetch
 from ..broker.restore import give_back, restore_in_order
 from ..broker.static import StaticCounts
 
-__all__ = ["DEFAULT", "Window"]
+__all__ = ["DEFAULT_COUNT", "Window"]
 
 logger = logging.getLogger("rate_limiter")
 
 #: The prefetch count of a consumer that sets none: without one nothing would bound what is held.
-DEFAULT: Final = 20
+DEFAULT_COUNT: Final = 20
 
 
 class Window:
@@ -48,9 +49,10 @@ class Window:
         #: The prefetch count of each queue, without a gate.
         self._counts: dict[str, int] = {}
         self._prefetch: Prefetch | None = None
-        self._consumers: StaticCounts | None = None
+        self._static_counts: StaticCounts | None = None
         self._lease = Lease(channel)
-        self._renewal = 0.0
+        #: The moment, by the monotonic clock, for the next `renew`. Infinite: there are no leases.
+        self.renewal = math.inf if self._lease.interval is None else 0.0
         restore_in_order(channel)
 
     def add(self, consumer: Any) -> int:
@@ -71,18 +73,18 @@ class Window:
                 "The consumer of %s sets no prefetch_count: it gets %d, or nothing would bound what is "
                 "held",
                 ", ".join(sorted(queue.name for queue in consumer.queues)),
-                DEFAULT,
+                DEFAULT_COUNT,
             )
-        count = count or next(reversed(self._counts.values()), DEFAULT)
+        count = count or next(reversed(self._counts.values()), DEFAULT_COUNT)
         for queue in consumer.queues:
             self._counts[queue.name] = count
             if (queue.queue_arguments or {}).get("x-queue-type") in STATIC_QUEUE_TYPES:
                 self._static = self.is_amqp
         if self._static:
             self._prefetch = None
-            if self._consumers is None:
-                self._consumers = StaticCounts(self.channel)
-            self._consumers.add(consumer)
+            if self._static_counts is None:
+                self._static_counts = StaticCounts(self.channel)
+            self._static_counts.add(consumer)
             self.channel.basic_qos(0, count, False)
             return count
         total = count
@@ -98,18 +100,18 @@ class Window:
     def keep(self, message: Any) -> None:
         """Take note of a message that is held, or waits to be sent back."""
         self.held += 1
-        if self._consumers is not None:
-            self._consumers.keep(message)
+        if self._static_counts is not None:
+            self._static_counts.keep(message)
 
     def hand_on(self, message: Any) -> None:
         """Take note that a message is not kept any more."""
         self.held -= 1
-        if self._consumers is not None:
-            self._consumers.hand_on(message)
+        if self._static_counts is not None:
+            self._static_counts.hand_on(message)
 
     def can_cancel(self, queue: str) -> bool:
         """Tell whether a queue can be cancelled now: what is on its way might go behind all others."""
-        return self._consumers is None or self._consumers.full(queue)
+        return self._static_counts is None or self._static_counts.full(queue)
 
     def follow(self, held: int, most: int, takes_more_of: Callable[[str], bool]) -> None:
         """Make room for other messages beside the held ones.
@@ -122,25 +124,20 @@ class Window:
         """
         if self._prefetch is not None and self._prefetch.follow(held, most):
             self._prefetch.update()
-        if self._consumers is not None:
-            for queue in filter(takes_more_of, self._consumers.wanted()):
-                self._consumers.consume_again(queue)
-
-    @property
-    def renewal(self) -> float | None:
-        """The moment of the monotonic clock for the next `renew`; ``None`` if there are no leases."""
-        return None if self._lease.interval is None else self._renewal
+        if self._static_counts is not None:
+            for queue in filter(takes_more_of, self._static_counts.wanted()):
+                self._static_counts.consume_again(queue)
 
     @property
     def lease_is_due(self) -> bool:
         """Whether it is time for `renew`."""
-        return self._lease.interval is not None and self.held > 0 and monotonic() >= self._renewal
+        return self.held > 0 and monotonic() >= self.renewal
 
     def renew(self, tags: Iterable[str]) -> None:
         """Renew the leases of held messages, which are given by their delivery tags."""
-        assert self._lease.interval is not None  # noqa: S101 - for mypy
-        self._renewal = monotonic() + self._lease.interval
-        self._lease.renew(tags)
+        if self._lease.interval is not None:
+            self.renewal = monotonic() + self._lease.interval
+            self._lease.renew(tags)
 
     def give_back(self, messages: Iterable[Any]) -> None:
         """Let held messages go back to the broker: the channel is about to be closed."""
