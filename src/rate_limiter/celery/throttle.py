@@ -369,10 +369,9 @@ def _pay_and_call(
     if refused is not None:
         charge.give_back()  # what was paid at the gate
         demand, delay = refused
-        how = demand.limit.when_limited
-        tell("refused", name, demand, delay, how if isinstance(how, str) else "fallback")
-        if callable(how):
-            return how(*_without_self(args), **kwargs)
+        tell("refused", name, demand, delay, demand.limit.policy)
+        if callable(fallback := demand.limit.when_limited):
+            return fallback(*_without_self(args), **kwargs)
         return refuse_in_task(demand, delay, record_of(demand.limit).name or name, job)
     paid = [demand for one in demands for demand in one]
     if paid:

@@ -55,7 +55,7 @@ def shown(limit: Limit) -> dict[str, Any]:
     """
     return {
         "buckets": [_shown(bucket) for bucket in buckets_of(limit)],
-        "when_limited": _named(limit.when_limited),
+        "when_limited": limit.policy,
         "shadow": limit.shadow,
         **tally_of(limit).snapshot(),
         "changed": record_of(limit).changed,
@@ -189,10 +189,6 @@ def _numbers(bucket: Any) -> tuple[float, float]:
     """Return the capacity and the rate as an order changes them: for all workers, of one that is divided."""
     whole: tuple[float, float] = getattr(bucket, "whole", (bucket.capacity, bucket.tokens_per_second))
     return whole
-
-
-def _named(when_limited: Any) -> str:
-    return when_limited if isinstance(when_limited, str) else "fallback"
 
 
 def _meant(limit: Limit, order: Order) -> list[Any]:
