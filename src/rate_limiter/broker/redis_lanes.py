@@ -7,8 +7,7 @@ from pathlib import Path
 from queue import Empty
 from typing import Any, Final
 
-from .lane import stop_reading
-from .relay import redis_client
+from .redis_channel import redis_client, stop_reading
 
 __all__ = ["RedisLanes"]
 
@@ -70,9 +69,8 @@ class RedisLanes:
     def calm(self, channels: Iterable[Any]) -> None:  # noqa: D102
         for channel in channels:
             stop_reading(channel)
-            if (
-                channel._in_poll
-            ):  # it waits for a second at most; kombu does this when it closes a channel
+            # As kombu does when it closes a channel. It takes a second at most.
+            if channel._in_poll:
                 with contextlib.suppress(Empty):
                     channel._brpop_read()
 

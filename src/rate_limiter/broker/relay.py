@@ -21,8 +21,9 @@ from kombu.transport import virtual
 from kombu.utils.json import dumps
 
 from .origin import ORIGIN
+from .redis_channel import forget, is_redis, redis_client
 
-__all__ = ["Relay", "redis_client"]
+__all__ = ["Relay"]
 
 #: At most so many copies, and bytes of them, wait for their confirmation. While RabbitMQ is short of
 #: memory it confirms none, and does not read what is sent: more than the socket holds would block.
@@ -135,7 +136,7 @@ class Relay:
         """
         channel: Any = message.channel
         if isinstance(channel, virtual.Channel):
-            if hasattr(channel, "unacked_index_key"):
+            if is_redis(channel):
                 self._move(message, queue, None if as_it_came else _copy(message, channel, headers))
             else:
                 publish: Callable[..., Any] = channel.basic_publish
@@ -235,9 +236,7 @@ class Relay:
         keys = channel.unacked_key, channel.unacked_index_key, to
         prefix = channel.global_keyprefix
         script(keys=[f"{prefix}{key}" for key in keys], args=[message.delivery_tag, text])
-        # Here alone: Redis has done it.
-        virtual.QoS.ack(channel.qos, message.delivery_tag)  # type: ignore[no-untyped-call]
-        message._state = "ACK"
+        forget(message, "ACK")
 
     def _on_readable(self, *_: Any) -> None:
         self.tend()
@@ -275,14 +274,6 @@ class Relay:
         outcomes, self._outcomes = self._outcomes, []
         for outcome, job in outcomes:
             outcome(job)
-
-
-def redis_client(channel: Any) -> Any:
-    """Return a client for the Redis of a channel. It adds no ``global_keyprefix``."""
-    from redis import Redis  # noqa: PLC0415 - it is there if there is such a channel
-
-    # kombu's own client adds the prefix for some commands, and for others in other versions.
-    return Redis(connection_pool=channel.pool)
 
 
 def _copy(
