@@ -30,10 +30,14 @@ __all__ = ["Relay"]
 _MOST_PENDING: Final = 50
 _MOST_BYTES: Final = 256 * 1024
 
-#: Seconds between two looks for confirmations, while copies wait for theirs: without an event loop, and with
-#: one, which tells of each.
+#: Seconds between two looks for confirmations, while copies wait for theirs.
 _LOOK: Final = 0.02
+
+#: The same with an event loop, which tells of each confirmation.
 _LOOK_IN_LOOP: Final = 1.0
+
+#: Seconds to wait, when the consumer's connection ends, for the last confirmations.
+_FAREWELL: Final = 0.5
 
 #: After so many seconds without a copy the connection is closed. It is opened again when needed.
 _IDLE: Final = 5.0
@@ -86,11 +90,6 @@ class Relay:
         self._outcomes: list[tuple[Callable[[Any], None], Any]] = []
         self._blocked = False
         self._used_at = 0.0
-
-    @property
-    def pending(self) -> int:
-        """How many copies wait for their confirmation."""
-        return len(self._pending)
 
     @property
     def blocked(self) -> bool:
@@ -180,6 +179,10 @@ class Relay:
             with contextlib.suppress(Exception):  # `tend` finds out what it is
                 self._connection.drain_events(timeout=left)
             self.tend()
+
+    def farewell(self) -> None:
+        """Wait a moment for the last confirmations: messages without one run twice. `close` is to follow."""
+        self.wait(_FAREWELL)
 
     def close(self) -> None:
         """Close the connection. What was not confirmed has failed."""

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from celery import Celery
 
-from ..broker.lanes import Lanes, lanes_of
+from ..broker.lanes import Lanes, lanes_on
 
 __all__ = ["Found", "find_job", "find_lanes", "purge", "unpark"]
 
@@ -49,7 +49,7 @@ def find_job(app: Celery, task_id: str, queues: Iterable[str] = ()) -> tuple[str
 
     """
     with app.connection_for_write() as connection:
-        lanes = lanes_of(connection, "limits")
+        lanes = lanes_on(connection, "limits")
         if lanes is None:
             return None
         for queue in queues or app.amqp.queues:
@@ -78,7 +78,7 @@ def purge(app: Celery, found: Iterable[Found]) -> int:
 
 
 def _lanes(connection: Any) -> Lanes:
-    lanes = lanes_of(connection, "limits")
+    lanes = lanes_on(connection, "limits")
     if lanes is None:
         raise ValueError(
             f"only Redis and RabbitMQ have lanes, and the broker is {connection.transport.driver_type}"

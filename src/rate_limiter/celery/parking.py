@@ -20,7 +20,7 @@ from typing import Any, Final
 from celery.worker import state
 
 from ..broker.lane import Lane, lane_entity, lane_name
-from ..broker.lanes import Lanes, lanes_of
+from ..broker.lanes import Lanes, lanes_on
 from ..broker.relay import Relay
 from ..gating.engine import Decision, Engine, Plan
 from ..gating.limit import Limit
@@ -57,8 +57,8 @@ _SWEEP_AGAIN: Final = 0.1
 #: Of so many jobs a worker remembers where it has parked them.
 _REMEMBERED: Final = 10_000
 
-#: Seconds to wait, when the connection ends, for the last confirmations: without them jobs run twice.
-_FAREWELL: Final = 0.5
+#: Seconds to wait for the confirmation of a job that is parked, on green pools.
+_CONFIRM: Final = 0.5
 
 
 class _Parked:
@@ -160,7 +160,7 @@ class Parking:
             self.of(plan, queue, task)
         self._handle = self._consumer.create_task_handler()
         try:
-            self._broker = lanes_of(self._consumer.connection, self._consumer.hostname)
+            self._broker = lanes_on(self._consumer.connection, self._consumer.hostname)
             for queue in self._by_queue():
                 self._open([parked for parked in self._all() if parked.queue == queue])
         except self._consumer.connection_errors:
@@ -184,7 +184,7 @@ class Parking:
         if self._ticker is not None:
             self._consumer.timer.cancel(self._ticker)
         self._outbox.clear()
-        self._relay.wait(_FAREWELL)
+        self._relay.farewell()
         self._relay.close()
         if not warm:
             return
@@ -333,8 +333,8 @@ class Parking:
             self._refused(parked, request, repr(error))
             return
         if self._is_green:
-            # Nobody tells of confirmations there.
-            self._relay.wait(_FAREWELL)
+            # Nothing tells of confirmations there.
+            self._relay.wait(_CONFIRM)
 
     def _moved(self, job: tuple[_Parked, Any]) -> None:
         parked, request = job
