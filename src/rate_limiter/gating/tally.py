@@ -1,7 +1,7 @@
 """What happened under each limit: observers learn every outcome of a job, and a tally counts them.
 
 Only the engine of a gate and the payment of the decorator call the observers; `steering` for changes, and
-`celery.parking` for what it moves.
+`celery.parked` for the jobs that were moved.
 """
 
 import logging
