@@ -36,7 +36,7 @@ from .parking import Parking
 from .prefork import is_spawned, share_all, share_the_rest
 from .returning import Returning
 from .settings import enabled, longest_hold, parks_all
-from .sharing import SECONDS, Sharing
+from .sharing import SHARE_SECONDS, Sharing
 from .slots import Slots, scale_without
 from .throttle import watch, watch_all
 from .window import Window
@@ -375,7 +375,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         most = {
             limit: shares[name] for limit in self.tasks_of if (name := record_of(limit).name) in shares
         }
-        jobs = self.engine.share(most, SECONDS, send_back=self.window.is_static)
+        jobs = self.engine.share(most, SHARE_SECONDS, send_back=self.window.is_static)
         self.window.lower_now()
         self.engine.settle()
         self.window.give_back(jobs)
