@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from rate_limiter.celery.sharing import SECONDS, Sharing
+from rate_limiter.celery.sharing import SHARE_SECONDS, Sharing
 
 LATE = 0.1
 
@@ -128,7 +128,7 @@ def test_a_worker_that_holds_no_more_than_others_keeps_it():
     fleet = Fleet()
     fleet.start(mail=105, own=500)
     fleet.start(mail=100)
-    fleet.run(2 * SECONDS)
+    fleet.run(2 * SHARE_SECONDS)
     assert fleet.shares == []
 
 

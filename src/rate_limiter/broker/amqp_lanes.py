@@ -1,10 +1,11 @@
 """The lanes on a RabbitMQ: see `lanes`."""
 
 import contextlib
+import itertools
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from .origin import restore_origin
@@ -15,7 +16,7 @@ __all__ = ["AmqpLanes"]
 #: How many messages of a lane are in hand while they are put back.
 _AT_ONCE: Final = 500
 
-#: At most so many messages of a queue on RabbitMQ are sent behind those that are put back into it.
+#: What is put back goes to the end of its queue. If at most so many messages were there before, they are sent behind it.
 _MOST_ROTATED: Final = 10_000
 
 #: Seconds until a channel is closed after its last acknowledgements. A quorum queue may get them late, and forgets
@@ -25,21 +26,24 @@ _SETTLE: Final = 0.5
 #: Seconds without a message after which to look whether a lane is empty.
 _NOTHING_MORE: Final = 0.2
 
-#: What RabbitMQ says of a queue that is declared as another worker, or an operator, has not declared it; and of one
-#: that is not there.
+#: RabbitMQ's error for a queue that exists with other arguments than those it is declared with.
 _OF_ANOTHER_KIND: Final = 406
+
+#: RabbitMQ's error for a queue that does not exist.
 _NOT_THERE: Final = 404
 
-#: Seconds to wait for RabbitMQ to confirm a note of a lane; and what is put back.
+#: Seconds to wait for RabbitMQ to confirm the note of a lane.
 _NOTED: Final = 1.0
+
+#: Seconds to wait for RabbitMQ to confirm messages that are put back.
 _CONFIRM: Final = 10.0
 
 
 class AmqpLanes:
     """The lanes on a RabbitMQ. See `Lanes`.
 
-    What it does it does on connections of its own: to wait for an answer on the consumer's would be to handle
-    jobs meanwhile.
+    It uses connections of its own: while an answer is awaited on the consumer's connection, jobs arrive there and
+    are handled.
 
     Args:
         client: A kombu connection to the RabbitMQ. It is cloned.
@@ -130,7 +134,7 @@ class AmqpLanes:
             if self._look_at(lane) is not None:
                 count += self._move(self._all_of(channel, lane), queue)
             if count and before <= _MOST_ROTATED:
-                self._move(_got(channel, queue, before), queue)
+                self._move(itertools.islice(_got(channel, queue), before), queue)
             if count:
                 time.sleep(_SETTLE)
         return count
@@ -148,11 +152,12 @@ class AmqpLanes:
         gone = set()
         for lane in lanes:
             there = self._look_at(lane)
-            if there is not None and not there.message_count and not there.consumer_count:
+            if there is not None:
+                if there.message_count or there.consumer_count:
+                    continue
                 with self._channel() as channel:  # quorum queues know no if_empty
                     channel.queue_delete(lane)
-            if there is None or not (there.message_count or there.consumer_count):
-                gone.add(lane)
+            gone.add(lane)
         if self._look_at(f"{queue}.parked") is None:
             return
         with self._channel() as channel:
@@ -220,16 +225,19 @@ class AmqpLanes:
         """Send messages to the end of a queue. Return how many have arrived."""
         done: list[Any] = []
         failed: list[Any] = []
-        relay = Relay(_acknowledging(done), failed.append)
+
+        def moved(message: Any) -> None:
+            message.ack()
+            done.append(message)
+
+        relay = Relay(moved, failed.append)
         try:
             for message in messages:
                 relay.send(message, message, queue)
                 end = time.monotonic() + _CONFIRM
                 while relay.full and not failed and time.monotonic() < end:
                     relay.wait(_CONFIRM / 100)
-                if relay.full:
-                    break
-                if failed:
+                if relay.full or failed:
                     break
             relay.wait(0.0 if relay.blocked else _CONFIRM)
         finally:
@@ -239,14 +247,6 @@ class AmqpLanes:
         return len(done)
 
 
-def _acknowledging(done: list[Any]) -> Callable[[Any], None]:
-    def moved(message: Any) -> None:
-        message.ack()
-        done.append(message)
-
-    return moved
-
-
 def _as_sent(channel: Any, message: Any) -> Any:
     """Return kombu's message, as it was sent at first."""
     message = channel.message_to_python(message)
@@ -254,17 +254,14 @@ def _as_sent(channel: Any, message: Any) -> Any:
     return message
 
 
-def _got(channel: Any, queue: str, most: int | None = None) -> Iterator[Any]:
-    """Yield the messages of a queue, as they were sent at first."""
-    while most is None or most > 0:
-        message = channel.basic_get(queue, no_ack=False)
-        if message is None:
-            return
+def _got(channel: Any, queue: str) -> Iterator[Any]:
+    """Get and yield the messages of a queue one by one, as they were sent at first."""
+    while (message := channel.basic_get(queue, no_ack=False)) is not None:
         yield _as_sent(channel, message)
-        most = None if most is None else most - 1
 
 
 def _notes(channel: Any, queue: str) -> Iterator[tuple[Any, str, list[str]]]:
+    """Yield each note of a queue's lanes: its message, the lane, and the names of the lane's limits."""
     for note in _got(channel, f"{queue}.parked"):
         with contextlib.suppress(ValueError, TypeError):
             lane, limits = json.loads(note.body)
@@ -272,4 +269,4 @@ def _notes(channel: Any, queue: str) -> Iterator[tuple[Any, str, list[str]]]:
 
 
 def _ignore(_message: Any) -> None:
-    """Take note of a message that nobody should have sent."""
+    """Do nothing with a message: nobody sends any to the queue that only shows who consumes it."""

@@ -12,13 +12,13 @@ from typing import Any, Final
 
 from kombu.entity import Queue
 from kombu.messaging import Consumer
-from kombu.transport import virtual
 
 from .origin import MARK, restore_origin
+from .redis_channel import forget, is_redis, read_again, stop_reading
 from .restore import restore_in_order
 from .static import StaticCounts
 
-__all__ = ["Lane", "lane_entity", "lane_name", "stop_reading"]
+__all__ = ["Lane", "lane_entity", "lane_name"]
 
 #: The longest name of a queue on RabbitMQ, in bytes, and of the last part of a lane's name that is left as it is.
 _LONGEST_NAME: Final = 255
@@ -83,7 +83,7 @@ class Lane:
         self._name = entity.name
         self._on_message = on_message
         self.channel: Any = connection.channel()
-        self._is_redis = _is_redis(self.channel)
+        self._is_redis = is_redis(self.channel)
         #: The prefetch count. On RabbitMQ it is a new consumer's.
         self.window = 1
         self._counts: StaticCounts | None = None
@@ -121,7 +121,7 @@ class Lane:
         self.window = window + len(self) if self._is_redis else window
         self.channel.basic_qos(0, self.window, False)
         if self._is_redis:
-            self.channel.qos.__dict__.pop("can_consume", None)
+            read_again(self.channel)
         if not self._is_redis or not self._consumer._active_tags:
             self._consumer.consume()
         self.consumes = True
@@ -134,9 +134,8 @@ class Lane:
             stop_reading(self.channel)
             return
         for tag in list(self._consumer._active_tags.values()):
-            self.channel.basic_cancel(
-                tag, nowait=True
-            )  # an answer would be waited for, and jobs handled
+            # Without an answer: while it is waited for, jobs arrive and are handled.
+            self.channel.basic_cancel(tag, nowait=True)
         self._consumer._active_tags.clear()
 
     def give_back(self, messages: Sequence[Any]) -> None:
@@ -150,10 +149,8 @@ class Lane:
             if message.acknowledged or message.channel is not self.channel:
                 continue
             if self._is_redis:
-                qos = self.channel.qos
-                qos.restore_by_tag(message.delivery_tag)
-                virtual.QoS.ack(qos, message.delivery_tag)  # type: ignore[no-untyped-call]
-                message._state = "REQUEUED"
+                self.channel.qos.restore_by_tag(message.delivery_tag)
+                forget(message, "REQUEUED")
             else:
                 message.requeue()
 
@@ -171,10 +168,6 @@ class Lane:
         self._on_message(message)
 
 
-def _is_redis(channel: Any) -> bool:
-    return hasattr(channel, "unacked_index_key")
-
-
 def _message_class(kind: Any, lane: str) -> Any:
     """Return a class of messages that kombu, where it has to put them back, puts back into a lane."""
 
@@ -189,12 +182,3 @@ def _message_class(kind: Any, lane: str) -> Any:
             }
 
     return Parked
-
-
-def stop_reading(channel: Any) -> None:
-    """Have a channel of Redis ask for no more messages. What is on its way still comes."""
-    channel.qos.can_consume = _never
-
-
-def _never() -> bool:
-    return False

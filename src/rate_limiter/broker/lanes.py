@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from .amqp_lanes import AmqpLanes
 from .redis_lanes import RedisLanes
 
-__all__ = ["Lanes", "lanes_of"]
+__all__ = ["Lanes", "lanes_on"]
 
 
 class Lanes(Protocol):
@@ -39,7 +39,10 @@ class Lanes(Protocol):
         """Return the lanes that no worker consumes."""
 
     def calm(self, channels: Iterable[Any]) -> None:
-        """Read what is on its way to channels that consume no more: it would miss what is put back."""
+        """Let channels read what is on its way to them, and nothing after that. Called before `put_back`.
+
+        Else they would take a message that was put back, as they close, and nobody would run it.
+        """
 
     def alone(self, queue: str) -> bool:
         """Tell whether no other worker uses lanes of a queue."""
@@ -82,8 +85,8 @@ class Lanes(Protocol):
         """Delete lanes that are empty, and what tells of them."""
 
 
-def lanes_of(connection: Any, worker: str) -> Lanes | None:
-    """Return the lanes of a broker. ``None``: this broker has none.
+def lanes_on(connection: Any, worker: str) -> Lanes | None:
+    """Return the lanes on a broker. ``None``: this broker cannot have any.
 
     Args:
         connection: A kombu connection.

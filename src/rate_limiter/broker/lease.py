@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from time import time
 from typing import Any
 
+from .redis_channel import is_redis
+
 __all__ = ["Lease"]
 
 
@@ -24,7 +26,7 @@ class Lease:
         self._channel = channel
         #: Seconds between two renewals: a third of ``visibility_timeout``. ``None``: there are no leases.
         self.interval: float | None = None
-        if hasattr(channel, "unacked_index_key"):
+        if is_redis(channel):
             self.interval = channel.visibility_timeout / 3
 
     def renew(self, tags: Iterable[str]) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 from queue import Empty
 from typing import Any, Final
 
-from .lane import stop_reading
-from .relay import redis_client
+from .redis_channel import redis_client, stop_reading
 
 __all__ = ["RedisLanes"]
 
@@ -16,10 +15,11 @@ _HERE: Final = Path(__file__).parent
 _PUT_BACK: Final = (_HERE / "put_back.lua").read_text()
 _SWEEP: Final = (_HERE / "sweep.lua").read_text()
 
-#: How many messages are put back, or read, at once. A script takes about 1 µs for each, and nobody else is served.
+#: How many messages are put back, or read, at once. A script takes about 1 µs for each, and Redis serves nobody else
+#: meanwhile.
 _AT_ONCE: Final = 500
 
-#: Seconds after which a worker on Redis that does not renew its sign counts as gone.
+#: A worker that has not renewed its signs for so many seconds counts as gone.
 _GONE: Final = 10.0
 
 
@@ -40,7 +40,7 @@ class RedisLanes:
         self._sweep = self._client.register_script(_SWEEP)
 
     def join(self, queue: str, lanes: Mapping[str, Iterable[str]]) -> None:
-        """Renew this worker's signs. It has to be called every few seconds."""
+        """Say that this worker uses lanes. It has to be called again every few seconds: a sign ends by itself."""
         if not lanes:
             return
         now = self._now()
@@ -70,9 +70,8 @@ class RedisLanes:
     def calm(self, channels: Iterable[Any]) -> None:  # noqa: D102
         for channel in channels:
             stop_reading(channel)
-            if (
-                channel._in_poll
-            ):  # it waits for a second at most; kombu does this when it closes a channel
+            # As kombu does when it closes a channel. It takes a second at most.
+            if channel._in_poll:
                 with contextlib.suppress(Empty):
                     channel._brpop_read()
 

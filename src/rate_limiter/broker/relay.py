@@ -21,18 +21,23 @@ from kombu.transport import virtual
 from kombu.utils.json import dumps
 
 from .origin import ORIGIN
+from .redis_channel import forget, is_redis, redis_client
 
-__all__ = ["Relay", "redis_client"]
+__all__ = ["Relay"]
 
 #: At most so many copies, and bytes of them, wait for their confirmation. While RabbitMQ is short of
 #: memory it confirms none, and does not read what is sent: more than the socket holds would block.
 _MOST_PENDING: Final = 50
 _MOST_BYTES: Final = 256 * 1024
 
-#: Seconds between two looks for confirmations, while copies wait for theirs: without an event loop, and with
-#: one, which tells of each.
+#: Seconds between two looks for confirmations, while copies wait for theirs.
 _LOOK: Final = 0.02
+
+#: The same with an event loop, which tells of each confirmation.
 _LOOK_IN_LOOP: Final = 1.0
+
+#: Seconds to wait, when the consumer's connection ends, for the last confirmations.
+_FAREWELL: Final = 0.5
 
 #: After so many seconds without a copy the connection is closed. It is opened again when needed.
 _IDLE: Final = 5.0
@@ -87,11 +92,6 @@ class Relay:
         self._used_at = 0.0
 
     @property
-    def pending(self) -> int:
-        """How many copies wait for their confirmation."""
-        return len(self._pending)
-
-    @property
     def blocked(self) -> bool:
         """Whether RabbitMQ has said that it reads nothing: it is short of memory or disk space."""
         return self._blocked
@@ -135,7 +135,7 @@ class Relay:
         """
         channel: Any = message.channel
         if isinstance(channel, virtual.Channel):
-            if hasattr(channel, "unacked_index_key"):
+            if is_redis(channel):
                 self._move(message, queue, None if as_it_came else _copy(message, channel, headers))
             else:
                 publish: Callable[..., Any] = channel.basic_publish
@@ -179,6 +179,10 @@ class Relay:
             with contextlib.suppress(Exception):  # `tend` finds out what it is
                 self._connection.drain_events(timeout=left)
             self.tend()
+
+    def farewell(self) -> None:
+        """Wait a moment for the last confirmations: messages without one run twice. `close` is to follow."""
+        self.wait(_FAREWELL)
 
     def close(self) -> None:
         """Close the connection. What was not confirmed has failed."""
@@ -235,9 +239,7 @@ class Relay:
         keys = channel.unacked_key, channel.unacked_index_key, to
         prefix = channel.global_keyprefix
         script(keys=[f"{prefix}{key}" for key in keys], args=[message.delivery_tag, text])
-        # Here alone: Redis has done it.
-        virtual.QoS.ack(channel.qos, message.delivery_tag)  # type: ignore[no-untyped-call]
-        message._state = "ACK"
+        forget(message, "ACK")
 
     def _on_readable(self, *_: Any) -> None:
         self.tend()
@@ -275,14 +277,6 @@ class Relay:
         outcomes, self._outcomes = self._outcomes, []
         for outcome, job in outcomes:
             outcome(job)
-
-
-def redis_client(channel: Any) -> Any:
-    """Return a client for the Redis of a channel. It adds no ``global_keyprefix``."""
-    from redis import Redis  # noqa: PLC0415 - it is there if there is such a channel
-
-    # kombu's own client adds the prefix for some commands, and for others in other versions.
-    return Redis(connection_pool=channel.pool)
 
 
 def _copy(

@@ -14,15 +14,18 @@ import functools
 import logging
 from collections.abc import Callable, Collection, Iterable
 from time import time
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from kombu.transport import memory, virtual
 
-from .relay import redis_client
+from .redis_channel import is_redis, redis_client
 
 __all__ = ["Leftovers", "give_back", "restore_in_order"]
 
 logger = logging.getLogger("rate_limiter")
+
+#: The attribute of a channel's ``qos`` that says when kombu began to put its jobs back.
+_CLOSED_AT: Final = "rate_limiter_closed_at"
 
 
 def restore_in_order(channel: Any) -> None:
@@ -37,7 +40,7 @@ def restore_in_order(channel: Any) -> None:
     if isinstance(channel, virtual.Channel):
         qos = channel.qos
         if not isinstance(qos.restore_unacked, functools.partial):
-            restore = _restore_redis if _is_redis(channel) else _restore
+            restore = _restore_redis if is_redis(channel) else _restore
             qos.restore_unacked = functools.partial(restore, qos, qos.restore_unacked)
 
 
@@ -112,7 +115,7 @@ class Leftovers:
             Exception: The connection is lost again. The next call tries once more.
 
         """
-        if not _is_redis(channel) or channel in self._urls:
+        if not is_redis(channel) or channel in self._urls:
             return
         self.collect(running)
         url = channel.connection.client.as_uri()
@@ -132,15 +135,6 @@ class Leftovers:
                     count,
                 )
         self._urls[channel] = url
-
-
-#: The attribute of a channel's ``qos`` that says when kombu began to put its jobs back.
-_CLOSED_AT = "rate_limiter_closed_at"
-
-
-def _is_redis(channel: Any) -> bool:
-    """Whether unacknowledged jobs stay with the broker when a channel is lost. They do on Redis only."""
-    return hasattr(channel, "unacked_index_key") and hasattr(channel.qos, "restore_by_tag")
 
 
 def _is_lost(channel: Any) -> bool:

@@ -11,9 +11,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-from celery import Task, bootsteps
+from celery import bootsteps
 from celery.concurrency.prefork import TaskPool
 from celery.exceptions import ImproperlyConfigured
 from celery.worker import state
@@ -21,11 +21,12 @@ from celery.worker import state
 from ..broker.origin import mark_messages
 from ..broker.priority import Priorities
 from ..broker.restore import Leftovers
-from ..gating.engine import Engine, Host, Plan, warn_of_unused
+from ..gating.engine import Engine, Host, Plan
 from ..gating.limit import Call, Demand, Limit
 from ..gating.record import record_of
 from ..gating.tally import tally_of
 from . import receipt
+from .announcements import Announcements
 from .declarations import parameters_of
 from .division import Division
 from .ending import refuse_at_gate
@@ -36,9 +37,10 @@ from .parking import Parking
 from .prefork import is_spawned, share_all, share_the_rest
 from .returning import Returning
 from .settings import enabled, longest_hold, parks_all
-from .sharing import SECONDS, Sharing
+from .sharing import SHARE_SECONDS, Sharing
 from .slots import Slots, scale_without
 from .throttle import watch, watch_all
+from .unended import Unended
 from .window import Window
 
 if TYPE_CHECKING:
@@ -47,9 +49,6 @@ if TYPE_CHECKING:
 __all__ = ["GateStep"]
 
 logger = logging.getLogger("rate_limiter")
-
-#: Seconds until what could not be ended is tried again.
-_END_AGAIN: Final = 1.0
 
 
 class GateStep(bootsteps.StartStopStep, Host[Any]):
@@ -82,9 +81,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         #: Jobs that are to go to the pool to end there. Not from within the engine, which is locked.
         self.refused: deque[Any] = deque()
         self.open = False
-        #: What could not be ended, and when that is tried again.
-        self.unended: deque[Callable[[], Any]] = deque()
-        self.end_again_at = 0.0
+        self.unended = Unended(self.engine, lambda: self.loop.look())  # noqa: PLW0108 - it is made later
         #: The limits, and the names of their tasks.
         self.tasks_of = tasks_of = gate.tasks_of()
         limits = list(tasks_of)
@@ -108,9 +105,8 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         if isinstance(consumer.pool, TaskPool):
             share_all(limit for limit, tasks in tasks_of.items() if tasks and not spawned)
             share_the_rest(consumer.controller, limits)
-        #: The limits that were found to be for nothing.
-        self.unused: set[Limit] = set()
-        self._announce()
+        self.announcements = Announcements(gate.app, tasks_of, self.declared)
+        self.announcements.start()
 
     # -- life cycle: started anew with every connection -------------------------------------------
 
@@ -129,10 +125,14 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self.priorities = Priorities(lambda: consumer.task_consumer.queues)
         self.by_queue = self.by_queue or self.window.is_static
         if self.by_queue:  # for the queues that `celery control add_consumer` brings
-            mark_messages(consumer.task_consumer.channel, on_consume=self._on_consume)
+            mark_messages(consumer.task_consumer.channel, on_consume=self.announcements.consumes)
         self.loop = Loop(consumer, self._next_due, self._work, self.window.update)
         self.returning = Returning(
-            consumer, self.engine.lock, self.loop.has_timer, self._sent, self._end_later
+            consumer,
+            self.engine.lock,
+            self.loop.has_timer,
+            self.unended.acknowledged,
+            self.unended.later,
         )
         self.parking = Parking(
             consumer,
@@ -204,63 +204,6 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
     def where(self, task_id: str) -> str | None:
         """Return the lane that this worker has moved a job to."""
         return self.parking.where(task_id) if self.parked and self.open else None
-
-    # -- what it says of the limits ---------------------------------------------------------------
-
-    def _announce(self) -> None:
-        """Log each limit, and what keeps tasks from it."""
-        app = self.gate.app
-        consumed = app.amqp.queues.consume_from
-        registered = [name for name in sorted(app.tasks) if not name.startswith("celery.")]
-        for limit, names in self.tasks_of.items():
-            queue = self.queue_of(limit)
-            if not names:
-                self._warn(limit, "registered task", registered)
-            elif queue is not None and queue not in consumed:
-                self._warn(limit, "queue that is consumed", sorted(consumed))
-            else:
-                self._tell(limit, names)
-        for name in sorted({name for names in self.tasks_of.values() for name in names}):
-            task = app.tasks[name]
-            if task.rate_limit and not app.conf.worker_disable_rate_limits:
-                logger.warning(
-                    "%s also has Celery's rate_limit=%r, which blocks its whole queue while it "
-                    "throttles; both apply",
-                    name,
-                    task.rate_limit,
-                )
-            if task.Strategy != Task.Strategy:
-                logger.warning(
-                    "%s has a Strategy of its own, %r: jobs that it does not hand to "
-                    "consumer.on_task_request pass the gate, and pay in the pool",
-                    name,
-                    task.Strategy,
-                )
-
-    def queue_of(self, limit: Limit) -> str | None:
-        """Return the queue whose jobs a limit is for. ``None``: those of all queues."""
-        declared = self.declared.get(limit)
-        return None if declared is None else declared.queue
-
-    def _warn(self, limit: Limit, what: str, there: list[str]) -> None:
-        self.unused.add(limit)
-        warn_of_unused(limit, what, there)
-
-    def _tell(self, limit: Limit, names: list[str]) -> None:
-        declared = self.declared.get(limit)
-        tasks = ", ".join(names) if declared is None or declared.patterns else "all tasks"
-        if declared is not None and declared.queue is not None:
-            tasks += f" from queue {declared.queue}"
-        logger.info(
-            "Limit %s: %r for %s, enforced at the gate", record_of(limit).name, limit.bucket, tasks
-        )
-
-    def _on_consume(self, queue: str) -> None:
-        """Take note of a queue that the worker consumes from now on."""
-        for limit in [each for each in self.unused if self.queue_of(each) == queue]:
-            if self.tasks_of[limit]:
-                self.unused.discard(limit)
-                self._tell(limit, self.tasks_of[limit])
 
     # -- the way of a job -------------------------------------------------------------------------
 
@@ -343,13 +286,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self.division.add(limits)
         if limits:
             watch(task, self.gate.limits_for(task))
-        for limit in limits:
-            names = self.tasks_of.setdefault(limit, [])
-            if task.name not in names:
-                names.append(task.name)
-        for limit in self.unused.intersection(limits):
-            self.unused.discard(limit)
-            self._tell(limit, [task.name])
+        self.announcements.found(task.name, limits)
         return limits
 
     def _kinds(self) -> Iterator[tuple[Plan, str, str]]:
@@ -375,7 +312,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         most = {
             limit: shares[name] for limit in self.tasks_of if (name := record_of(limit).name) in shares
         }
-        jobs = self.engine.share(most, SECONDS, send_back=self.window.is_static)
+        jobs = self.engine.share(most, SHARE_SECONDS, send_back=self.window.is_static)
         self.window.lower_now()
         self.engine.settle()
         self.window.give_back(jobs)
@@ -394,13 +331,11 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             return self.engine.held_by.total()
 
     def _next_due(self) -> float:
-        due = self.engine.next_due
-        return min(due, self.end_again_at) if self.unended else due
+        return min(self.engine.next_due, self.unended.due)
 
     def _work(self) -> None:
         self.release()
-        if self.unended and self.end_again_at <= monotonic():
-            self._end_again()
+        self.unended.work()
 
     # -- what the engine asks for -----------------------------------------------------------------
 
@@ -422,7 +357,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             longest = self.engine.longest_hold  # it is unacknowledged while it waits for its ETA
             end = partial(refuse_at_gate, request, demand, delay, self.returning.send, longest)
             # A result backend that is down need not be asked for each job.
-            self._end(request, end, later=how == "drop" and bool(self.unended))
+            self.unended.end(request, end, later=how == "drop" and bool(self.unended))
         else:
             receipt.refuse(request.task, request.request_dict, demand.limit, delay)
             self.refused.append(request)
@@ -435,7 +370,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     def gone(self, request: Any) -> bool:
         """Tell whether a held job was revoked or has expired; it is announced and acknowledged here."""
-        return self._end(request, request.revoked)
+        return self.unended.end(request, request.revoked)
 
     def send_back(self, request: Any) -> bool:
         """Send a held job to the end of its queue."""
@@ -443,7 +378,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             return True
         if not self.returning.takes(request, unchanged=True):
             return False
-        return self._end(request, partial(self.returning.send, request))
+        return self.unended.end(request, partial(self.returning.send, request))
 
     def unstarted(self, request: Any) -> bool:
         """Tell whether a job that went to the pool is still to start."""
@@ -477,60 +412,6 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         """See that what is due goes soon."""
         if self.open:
             self.loop.wake()
-
-    # -- what ends here ---------------------------------------------------------------------------
-
-    def _end(self, request: Any, end: Callable[[], Any], *, later: bool = False) -> bool:
-        """End a job; or go on, and try again later, where the result backend or the broker is down.
-
-        Until then it stays unacknowledged, so the broker has it still.
-
-        Args:
-            request: The job.
-            end: Ends it. It returns ``False`` if the job is not to end.
-            later: Do not try now.
-
-        """
-        ended = True
-        try:
-            if not later:
-                ended = end() is not False
-        except Exception:
-            logger.exception("Could not end %s[%s] yet", request.name, request.id)
-            later = True
-        if later:
-            self._end_later(partial(self._end_kept, request, end))
-            self.loop.look()
-        if ended and not request.acknowledged:
-            self.engine.keep(request)
-        return ended
-
-    def _end_kept(self, request: Any, end: Callable[[], Any]) -> None:
-        end()
-        if request.acknowledged:
-            self._sent(request)
-
-    def _sent(self, request: Any) -> None:
-        """Make use of the room that a job took up which is acknowledged now."""
-        if self.engine.let_go(request):
-            self.engine.settle()
-
-    def _end_later(self, end: Callable[[], Any]) -> None:
-        with self.engine.lock:
-            self.unended.append(end)
-            if len(self.unended) == 1:
-                self.end_again_at = monotonic() + _END_AGAIN
-
-    def _end_again(self) -> None:
-        """End what could not be ended; at the first that fails, leave the others for the next time."""
-        for _ in range(len(self.unended)):
-            end = self.unended.popleft()
-            try:
-                end()
-            except Exception:  # noqa: BLE001 - it has been logged
-                self._end_later(end)
-                break
-        self.end_again_at = monotonic() + _END_AGAIN
 
 
 def _ends_warm(consumer: Any) -> bool:

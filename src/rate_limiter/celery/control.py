@@ -216,7 +216,7 @@ def _all_limits(state: Any) -> dict[str, _Known]:
     step = _step_of(state.consumer)
     if step is not None:
         for limit, tasks in step.tasks_of.items():
-            found[limit] = _Known(limit, tasks, step.queue_of(limit), step)
+            found[limit] = _Known(limit, tasks, step.announcements.queue_of(limit), step)
     for name, task in sorted(state.app.tasks.items()):
         for limit in limits_of(task):
             if limit not in found:

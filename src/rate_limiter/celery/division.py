@@ -1,10 +1,10 @@
 """One rate for all workers without a Redis: each has an equal share, by the workers that gossip brings news of.
 
 Each worker sends a heartbeat every 2 s, and Celery's gossip brings it to all workers, to its sender too. A
-worker's own heartbeats are the clock here: another one that was not heard during three of them is gone. Who is
-cut off from the broker, or whose loop is blocked by a long job on the solo pool, hears nobody, and does not hear
-itself either: it does not take over the shares of the others. On the solo pool heartbeats too would wait for the
-end of the job. So a thread sends events there, and they count instead.
+worker's own heartbeats are the clock here: another worker that was not heard during three of them is gone. A worker
+that is cut off from the broker, or whose loop is blocked by a long job on the solo pool, hears no other worker and
+no heartbeat of its own, so it does not take over the shares of the others. On the solo pool its heartbeats would
+wait for the end of the job too. So a thread sends events there, which count instead.
 
 A worker that starts does not know the others before their next heartbeats. So its buckets are paused at first,
 and start from empty unless it is alone. A worker that joins or leaves changes shares, and no level of tokens.
@@ -38,13 +38,13 @@ logger = logging.getLogger("rate_limiter")
 #: Seconds between two heartbeats, unless the worker is started with another ``--heartbeat-interval``.
 _INTERVAL: Final = 2.0
 
-#: After so many own heartbeats a worker has heard all others.
+#: After so many of its own heartbeats a worker has heard all others.
 _ALL_HEARD: Final = 2
 
-#: For so many heartbeats its buckets are paused. It is less, so that the pause is over when all are heard.
+#: For so many heartbeats the buckets of a new worker are paused: a little less, so that the pause is over by then.
 _PAUSED: Final = 1.5
 
-#: During so many own heartbeats another worker may be silent.
+#: Another worker may be silent during so many of a worker's own heartbeats.
 _SILENT: Final = 3
 
 #: What a worker sends on the solo pool. Gossip listens to all that begin with ``worker-``.
@@ -80,7 +80,7 @@ class DividedBucket(TokenBucket):
     ) -> None:
         super().__init__(capacity, tokens_per_second, initial=initial, clock=clock)
         self._least = least
-        #: What a worker gets that finds itself alone.
+        #: The tokens that a worker starts with which finds itself alone.
         self.first = self.capacity if initial is None else float(initial)
         #: The capacity and the rate for all workers together.
         self.whole = self.capacity, self.tokens_per_second
@@ -117,7 +117,7 @@ class DividedBucket(TokenBucket):
 
 
 class Division:
-    """Divides the buckets of one worker by the number of workers that live.
+    """Gives the buckets of one worker their share, by the number of workers that live.
 
     Args:
         consumer: Celery's consumer. Its gossip is made, and not started.
@@ -251,9 +251,8 @@ class Division:
         if self._beats == _ALL_HEARD and not self._others:
             for bucket in self._buckets():
                 if bucket.first:
-                    bucket.refund(
-                        bucket.first
-                    )  # it is lost if somebody has paused the bucket meanwhile
+                    # It is lost if somebody has paused the bucket meanwhile.
+                    bucket.refund(bucket.first)
 
     def _follow(self) -> None:
         workers = 1 + len(self._others)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from celery import Celery
 from kombu.exceptions import OperationalError
 
-from ..broker.lanes import Lanes, lanes_of
+from ..broker.lanes import Lanes, lanes_on
 
 __all__ = ["Found", "find_job", "find_lanes", "purge", "unpark", "why_no_broker"]
 
@@ -50,7 +50,7 @@ def find_job(app: Celery, task_id: str, queues: Iterable[str] = ()) -> tuple[str
 
     """
     with app.connection_for_write() as connection:
-        lanes = lanes_of(connection, "limits")
+        lanes = lanes_on(connection, "limits")
         if lanes is None:
             return None
         for queue in queues or app.amqp.queues:
@@ -87,7 +87,7 @@ def why_no_broker(app: Celery, error: Exception) -> str:
 
 
 def _lanes(connection: Any) -> Lanes:
-    lanes = lanes_of(connection, "limits")
+    lanes = lanes_on(connection, "limits")
     if lanes is None:
         raise ValueError(
             f"only Redis and RabbitMQ have lanes, and the broker is {connection.transport.driver_type}"

@@ -30,9 +30,6 @@ __all__ = ["Returning", "has_queue", "publish_again"]
 
 logger = logging.getLogger("rate_limiter")
 
-#: Seconds to wait, when the connection ends, for the last confirmations: without them jobs run twice.
-_FAREWELL: Final = 0.5
-
 #: The headers of Celery's message protocol, but for the ETA.
 _HEADERS: Final = (
     *("lang", "task", "id", "shadow", "expires", "group", "group_index", "retries", "timelimit"),
@@ -114,7 +111,7 @@ class Returning:
         """Wait a moment for the last confirmations, and close."""
         with self._lock:
             self._stopping = True
-            self._relay.wait(_FAREWELL)
+            self._relay.farewell()
             self._relay.close()
             if self._timer is not None:
                 self._consumer.timer.cancel(self._timer)

@@ -54,17 +54,17 @@ __all__ = [
     "limit_from",
     "longest_hold",
     "parks_all",
+    "settings_of",
 ]
 
+_ENABLED: Final = "rate_limiter_enabled"
 _LIMITS: Final = "rate_limiter_limits"
 _LONGEST_HOLD: Final = "rate_limiter_longest_hold"
 _CONTROL: Final = "rate_limiter_control"
 _PER: Final = "rate_limiter_per"
 _REDIS: Final = "rate_limiter_redis"
 _OVERFLOW: Final = "rate_limiter_overflow"
-_SETTINGS: Final = frozenset(
-    {"rate_limiter_enabled", _LIMITS, _LONGEST_HOLD, _CONTROL, _PER, _REDIS, _OVERFLOW}
-)
+_SETTINGS: Final = frozenset({_ENABLED, _LIMITS, _LONGEST_HOLD, _CONTROL, _PER, _REDIS, _OVERFLOW})
 
 #: The options that may name a callable, as ``"module:callable"``.
 _CALLABLES: Final = ("tokens", "key", "limits")
@@ -88,7 +88,7 @@ _SCOPES: Final = ("worker", "cluster")
 
 def enabled(app: Celery) -> bool:
     """Return whether limits are in force: ``app.conf.rate_limiter_enabled``, true by default."""
-    return bool(app.conf.get("rate_limiter_enabled", True))
+    return bool(app.conf.get(_ENABLED, True))
 
 
 def controlled(app: Celery) -> bool:
@@ -122,6 +122,16 @@ def parks_all(app: Celery) -> bool:
     return bool(overflow == "park")
 
 
+def settings_of(app: Celery) -> dict[str, str]:
+    """Return the names of an app's settings that begin with ``rate_limiter_``, by their keys with a namespace.
+
+    Misspelled ones are among them.
+    """
+    prefix = (app.namespace or "").lower() + "_"
+    names = {str(key): str(key).lower().removeprefix(prefix) for key in app.conf}
+    return {key: name for key, name in names.items() if name.startswith("rate_limiter_")}
+
+
 def declare_settings(app: Celery, declarations: Declarations) -> None:
     """Declare the limits that are in an app's settings.
 
@@ -129,10 +139,8 @@ def declare_settings(app: Celery, declarations: Declarations) -> None:
         ImproperlyConfigured: A setting is unknown or wrong. The message names it.
 
     """
-    prefix = (app.namespace or "").lower() + "_"
-    for key in app.conf:
-        setting = str(key).lower().removeprefix(prefix)
-        if setting.startswith("rate_limiter_") and setting not in _SETTINGS:
+    for key, setting in settings_of(app).items():
+        if setting not in _SETTINGS:
             raise ImproperlyConfigured(
                 f"{key}: unknown setting; expected one of {', '.join(sorted(_SETTINGS))}"
             )

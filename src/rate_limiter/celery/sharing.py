@@ -19,10 +19,10 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any, Final
 
-__all__ = ["SECONDS", "Sharing"]
+__all__ = ["SHARE_SECONDS", "Sharing"]
 
 #: Seconds for which a worker holds no more than its share, once it has given back the rest.
-SECONDS: Final = 5.0
+SHARE_SECONDS: Final = 5.0
 
 #: Seconds from the start of a worker until it asks, at least and at most. Its first jobs have come by then.
 _ASK_AFTER: Final = 2.0, 2.5
@@ -113,7 +113,7 @@ class Sharing:
             if theirs and held > share * _FAIR:
                 shares[name] = share
         if shares:
-            self._given_until = now + SECONDS
+            self._given_until = now + SHARE_SECONDS
             self._others.clear()
             self._share(shares)
 

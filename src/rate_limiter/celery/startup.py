@@ -16,7 +16,7 @@ from ..gating.record import listed, record_of
 from . import receipt
 from .declarations import adopt_gate, attributes_of, gates, held_at_gate, limits_of, name_limits
 from .prefork import share_before_fork
-from .settings import enabled
+from .settings import enabled, settings_of
 from .throttle import watch, watch_all
 
 __all__ = ["connect", "has_started", "without_gate"]
@@ -86,15 +86,10 @@ class _Startup(bootsteps.Step):
 
 def without_gate(app: Celery) -> list[str]:
     """Return the settings and task attributes that only a gate reads."""
-    prefix = (app.namespace or "").lower() + "_"
-    settings = {
-        str(key): str(key).lower().removeprefix(prefix) for key, value in app.conf.items() if value
-    }
     places = [
         key
-        for key, name in settings.items()
-        if name.startswith("rate_limiter_")
-        and name not in ("rate_limiter_enabled", "rate_limiter_control")
+        for key, name in settings_of(app).items()
+        if name not in ("rate_limiter_enabled", "rate_limiter_control") and app.conf[key]
     ]
     for name, task in sorted(app.tasks.items()):
         places += [f"{attribute} of {name}" for attribute in attributes_of(task)]

@@ -278,9 +278,8 @@ def _run(
     given = _without_self(args)
     sent = _Sent(given, kwargs, parameters if given is args else parameters.without_first)
     task: Task | None = get_current_task()
-    if task is None or limit not in limits_of(
-        task
-    ):  # it is called as a plain function, or by another task
+    # Not the task's own limit: the function is called as a plain one, or by another task.
+    if task is None or limit not in limits_of(task):
         return _pay_and_call((limit,), Charge(), None, None, function, args, kwargs, sent)
     if not enabled(task.app):
         return function(*args, **kwargs)
@@ -311,9 +310,8 @@ def _begin(
         if limit is None or limit is limits_of(task)[0]:
             due += at_gate.get(task, ())
         return _pay_and_call(due, Charge(), task, None, function, args, kwargs, sent)
-    if not all(
-        record_of(each).name for each in limits_of(task)
-    ):  # no worker has named them: the call is outside of one
+    # A worker has named them at its start. This may be a call outside of a worker.
+    if not all(record_of(each).name for each in limits_of(task)):
         name_limits(task)
     _prepaid[request] = prepaid = set(limits_of(task))
     prepaid.discard(limit)
@@ -368,10 +366,9 @@ def _pay_and_call(
     if refused is not None:
         charge.give_back()  # what was paid at the gate
         demand, delay = refused
-        how = demand.limit.when_limited
-        tell("refused", name, demand, delay, how if isinstance(how, str) else "fallback")
-        if callable(how):
-            return how(*_without_self(args), **kwargs)
+        tell("refused", name, demand, delay, demand.limit.policy)
+        if callable(fallback := demand.limit.when_limited):
+            return fallback(*_without_self(args), **kwargs)
         return refuse_in_task(demand, delay, record_of(demand.limit).name or name, job)
     paid = [demand for one in demands for demand in one]
     if paid:

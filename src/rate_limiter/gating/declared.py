@@ -135,7 +135,7 @@ def new_limit(
     elif initial is not None:
         raise ValueError(f"initial goes with a rate such as '100/m': {bucket!r} has its own tokens")
     buckets = _check_buckets(bucket, key, buckets)
-    if not callable(tokens) and not isinstance(tokens, str):
+    if not _depends_on_job(tokens):
         _check_cost(tokens, bucket)
     limit = Limit(
         bucket,
@@ -217,7 +217,7 @@ def _capacity_and_rate(key: Any, value: Any, tokens: Any) -> tuple[float, float]
         check_options(options, ("rate", "burst"))
         per_second = parse_rate(options.get("rate"))
         capacity = _burst(options.get("burst"), per_second, tokens)
-        if not callable(tokens) and not isinstance(tokens, str):
+        if not _depends_on_job(tokens):
             _check_cost(tokens, TokenBucket(capacity, per_second))
     except (TypeError, ValueError) as error:
         raise type(error)(f"limits[{key!r}]: {error}") from None
@@ -251,7 +251,7 @@ def parse_rate(rate: Any) -> float:
 def _burst(burst: Any, per_second: float, tokens: Any) -> float:
     if burst is not None:
         return positive("burst", burst)
-    if callable(tokens) or isinstance(tokens, str):
+    if _depends_on_job(tokens):
         raise ValueError(
             "burst is missing: the cost depends on the job, so burst must say how much a job may cost at most"
         )
@@ -331,6 +331,10 @@ def _check_text(argument: str, value: Any) -> None:
         raise ValueError(f"{argument} must be text, not ''")
 
 
+def _depends_on_job(tokens: Any) -> bool:
+    return callable(tokens) or isinstance(tokens, str)
+
+
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) and value.isidentifier()
 
@@ -343,7 +347,7 @@ def _quoted(words: Iterable[str]) -> str:
 
 
 class Names:
-    """The names of the limits of one app. Each limit has another name."""
+    """The names of the limits of one app. No two limits have the same name."""
 
     def __init__(self) -> None:
         self._limits: dict[str, Limit] = {}
@@ -373,7 +377,7 @@ class Names:
                 f"and {other.bucket!r}"
             )
         self._limits[limit.name] = limit
-        if other is not None:  # That limit has the name by derivation only: it gets another one.
+        if other is not None:  # it only has a derived name, so it gets another one
             record_of(other).name = self._free(limit.name)
             self._limits[record_of(other).name] = other
 
@@ -486,8 +490,8 @@ class Declarations:
         found = self._for_name(name)
         if queue is not None:
             found += self._by_queue.get(queue, ())
-        found_limits = [self._all[position] for position in sorted(found)]
-        return [each.limit for each in found_limits if each.queue in (None, queue)]
+        declared = [self._all[position] for position in sorted(found)]
+        return [each.limit for each in declared if each.queue in (None, queue)]
 
     def queues_of(self, name: str) -> set[str]:
         """Return the queues in which tasks of that name have further limits."""

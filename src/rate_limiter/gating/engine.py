@@ -23,7 +23,7 @@ from . import limit as limits
 from .forecast import Forecast, forecasts
 from .holding import Held, Holding
 from .leaving import Leaving
-from .limit import Call, Demand, Limit, refuse_to_pay_twice
+from .limit import Call, Demand, Limit, refuse_to_pay_twice, seconds_until
 from .record import listed, record_of
 from .tally import tell
 
@@ -50,7 +50,7 @@ _QUIET: Final = 10.0
 #: Seconds for which a limit is beyond its bound before the host is told.
 _STUCK: Final = 10.0
 
-#: At most so many jobs that cannot be acknowledged have no part in the window.
+#: Jobs that have ended and cannot be acknowledged yet take no room from others, as long as they are at most so many.
 _MOST_KEPT: Final = 1000
 
 
@@ -231,7 +231,7 @@ class Engine(Generic[Job]):
             self._holding.changed.update(limits ^ self._parking)
             self._parking = limits
 
-    def due_in(self, plan: "Plan") -> float:
+    def due_in(self, plan: Plan) -> float:
         """Return the seconds until each bucket of a plan has the tokens of one job. 0.0 also if not known."""
         with self.lock:
             return max((self._due_in(demand) for demand in plan.demands), default=0.0)
@@ -533,10 +533,8 @@ class Engine(Generic[Job]):
         except Exception:
             logger.exception("Could not refuse %s; it is held", job)
             return False
-        how = demand.limit.when_limited
-        if how == "wait":
-            how = "timeout"
-        tell("refused", job, demand, delay, how if isinstance(how, str) else "fallback")
+        how = demand.limit.policy
+        tell("refused", job, demand, delay, "timeout" if how == "wait" else how)
         return True
 
     def _fail(self, job: Job, limit: Limit, error: Exception) -> None:
@@ -622,9 +620,7 @@ class Engine(Generic[Job]):
         if hasattr(bucket, "jobs_wait"):  # its tokens are on a server
             moment: float = self._holding.due_of(bucket)
             return max(0.0, moment - self._clock())
-        paused: float = getattr(bucket, "pause_left", 0.0)
-        missing: float = demand.tokens - bucket.tokens
-        return paused + max(0.0, missing) / float(bucket.tokens_per_second)
+        return seconds_until(bucket, demand.tokens)
 
     def _is_at_bound(self, plan: Plan) -> bool:
         with self.lock:

@@ -1,10 +1,10 @@
-"""When each held job will go, if nothing changes and no job comes before it."""
+"""The forecast: when each held job will go, if nothing changes and no job comes before it."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from .holding import Held
-from .limit import Limit, rate_here
+from .limit import Limit, rate_here, seconds_until
 
 __all__ = ["Forecast", "forecasts"]
 
@@ -27,14 +27,14 @@ def forecasts(jobs: Iterable[Held[Job]]) -> Iterator[Forecast[Job]]:
     """Return a forecast for each job.
 
     It plays the future through: each job, by arrival, goes when all its buckets have its tokens, and takes
-    them then. Of a bucket in Redis this process has its share of the rate: the others have jobs too, as far as
-    is known here. Slots of the pool that are busy are not in it.
+    them then. The rate of a bucket in Redis is divided by the number of workers, as if all of them had jobs. That a
+    job may have to wait for a slot of the pool too is not in it.
 
     Args:
         jobs: All jobs that are held.
 
     """
-    full_at: dict[Any, float] = {}  # for each bucket, in so many seconds it is full
+    full_at: dict[Any, float] = {}  # in how many seconds each bucket is full
     before: dict[Any, int] = {}
     for held in sorted(jobs, key=lambda held: held.arrival):
         moment, last, number = 0.0, held.limit, 0
@@ -42,9 +42,7 @@ def forecasts(jobs: Iterable[Held[Job]]) -> Iterator[Forecast[Job]]:
         for bucket, tokens, limit in demands:
             rate = rate_here(bucket)
             if bucket not in full_at:
-                missing = bucket.capacity - bucket.tokens
-                paused = getattr(bucket, "pause_left", 0.0)
-                full_at[bucket] = paused + missing / rate
+                full_at[bucket] = seconds_until(bucket, bucket.capacity)
             spare = (bucket.capacity - tokens) / rate
             if full_at[bucket] - spare > moment:
                 moment, last = full_at[bucket] - spare, limit

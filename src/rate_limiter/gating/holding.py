@@ -56,7 +56,7 @@ _STEP: Final = 30.0
 _EVEN: Final = 1.000001
 
 
-#: When a job counts as come, and a number that tells apart what came at the same moment.
+#: The moment at which a job counts as come, and a number that orders jobs of the same moment.
 Arrival = tuple[float, int]
 
 
@@ -71,7 +71,7 @@ class Held(Generic[Job]):
     queue: "_Queue[Job]"
 
     def __init__(self, arrival: Arrival, job: Job, demands: Sequence[Demand], since: float) -> None:
-        #: Its place among those that wait.
+        #: Jobs wait in the order of their arrivals.
         self.arrival = arrival
         self.job = job
         self.demands = demands
@@ -85,7 +85,7 @@ class Held(Generic[Job]):
         self.asked = True
         #: Whether it waits no more.
         self.left = False
-        #: Whether `Holding` has told for how long it waits.
+        #: Whether the delay was known when ``hold`` or ``known`` was called for it. See `Holding`.
         self.told = True
 
 
@@ -198,8 +198,9 @@ class Holding(Generic[Job]):
         skip: Called with a job when its turn has come, before it takes tokens. ``True``: it is gone
             (revoked, expired) and costs nothing.
         hold: Called with a job that begins to wait, the demand that makes it wait, and the delay; 0.0:
-            until a job that was let go before has started. ``nan``: not known yet.
-        known: Called with such a job, the demand and the delay when that is known and the job still waits.
+            until a job that was let go before has started. ``nan``: the delay is not known yet.
+        known: Called with a job that still waits, the demand and the delay, where ``hold`` was told ``nan`` and the
+            delay is known now.
         poked: Called when a bucket that jobs wait for was changed, in the thread that changed it.
         is_unstarted: Tells of a job that was let go whether it is still to start. ``None``: jobs start when
             they are let go.

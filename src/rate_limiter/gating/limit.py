@@ -31,6 +31,7 @@ __all__ = [
     "is_of_a_signal",
     "rate_here",
     "refuse_to_pay_twice",
+    "seconds_until",
 ]
 
 #: What a limit takes tokens from. A callable is given the job's arguments.
@@ -145,6 +146,11 @@ class Limit:
         return f"<Limit {record_of(self).name or '(unnamed)'}: {self.bucket!r}>"
 
     @property
+    def policy(self) -> str:
+        """What ``when_limited`` is, as text. A callable is a ``"fallback"``."""
+        return self.when_limited if isinstance(self.when_limited, str) else "fallback"
+
+    @property
     def asks_headers(self) -> bool:
         """Whether one of its callables has a keyword-only parameter ``headers``."""
         return bool(self._wants_headers)
@@ -215,7 +221,7 @@ class Limit:
 
     @property
     def jobs_per_second(self) -> float:
-        """How many jobs go in a second in this worker, as far as it does not depend on the job; else 1,000."""
+        """The jobs per second that go in this worker. 1,000, if the bucket depends on the job."""
         if not self.has_bucket:
             return float(_HOLD_MOST)
         return rate_here(self.bucket) / (self.cost or 1.0)
@@ -278,6 +284,13 @@ def rate_here(bucket: Any) -> float:
     """Return the tokens per second that this process may count on: its share, if others take from the bucket."""
     rate: float = bucket.tokens_per_second / getattr(bucket, "workers", 1)
     return rate
+
+
+def seconds_until(bucket: Any, tokens: float) -> float:
+    """Return the seconds until a bucket has so many tokens, if nobody takes any. A pause is counted."""
+    paused: float = getattr(bucket, "pause_left", 0.0)
+    missing: float = tokens - bucket.tokens
+    return paused + max(0.0, missing) / rate_here(bucket)
 
 
 def is_of_a_signal(error: BaseException) -> bool:

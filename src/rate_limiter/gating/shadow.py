@@ -1,13 +1,16 @@
 """A limit with ``shadow=True``: it makes no job wait, and counts what it would have done."""
 
+import math
 from typing import Any, Final
 
 from ..all_of import members
 from ..bucket import Bucket
+from .limit import seconds_until
 from .tally import tell
 
 __all__ = ["Shadow"]
 
+#: The policies under which a job that finds no tokens comes again.
 _WAITING: Final = ("wait", "retry")
 
 
@@ -24,7 +27,7 @@ class Shadow:
     """
 
     #: No cost is too high for it, and no job waits for the start of another one.
-    capacity = float("inf")
+    capacity = math.inf
 
     def __init__(self, bucket: Bucket, limit: Any) -> None:
         self.bucket = bucket
@@ -51,14 +54,13 @@ class Shadow:
 
     def take_or_delay(self, tokens: float = 1) -> float:
         """Grant the tokens, and tell the observers if the limit would not have."""
-        if self.limit.patience == float("inf") or self.limit.when_limited in _WAITING:
+        if self.limit.patience == math.inf or self.limit.when_limited in _WAITING:
             seconds = 0.0
             for each in members(self.bucket):
                 each.charge(tokens)
-                paused = getattr(each, "pause_left", 0.0)
-                seconds = max(seconds, paused + max(0.0, -each.tokens) / each.tokens_per_second)
+                seconds = max(seconds, seconds_until(each, 0.0))
         elif tokens > self.bucket.capacity:
-            seconds = float("inf")
+            seconds = math.inf
         else:
             seconds = self.bucket.take_or_delay(tokens)
         if seconds:

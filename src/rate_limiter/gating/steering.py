@@ -56,7 +56,7 @@ def shown(limit: Limit) -> dict[str, Any]:
     """
     return {
         "buckets": [_shown(bucket) for bucket in buckets_of(limit)],
-        "when_limited": _named(limit.when_limited),
+        "when_limited": limit.policy,
         "shadow": limit.shadow,
         **tally_of(limit).snapshot(),
         "changed": record_of(limit).changed,
@@ -81,7 +81,7 @@ def carry_out(order: Order, limit: Limit, limits: Iterable[Limit]) -> str:
 
     """
     rate = None if order.rate is None else parse_rate(order.rate)
-    capacity = None if order.capacity is None else positive("capacity", _number(order.capacity))
+    capacity = None if order.capacity is None else positive("capacity", _capacity(order.capacity))
     pause = None if order.pause is None else seconds_of("pause", order.pause)
     if rate is capacity is pause is None and not order.resume and not order.restore:
         raise ValueError("nothing is to change: give rate, capacity, pause, resume or restore")
@@ -113,12 +113,12 @@ def carry_out(order: Order, limit: Limit, limits: Iterable[Limit]) -> str:
     if pause is not None:
         for bucket in meant:
             bucket.pause(pause)
-        left = max(getattr(each, "pause_left", pause) for bucket in meant for each in _single(bucket))
+        left = max(getattr(each, "pause_left", pause) for bucket in meant for each in _parts(bucket))
         longer = f" (an earlier pause ends in {left:.3g} s)" if left > pause else ""
         done.append(f"paused for {pause:g} s{longer}")
     if order.resume:
         for bucket in meant:
-            for member in _single(bucket):
+            for member in _parts(bucket):
                 member.resume()
         done.append("resumed")
     what = ", ".join(done) + ("" if order.key is None else f", for key {order.key}")
@@ -152,12 +152,12 @@ def seconds_of(argument: str, value: float | str) -> float:
 def buckets_of(limit: Limit) -> Sequence[Any]:
     """Return the buckets that a limit takes from, as far as known without a job; of an `AllOf` each."""
     if limit.has_bucket or isinstance(limit.bucket, BucketPerKey):
-        return _single(limit.bucket)
+        return _parts(limit.bucket)
     return limit.buckets
 
 
-def _single(bucket: Any) -> list[Any]:
-    """Return the buckets of an `AllOf`, or the bucket itself."""
+def _parts(bucket: Any) -> list[Any]:
+    """Return the buckets of an `AllOf`, however nested, or the bucket itself."""
     return list(members(bucket))
 
 
@@ -192,10 +192,6 @@ def _numbers(bucket: Any) -> tuple[float, float]:
     return whole
 
 
-def _named(when_limited: Any) -> str:
-    return when_limited if isinstance(when_limited, str) else "fallback"
-
-
 def _meant(limit: Limit, order: Order) -> list[Any]:
     """Return what an order is for: the bucket, the `AllOf`, the `BucketPerKey`, or the buckets of a key."""
     whose = f"limit {record_of(limit).name}"
@@ -214,7 +210,7 @@ def _meant(limit: Limit, order: Order) -> list[Any]:
         if len(limit.buckets) != 1:
             raise ValueError(f"{whose} has no bucket of its own: a callable picks one for each job")
         bucket = limit.buckets[0]
-    if order.resume and not all(hasattr(member, "resume") for member in _single(bucket)):
+    if order.resume and not all(hasattr(member, "resume") for member in _parts(bucket)):
         raise ValueError(f"{whose}: a pause of {bucket!r} cannot be ended")
     return [bucket]
 
@@ -268,7 +264,7 @@ def _do(bucket: Any, what: str, **arguments: Any) -> None:
         raise ValueError(f"{bucket!r} could not be changed: {error!r}") from error
 
 
-def _number(value: float | str) -> float:
+def _capacity(value: float | str) -> float:
     if not isinstance(value, str):
         return value
     try:

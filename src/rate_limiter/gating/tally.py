@@ -1,7 +1,7 @@
 """What happened under each limit: observers learn every outcome of a job, and a tally counts them.
 
-Only the engine of a gate and the payment of the decorator call the observers; `steering` for changes, and
-`celery.parking` for what it moves.
+Observers are called by the engine of a gate, by the decorator as it pays and settles, by `steering` for changes, and
+by `celery.parked` for jobs that were moved. Nothing else calls them.
 """
 
 import logging

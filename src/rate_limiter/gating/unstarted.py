@@ -26,14 +26,15 @@ Job = TypeVar("Job")
 _MANY: Final = 64
 
 
-class _Jobs(Generic[Job]):
+class _Group(Generic[Job]):
     """The unstarted jobs of one bucket."""
 
     __slots__ = ("jobs", "kept_at", "tokens")
 
     def __init__(self, now: float) -> None:
-        #: Each with its tokens.
+        #: The tokens of each job.
         self.jobs: dict[Job, float] = {}
+        #: The sum of these.
         self.tokens = 0.0
         #: When the bucket's tokens and those of the jobs were last at most the capacity together.
         self.kept_at = now
@@ -50,57 +51,57 @@ class Unstarted(Generic[Job]):
 
     def __init__(self, is_unstarted: Callable[[Job], bool]) -> None:
         self._is_unstarted = is_unstarted
-        self._of: dict[Bucket, _Jobs[Job]] = {}
+        self._groups: dict[Bucket, _Group[Job]] = {}
         self._sweep_at = _MANY
 
     def jobs(self) -> list[Job]:
         """Return the jobs."""
-        return list(dict.fromkeys(job for of in self._of.values() for job in of.jobs))
+        return list(dict.fromkeys(job for group in self._groups.values() for job in group.jobs))
 
     def stops(self, demand: Demand) -> bool:
         """Tell whether a job is to wait until one that its bucket has let go has started."""
-        of = self._of.get(demand.bucket)
-        return of is not None and of.tokens + demand.tokens > demand.bucket.capacity
+        group = self._groups.get(demand.bucket)
+        return group is not None and group.tokens + demand.tokens > demand.bucket.capacity
 
     def add(self, job: Job, demands: Sequence[Demand], now: float) -> None:
         """Note a job that is let go now."""
         for bucket, tokens, _ in demands:
-            of = self._of.get(bucket)
-            if of is None:
-                of = self._of[bucket] = _Jobs(now)
-            of.jobs[job] = tokens
-            of.tokens += tokens
-        if len(self._of) >= self._sweep_at:
-            for bucket in list(self._of):
+            group = self._groups.get(bucket)
+            if group is None:
+                group = self._groups[bucket] = _Group(now)
+            group.jobs[job] = tokens
+            group.tokens += tokens
+        if len(self._groups) >= self._sweep_at:
+            for bucket in list(self._groups):
                 self.forget_ended(bucket)
-            self._sweep_at = max(_MANY, 2 * len(self._of))
+            self._sweep_at = max(_MANY, 2 * len(self._groups))
 
     def started(self, job: Job, demands: Sequence[Demand], now: float) -> None:
         """Note that a job starts now. One that is not there is passed over."""
         for bucket, tokens, limit in demands:
-            of = self._of.get(bucket)
-            if of is None or job not in of.jobs:
+            group = self._groups.get(bucket)
+            if group is None or job not in group.jobs:
                 continue
             # Up to the job's own tokens is less than what is not charged when it is the last one.
-            if len(of.jobs) > 1 and (now - of.kept_at) * bucket.tokens_per_second > tokens:
-                charge_refilled([Demand(bucket, of.tokens, limit)])
-                of.kept_at = now
-            self._remove(job, bucket, of)
+            if len(group.jobs) > 1 and (now - group.kept_at) * bucket.tokens_per_second > tokens:
+                charge_refilled([Demand(bucket, group.tokens, limit)])
+                group.kept_at = now
+            self._remove(job, bucket, group)
 
     def forget_ended(self, bucket: Bucket) -> None:
         """Forget the jobs of a bucket that have ended, or have started without being told of."""
-        of = self._of.get(bucket)
-        if of is not None:
-            for job in list(of.jobs):
+        group = self._groups.get(bucket)
+        if group is not None:
+            for job in list(group.jobs):
                 # The answer may come with a start that is told of meanwhile.
-                if not self._is_unstarted(job) and job in of.jobs:
-                    self._remove(job, bucket, of)
+                if not self._is_unstarted(job) and job in group.jobs:
+                    self._remove(job, bucket, group)
 
     def clear(self) -> None:
         """Forget all jobs."""
-        self._of.clear()
+        self._groups.clear()
 
-    def _remove(self, job: Job, bucket: Bucket, of: _Jobs[Job]) -> None:
-        of.tokens -= of.jobs.pop(job)
-        if not of.jobs:  # also for the rounding of the sum
-            del self._of[bucket]
+    def _remove(self, job: Job, bucket: Bucket, group: _Group[Job]) -> None:
+        group.tokens -= group.jobs.pop(job)
+        if not group.jobs:  # also for the rounding of the sum
+            del self._groups[bucket]

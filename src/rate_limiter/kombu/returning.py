@@ -20,9 +20,6 @@ logger = logging.getLogger("rate_limiter")
 #: Seconds after which a message that could not be sent is tried again.
 _TRY_AGAIN: Final = 1.0
 
-#: The most seconds to wait for the last confirmations: without them messages run twice.
-_FAREWELL: Final = 0.5
-
 
 class Returning:
     """The messages of one loop that wait for their turn.
@@ -68,7 +65,7 @@ class Returning:
 
     def wait(self) -> None:
         """Wait a moment for the last confirmations."""
-        self._relay.wait(_FAREWELL)
+        self._relay.farewell()
 
     def forget(self) -> None:
         """Forget all messages, with their connection."""

@@ -1,0 +1,47 @@
+"""What is done with kombu's channels of Redis that kombu has no method for."""
+
+from typing import Any
+
+from kombu.transport import virtual
+
+__all__ = ["forget", "is_redis", "read_again", "redis_client", "stop_reading"]
+
+
+def is_redis(channel: Any) -> bool:
+    """Tell whether a kombu channel is one of Redis."""
+    return hasattr(channel, "unacked_index_key")
+
+
+def redis_client(channel: Any) -> Any:
+    """Return a client for the Redis of a channel. It adds no ``global_keyprefix``."""
+    from redis import Redis  # noqa: PLC0415 - it is there if there is such a channel
+
+    # kombu's own client adds the prefix for some commands, and for others in other versions.
+    return Redis(connection_pool=channel.pool)
+
+
+def stop_reading(channel: Any) -> None:
+    """Have a channel ask for no more messages. A message that is on its way still comes."""
+    channel.qos.can_consume = _never
+
+
+def read_again(channel: Any) -> None:
+    """Have a channel ask for messages again, after `stop_reading`."""
+    channel.qos.__dict__.pop("can_consume", None)
+
+
+def forget(message: Any, state: str) -> None:
+    """Let the channel of a message count it no more. In Redis it is acknowledged, or put back, already.
+
+    Args:
+        message: The kombu message.
+        state: What kombu calls the message then: ``"ACK"`` or ``"REQUEUED"``.
+
+    """
+    # Redis's own class would ask the server too.
+    virtual.QoS.ack(message.channel.qos, message.delivery_tag)  # type: ignore[no-untyped-call]
+    message._state = state
+
+
+def _never() -> bool:
+    return False
