@@ -6,7 +6,7 @@ import time
 import pytest
 from harness import DEADLINE, wait_for
 from kombu.transport.redis import Channel
-from limits import SHORT_LEASE, break_connections, limit, start
+from limits import SHORT_LEASE, break_connections, limit, start, unacknowledged, waiting
 
 #: Slow enough for a test to do something while no job runs, and nothing of one is under way.
 RATE = 8
@@ -79,3 +79,26 @@ def test_no_job_is_lost_with_the_connection(lab, late, request):
     slack = 0 if lab.settings["broker_url"].startswith("redis") else 1
     assert len(lab.runs("job")) <= 40 + slack
     lab.assert_bound("job", capacity=1, rate=10)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "gevent"])
+def test_held_jobs_do_not_wait_for_one_that_runs(redis_lab, pool):
+    """Redis: a worker that stops warm puts them back at once, in order; another one runs them meanwhile."""
+    lab, count = redis_lab, 30
+    limits = (limit(rate=0.01, max_held=50),)
+    with start(lab, pool=pool, limits=limits) as worker:
+        lab.send("busy", 8)
+        lab.wait_for_runs("concurrency", 1)
+        for number in range(count):
+            lab.send("job", number)
+        wait_for(lambda: len(lab.runs("job")) == 1 and waiting(lab) == 0)
+        worker.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: waiting(lab) == count - 1)
+        assert worker.running
+        assert lab.runs("concurrency") == ["begin"]
+        with start(lab, gate=False, concurrency=1):
+            assert lab.wait_for_runs("job", count) == list(range(count))
+        worker.process.wait(DEADLINE)
+    assert lab.runs("concurrency") == ["begin", "end"]
+    assert waiting(lab) == 0
+    assert unacknowledged(lab) == 0

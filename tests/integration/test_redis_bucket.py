@@ -405,6 +405,9 @@ def test_a_shadow_is_refused(make, per_key):
             new_limit(bucket, shadow=True)
     with pytest.raises(ValueError, match="shadow is for a bucket in this process"):
         new_limit(per_key(1, 1), key="tenant", shadow=True)
+    limit = new_limit(lambda *_: make(1, 1), shadow=True)  # it is seen with the first job
+    with pytest.raises(ValueError, match="expected a bucket in this process, for a shadow"):
+        limit.demands(Call("task job", (), {}, None, None))
 
 
 def test_each_outage_begins_anew(own):

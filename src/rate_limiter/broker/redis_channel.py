@@ -1,10 +1,12 @@
 """What is done with kombu's channels of Redis that kombu has no method for."""
 
+import contextlib
+from queue import Empty
 from typing import Any
 
 from kombu.transport import virtual
 
-__all__ = ["forget", "is_redis", "read_again", "redis_client", "stop_reading"]
+__all__ = ["finish_reading", "forget", "is_redis", "read_again", "redis_client", "stop_reading"]
 
 
 def is_redis(channel: Any) -> bool:
@@ -23,6 +25,17 @@ def redis_client(channel: Any) -> Any:
 def stop_reading(channel: Any) -> None:
     """Have a channel ask for no more messages. A message that is on its way still comes."""
     channel.qos.can_consume = _never
+
+
+def finish_reading(channel: Any) -> None:
+    """Stop reading, and read the message that is on its way: it would take the place of one that is put back.
+
+    As kombu does when it closes a channel. It takes a second at most.
+    """
+    stop_reading(channel)
+    if channel._in_poll:
+        with contextlib.suppress(Empty):
+            channel._brpop_read()
 
 
 def read_again(channel: Any) -> None:

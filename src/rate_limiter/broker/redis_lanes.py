@@ -1,13 +1,11 @@
 """The lanes on one Redis: see `lanes`."""
 
-import contextlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from queue import Empty
 from typing import Any, Final
 
-from .redis_channel import redis_client, stop_reading
+from .redis_channel import finish_reading, redis_client
 
 __all__ = ["RedisLanes"]
 
@@ -69,11 +67,7 @@ class RedisLanes:
 
     def calm(self, channels: Iterable[Any]) -> None:  # noqa: D102
         for channel in channels:
-            stop_reading(channel)
-            # As kombu does when it closes a channel. It takes a second at most.
-            if channel._in_poll:
-                with contextlib.suppress(Empty):
-                    channel._brpop_read()
+            finish_reading(channel)
 
     def alone(self, queue: str) -> bool:  # noqa: D102
         return all(worker == self._worker for worker, _ in self._signs(queue))

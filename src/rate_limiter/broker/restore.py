@@ -12,13 +12,13 @@ channel.
 
 import functools
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from time import time
 from typing import Any, Final, NamedTuple
 
 from kombu.transport import memory, virtual
 
-from .redis_channel import is_redis, redis_client
+from .redis_channel import finish_reading, forget, is_redis, redis_client
 
 __all__ = ["Leftovers", "give_back", "restore_in_order"]
 
@@ -44,19 +44,37 @@ def restore_in_order(channel: Any) -> None:
             qos.restore_unacked = functools.partial(restore, qos, qos.restore_unacked)
 
 
-def give_back(channel: Any, messages: Iterable[Any]) -> None:
-    """Put held jobs back, where nobody else does when the channel closes: on ``memory://``.
+def give_back(channel: Any, messages: Iterable[Any], *, at_once: bool = False) -> None:
+    """Put held jobs back where it matters: on ``memory://`` nobody else does, when the channel closes.
 
     Args:
         channel: The channel that they came from. If it is closed already, nothing is done.
         messages: The messages, in any order.
+        at_once: On Redis do not wait for the channel to close. A worker that stops warm closes it when its last
+            job has ended. If it is killed before, Redis keeps its messages for ``visibility_timeout``. RabbitMQ
+            gives out the messages of a killed worker at once.
 
     """
-    if isinstance(channel, memory.Channel) and channel.connection is not None:
-        held = {message.delivery_tag: message for message in messages}
+    if channel.connection is None:
+        return
+    held = {message.delivery_tag: message for message in messages}
+    if isinstance(channel, memory.Channel):
         for tag in list(channel.qos._delivered):
             if tag in held:
                 held[tag].requeue()
+    elif at_once and held and is_redis(channel):
+        try:
+            _put_back_now(channel, held)
+        except Exception:
+            logger.warning("Could not put %d held jobs back at once", len(held), exc_info=True)
+
+
+def _put_back_now(channel: Any, held: Mapping[str, Any]) -> None:
+    finish_reading(channel)
+    with channel.conn_or_acquire() as client:
+        for tag in reversed([tag for tag in channel.qos._delivered if tag in held]):
+            channel.qos.restore_by_tag(tag, client=client)
+            forget(held[tag], "REQUEUED")
 
 
 class _Left(NamedTuple):

@@ -165,8 +165,9 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             self.division.stop()
             self.loop.stop()
             self.returning.stop()
-            self.parking.stop(forgotten, warm=_ends_warm(consumer))
-            self.window.stop(forgotten)
+            warm = _ends_warm(consumer)
+            self.parking.stop(forgotten, warm=warm)
+            self.window.stop(forgotten, warm=warm)
         if left := self.leftovers.collect(_running()):
             logger.info("%d jobs go back to their queues when Redis is there again", left)
         elif forgotten:

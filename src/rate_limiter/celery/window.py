@@ -140,11 +140,12 @@ class Window:
             for queue in queues:
                 self._static.consume_again(queue)
 
-    def stop(self, held: Sequence[Any]) -> None:
+    def stop(self, held: Sequence[Any], *, warm: bool) -> None:
         """Let go of the connection, which is closing or lost.
 
         Args:
             held: The requests that were held. They go back to the broker.
+            warm: The worker ends, and first lets the jobs end that run.
 
         """
         self._stopped = True
@@ -152,7 +153,7 @@ class Window:
         for timer in self._update_timer, self._lease_timer:
             if timer is not None:
                 self._consumer.timer.cancel(timer)
-        give_back(self._channel, [request.message for request in held])
+        give_back(self._channel, [request.message for request in held], at_once=warm)
 
     def _wanted(self) -> list[str]:
         """Return the queues that are to be consumed again."""

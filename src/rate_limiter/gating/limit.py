@@ -252,6 +252,9 @@ class Limit:
             raise ValueError(self._complaint("bucket", call.job, bucket, "a bucket"))
         if self.buckets and not all(member in self.buckets for member in members(bucket)):
             raise ValueError(self._complaint("bucket", call.job, bucket, "one of buckets=…"))
+        if self.shadow and any(map(is_in_redis, members(bucket))):
+            expected = "a bucket in this process, for a shadow"
+            raise ValueError(self._complaint("bucket", call.job, bucket, expected))
         return bucket
 
     def _of_job(self, argument: str, source: Any, call: Call) -> Any:
