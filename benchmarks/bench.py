@@ -90,6 +90,14 @@ class Bench:
         self.report(what, text, target, ok, **{"ratio" if unit == "x" else "value": measured})
         self.failed = self.failed or (must and not ok)
 
+    @contextlib.contextmanager
+    def left_out(self, what: str) -> Iterator[None]:
+        """Leave out a peer that is not installed, and say so."""
+        try:
+            yield
+        except ImportError as error:
+            self.report(what, f"not installed: {error.name}")
+
     def picture(
         self,
         name: str,
@@ -155,7 +163,7 @@ def about(short: bool) -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), cpu)
     return {
-        "date": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
+        "date": f"{dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M}",
         "short": short,
         "commit": commit(),
         "CPU": cpu or platform.machine(),

@@ -20,6 +20,7 @@ from typing import ClassVar, Final
 
 import kombu.utils.limits
 from bench import Bench, Part, main
+from redis_takers import IN_MEMORY, PEERS
 
 from rate_limiter import TokenBucket
 
@@ -197,6 +198,16 @@ def one_thread(bench: Bench) -> None:
             bench.number(f"time of allow(), {verdict}, to {name}", ours / other, target)
 
 
+def peers(bench: Bench) -> None:
+    """Compare the time of a call of `allow` that grants with that of other libraries."""
+    ours = TokenBucket(1e6, 1e6).allow
+    for name in IN_MEMORY:
+        with bench.left_out(what := f"time of allow(), granted, to {name}"):
+            asked = [partial(timeit, ask, number=100) for ask in (ours, PEERS[name]("", 10**6, 10**6))]
+            (least, *_), (other, *_) = interleaved(100 if bench.short else 1000, *asked)
+            bench.number(what, least / other)
+
+
 def eight_threads(bench: Bench) -> None:
     """Compare how many calls of `allow` eight threads make."""
     asked = [partial(time_with_8_threads, kind) for kind in (TokenBucket, Floor, Textbook)]
@@ -236,7 +247,7 @@ def bound(bench: Bench) -> None:
 
 
 PARTS: Final[dict[str, Part]] = {
-    part.__name__: part for part in (one_thread, eight_threads, waits, heavy)
+    part.__name__: part for part in (one_thread, peers, eight_threads, waits, heavy)
 }
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ class _Chart:
         self.height = self.plot_top + PLOT + BOTTOM
         columns = zip(*self.curves.values(), strict=True)
         highest = max(map(sum if look.stacked else max, columns))
-        self.top = 1.08 * (min(highest, CUT * self.limit) if self.limit else highest)
+        self.top = 1.08 * (min(highest, CUT * self.limit) if self.limit else highest) or 1
 
     def parts(self) -> Iterator[str]:
         """Draw it."""
@@ -150,7 +150,7 @@ class _Chart:
 
     def _setup(self) -> str:
         about, broker = self.about, self.data["on"]
-        words = f"{broker} {about[broker]}, celery {about['celery']}, Python {about['Python']}; {about['date']}"
+        words = f"{broker} {about[broker]}, celery {about['celery']}, Python {about['Python']}; {about['date'][:10]}"
         return words + (", a short run" if about["short"] else "")
 
     def _entries(self) -> list[Curve]:

@@ -50,7 +50,7 @@ def speed(bench: Bench) -> None:
             "RedisTokenBucket.allow, refused": empty.allow,
         }
         for name, make in PEERS.items():
-            with left_out(bench, f"speed: {name}"):
+            with bench.left_out(f"speed: {name}"):
                 contestants[name] = make(server.url, 1_000_000, 1_000_000)
         for take in contestants.values():
             if not take() and take != empty.allow:
@@ -68,15 +68,6 @@ def speed(bench: Bench) -> None:
             )
 
 
-@contextlib.contextmanager
-def left_out(bench: Bench, what: str) -> Iterator[None]:
-    """Leave out a peer that is not installed, and say so."""
-    try:
-        yield
-    except ImportError as error:
-        bench.report(what, f"not installed: {error.name}")
-
-
 # -- bound ----------------------------------------------------------------------------------------
 
 PROCESSES, THREADS, RATE = 4, 2, 500
@@ -91,7 +82,7 @@ def bound(bench: Bench) -> None:
                 took(bench, server, kind, 20, seconds, clocks)
             for kind in OURS | PEERS:
                 if kind != "RedisTokenBucket.wait":
-                    with left_out(bench, f"bound: {kind}"):
+                    with bench.left_out(f"bound: {kind}"):
                         took(bench, server, kind, RATE, seconds, clocks)
 
 

@@ -128,7 +128,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 def write(bench: Bench) -> None:
     """Write the results, and draw the pictures by them."""
-    name = bench.about["date"] + ("-short" if bench.short else "")
+    name = bench.about["date"][:10] + ("-short" if bench.short else "")
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     bench.save(path)
