@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -221,14 +221,25 @@ def benching(options: argparse.Namespace, say: Callable[[str], object]) -> Itera
         yield bench
 
 
-def main(description: str | None, parts: Mapping[str, Part]) -> int:
-    """Run a benchmark by itself, by its command line; return its exit status."""
+def main(description: str | None, parts: Mapping[str, Part], long: Collection[str] = ()) -> int:
+    """Run a benchmark by itself, by its command line.
+
+    Args:
+        description: What it is.
+        parts: By their names.
+        long: The names of those that run only if they are named.
+
+    Returns:
+        The exit status.
+
+    """
     parser = command_line(f"{description}\nParts: {', '.join(parts)}")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(parts):
         parser.error(f"unknown part {', '.join(sorted(unknown))}; expected {', '.join(parts)}")
     with benching(options, partial(print, flush=True)) as bench:
-        bench.measure({name: parts[name] for name in options.parts or parts})
+        names = options.parts or [name for name in parts if name not in long]
+        bench.measure({name: parts[name] for name in names})
         if options.json:
             bench.save(options.json)
     return int(bench.failed)

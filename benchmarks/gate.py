@@ -28,6 +28,7 @@ import psutil
 from bench import Bench, Part, main, per_second
 from celery import Celery
 from celery.worker.consumer.tasks import Tasks
+from gate_behind import behind, passing
 from gate_cluster import cluster, divided
 from gate_cut import cut, loop
 from gate_lab import (
@@ -43,7 +44,7 @@ from gate_lab import (
 )
 from gate_operate import operate
 from gate_outage import outage
-from gate_park import PARK, QUEUES, behind_limited, last, park
+from gate_park import PARK, QUEUES, park
 
 from rate_limiter import TokenBucket
 from rate_limiter.celery import Gate, throttle
@@ -155,58 +156,6 @@ def rates(bench: Bench) -> None:
             {name: per_second(ran, 0, seconds) for name, ran in curves.items()},
             limit=100,
         )
-
-
-# -- jobs behind limited ones ---------------------------------------------------------------------
-
-
-def behind(bench: Bench) -> None:
-    """Measure how long unlimited jobs wait behind limited ones in the same queue, with the defaults."""
-    pools = ("prefork", "threads", "gevent")
-    for kind, (name, conf) in QUEUES.items():
-        for pool in pools if name in bench.brokers else ():
-            server, what = bench.server(name), f"behind {kind} {pool}"
-            free, held = behind_limited(server, 200, 15, 4 if bench.short else 20, pool=pool, conf=conf)
-            ran, seconds = len(free), last(free)
-            bench.report(
-                f"{what}: 50 behind 200 at 2/s",
-                f"{ran}/50 in {seconds:.2f} s",
-                "50 in 1 s",
-                ran == 50 and seconds <= 1,
-                jobs=ran,
-                seconds=seconds,
-            )
-            numbers = [each.number for each in held]
-            # The first one starts with the pool's processes, late.
-            rate = rate_of([each.moment for each in held[1:]])
-            bench.report(
-                "  the limited ones", f"{rate:.3f}/s", "1.95 .. 2.02/s", 1.95 <= rate <= 2.02, rate=rate
-            )
-            bench.must(
-                "  in order, and once each",
-                f"{len(numbers)} runs, {len(set(numbers))} jobs",
-                "",
-                numbers == list(range(len(numbers))),
-            )
-            # On gevent a worker without a gate runs some ten jobs a second (see `Loop`).
-            cut_off = 20 if bench.short else 120
-            free, _ = behind_limited(server, 900, cut_off, pool=pool, conf=conf, gate=False)
-            without = min(last(free), cut_off)
-            free, _ = behind_limited(server, 900, 60, pool=pool, conf=conf)
-            ran, seconds = len(free), last(free)
-            bench.report(
-                f"{what}: 50 behind 900 at 2/s",
-                f"{ran}/50 in {seconds:.2f} s, without a gate {without:.2f} s",
-                f"50 in {1.5 * without + 1:.2f} s",
-                ran == 50 and seconds <= 1.5 * without + 1,
-                jobs=ran,
-                seconds=seconds,
-                without=without,
-            )
-    if not bench.short:
-        server = bench.servers()[0]
-        free, _ = behind_limited(server, 200, 30, native="2/s")
-        bench.report(f"behind {server.name} prefork, native", f"{len(free)}/50 in 30 s", jobs=len(free))
 
 
 # -- starts, while the pool is busy ----------------------------------------------------------------
@@ -902,24 +851,11 @@ def overhead(bench: Bench) -> None:
 PARTS: Final[dict[str, Part]] = {
     part.__name__: part
     for part in (
-        *(
-            rates,
-            behind,
-            starts,
-            decorator,
-            tenants,
-            asks,
-            workers,
-            cluster,
-            divided,
-            cut,
-            loop,
-            longest,
-        ),
-        *(tally, memory, kills, leases, operate, outage, alone, overhead, park),
+        *(rates, behind, passing, starts, decorator, tenants, asks, workers),
+        *(cluster, divided, cut, loop, longest, tally, memory, kills, leases),
+        *(operate, outage, alone, overhead, park),
     )
 }
-
 
 if __name__ == "__main__":
     sys.exit(main(__doc__, PARTS))

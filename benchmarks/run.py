@@ -58,7 +58,7 @@ PARTS: Final[dict[str, Part]] = {
 #: What a run without names measures: what has a peer, or shows what it costs. The others look for faults, or take long.
 PLAN: Final = (
     *("core", "shared", "keys"),
-    *("gate.rates", "gate.park", "gate.alone", "gate.cluster", "gate.cut"),
+    *("gate.rates", "gate.passing", "gate.alone", "gate.cluster", "gate.cut"),
     *("kombu_gate.passing", "kombu_gate.rates", "kombu_gate.cost"),
     *("redis_bucket.speed", "redis_bucket.bound"),
 )
