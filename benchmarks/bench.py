@@ -171,7 +171,8 @@ def about(short: bool) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 1),
         "system": f"{platform.system()} {platform.machine()}",
         "Python": platform.python_version(),
-        **{name: version(name) for name in ("celery", "kombu", "redis")},
+        **{name: version(name) for name in ("celery", "kombu")},
+        "redis-py": version("redis"),
     }
 
 

@@ -117,4 +117,5 @@ def passing(bench: Bench) -> None:
             jobs=len(moments),
         )
     curves = {name: finished(moments, SEEN, 0.1) for name, moments in ran.items()}
-    bench.picture("behind", server, 0, 0.1, curves, free=50, limited=2_000, limit=2)
+    held = WAYS["hold"]["max_held"]
+    bench.picture("behind", server, 0, 0.1, curves, free=50, limited=2_000, of=2, held=held)

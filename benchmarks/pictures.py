@@ -58,13 +58,13 @@ LOOKS: Final = {
         {"native": Curve("Celery's rate_limit", ORANGE), "gate": Curve("the gate", BLUE)},
     ),
     "behind": Look(
-        "{free} jobs without a limit behind {limited:,} limited to {limit}/s",
+        "{free} jobs without a limit behind {limited:,} limited to {of}/s",
         _READY,
         "jobs without a limit that ran",
         {
             "native": Curve("Celery's rate_limit", ORANGE),
-            "default": Curve("the gate, which holds 1,000", BLUE, "3 5"),
-            "hold": Curve("the gate, max_held=3000", BLUE),
+            "default": Curve("the gate, max_held as it is", BLUE, "3 5"),
+            "hold": Curve("the gate, max_held={held}", BLUE),
             "park": Curve('the gate, overflow="park"', GREEN),
             "none": Curve("nothing is limited", PURPLE, "9 5"),
         },
@@ -114,7 +114,7 @@ class _Chart:
     def __init__(self, look: Look, data: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         self.look, self.data, self.about = look, data, about
         self.curves: dict[str, list[float]] = data["curves"]
-        self.limit = data.get("limit", 0) if "per second" in look.y else 0
+        self.limit = data.get("limit", 0)  # with a limit the values are rates
         self.middle = 0.5 if self.limit else 0.0  # a rate is that of the time around its point
         self.begin, self.every = data["begin"], data["every"]
         points = len(next(iter(self.curves.values())))
@@ -167,7 +167,7 @@ class _Chart:
                 yield _box(left, height - 11, 24, 12, curve.colour)
             else:
                 yield _line((left, height - 5), (left + 24, height - 5), curve.colour, curve.dashes, 3)
-            yield _text(left + 32, height, curve.words)
+            yield _text(left + 32, height, curve.words.format(**self.data))
 
     def _x(self, second: float) -> float:
         return LEFT + (second - self.begin) / (self.end - self.begin) * (WIDTH - LEFT - RIGHT)
