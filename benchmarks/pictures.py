@@ -63,7 +63,7 @@ LOOKS: Final = {
         "jobs without a limit that ran",
         {
             "native": Curve("Celery's rate_limit", ORANGE),
-            "default": Curve("the gate, max_held as it is", BLUE, "3 5"),
+            "default": Curve("the gate, default max_held", BLUE, "3 5"),
             "hold": Curve("the gate, max_held={held}", BLUE),
             "park": Curve('the gate, overflow="park"', GREEN),
             "none": Curve("nothing is limited", PURPLE, "9 5"),

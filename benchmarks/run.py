@@ -19,7 +19,7 @@
 """Runs the benchmarks beside their peers, writes the results, and draws the pictures of the README and the site.
 
 uv run benchmarks/run.py                     # what compares, about half an hour
-uv run benchmarks/run.py --short             # the same, roughly, in about eight minutes
+uv run benchmarks/run.py --short             # the same, roughly, in about ten minutes
 uv run benchmarks/run.py core gate.rates     # a file, a part: prints only
 uv run benchmarks/run.py --list              # the names of all parts
 
