@@ -206,8 +206,8 @@ class _Chart:
                 f'stroke-linejoin="round"{_dashes(curve.dashes)}/>'
             )
             if (highest := max(values)) > self.top:
-                x, y = points[values.index(highest)]
-                yield _text(x + 8, y + 34, f"up to {highest:,.0f}/s", colour=curve.colour)
+                x, y = [at for at, value in zip(points, values, strict=True) if value > self.top][-1]
+                yield _text(x + 14, y + 34, f"up to {highest:,.0f}/s", colour=curve.colour)
 
     def _bars(self) -> Iterator[str]:
         width = self._x(self.every) - self._x(0)
