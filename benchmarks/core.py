@@ -1,6 +1,6 @@
 """How cheap, exact and fair `TokenBucket` is, beside its peers in the same run.
 
-    uv run benchmarks/core.py [--short]
+uv run benchmarks/core.py [--short] [part ...]
 
 What is compared takes turns in many short rounds, and the best round of each counts. Results are
 ratios within this run, so that the machine matters little; a busy one misses some targets all the
@@ -9,7 +9,6 @@ same. Only a bucket that granted more than ``capacity + rate * t`` makes it exit
 
 import contextlib
 import math
-import os
 import statistics
 import sys
 import threading
@@ -17,13 +16,14 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from timeit import timeit
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import kombu.utils.limits
+from bench import Bench, Part, main
+from redis_takers import IN_MEMORY, PEERS
 
 from rate_limiter import TokenBucket
 
-SHORT = "--short" in sys.argv
 RATE = 200
 JOBS = 320
 
@@ -184,53 +184,71 @@ def heavy_waiter() -> float:
     return seconds
 
 
-def line(what: str, measured: float, target: str = "", unit: str = "x") -> None:
-    """Print a result, its target (such as ``<= 0.6``) and whether it is met."""
-    relation, _, bound = target.partition(" ")
-    met = measured >= float(bound) if relation == ">=" else measured <= float(bound or math.inf)
-    verdict = f"{target:<9}{'ok' if met else 'MISS'}" if target else ""
-    print(f"  {what:<50}{measured:8.3f} {unit:<8}{verdict}".rstrip(), flush=True)
-
-
-def main() -> int:
-    print(f"Python {sys.version.split()[0]}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
+def one_thread(bench: Bench) -> None:
+    """Compare the time of a call of `allow` in one thread."""
     kinds = (TokenBucket, Floor, Textbook, Kombu)
     names = ("clock and lock alone", "the textbook bucket", "kombu's, under a lock")
-    print("allow(), one thread: time per call")
     for verdict, bucket, targets in (
         ("granted", (1e9, 1e5), ("<= 1.7", "<= 0.85", "")),  # neither full nor empty
         ("refused", (10, 10), ("<= 0.6", "", "")),  # empty, but for one call in many thousands
     ):
         asked = [partial(timeit, kind(*bucket).allow, number=1000) for kind in kinds]
-        (ours, *_), *others = interleaved(400 if SHORT else 2000, *asked)
+        (ours, *_), *others = interleaved(400 if bench.short else 2000, *asked)
         for name, (other, *_), target in zip(names, others, targets, strict=True):
-            line(f"{verdict}, against {name}", ours / other, target)
+            bench.number(f"time of allow(), {verdict}, to {name}", ours / other, target)
 
-    print("allow(), 8 threads: calls per second")
+
+def peers(bench: Bench) -> None:
+    """Compare the time of a call of `allow` that grants with that of other libraries."""
+    ours = TokenBucket(1e6, 1e6).allow
+    for name in IN_MEMORY:
+        with bench.left_out(what := f"time of allow(), granted, to {name}"):
+            asked = [partial(timeit, ask, number=100) for ask in (ours, PEERS[name]("", 10**6, 10**6))]
+            (least, *_), (other, *_) = interleaved(100 if bench.short else 1000, *asked)
+            bench.number(what, least / other)
+
+
+def eight_threads(bench: Bench) -> None:
+    """Compare how many calls of `allow` eight threads make."""
     asked = [partial(time_with_8_threads, kind) for kind in (TokenBucket, Floor, Textbook)]
-    ours, floor, textbook = interleaved(3 if SHORT else 9, *asked)
-    line("granted, against clock and lock alone", floor[0] / ours[0])
+    ours, floor, textbook = interleaved(3 if bench.short else 9, *asked)
+    what = "calls of 8 threads, to"
+    bench.number(f"{what} clock and lock alone", floor[0] / ours[0])
     # Its threads queue up at the lock, which is worst where they run on two idle CPUs.
-    line("granted, against the textbook bucket", textbook[0] / ours[0], ">= 2.5")
-    line("granted, against it, median rounds", statistics.median(textbook) / statistics.median(ours))
+    bench.number(f"{what} the textbook bucket", textbook[0] / ours[0], ">= 2.5")
+    medians = statistics.median(textbook) / statistics.median(ours)
+    bench.number(f"{what} the textbook bucket, median rounds", medians)
 
-    print(f"wait(), 16 threads, {RATE}/s: jobs per second")
+
+def waits(bench: Bench) -> None:
+    """Compare 16 threads in `wait` with one that sleeps exactly."""
     for capacity, target in (1, ">= 0.98"), (10, ">= 0.99"):
-        waits = partial(sixteen_waiters, capacity), partial(one_sleeper, capacity)
-        (ours, *_), (sleeper, *_) = interleaved(1 if SHORT else 4, *waits)
-        line(f"capacity {capacity}, against one exact sleeper", sleeper / ours, target)
-        line("against the set rate", 1 / ours / RATE)
+        measures = partial(sixteen_waiters, capacity), partial(one_sleeper, capacity)
+        (ours, *_), (sleeper, *_) = interleaved(1 if bench.short else 4, *measures)
+        what = f"rate of 16 in wait(), capacity {capacity}, to"
+        bench.number(f"{what} one exact sleeper", sleeper / ours, target)
+        bench.number(f"{what} the set {RATE}/s", 1 / ours / RATE)
+    bound(bench)
 
-    print(f"wait(10), capacity 10, {RATE}/s, beside 6 threads in wait(): gets through after")
-    (seconds,) = interleaved(5 if SHORT else 15, heavy_waiter)
-    line("median", statistics.median(seconds), "<= 0.12", "s")
-    line("longest", seconds[-1], "<= 0.12", "s")
 
-    print("all waits, in the worst span of time")
+def heavy(bench: Bench) -> None:
+    """Measure how long a waiter for all tokens waits, beside six threads that keep taking one."""
+    (seconds,) = interleaved(5 if bench.short else 15, heavy_waiter)
+    bench.number("wait(10) of 10, median", statistics.median(seconds), "<= 0.12", "s")
+    bench.number("wait(10) of 10, longest", seconds[-1], "<= 0.12", "s")
+    bound(bench)
+
+
+def bound(bench: Bench) -> None:
+    """Look at all waits of a part in their worst span of time."""
     excess = max(bucket.excess() for bucket in Recording.made)
-    line("taken beyond capacity + rate * t", excess, "<= 1e-6", "tokens")
-    return 1 if excess > 1e-6 else 0
+    bench.number("taken beyond capacity + rate * t", excess, "<= 1e-6", "tokens", must=True)
+    Recording.made.clear()
 
+
+PARTS: Final[dict[str, Part]] = {
+    part.__name__: part for part in (one_thread, peers, eight_threads, waits, heavy)
+}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, PARTS))

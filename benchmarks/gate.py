@@ -6,38 +6,36 @@ uv run benchmarks/gate.py rates --broker redis  # one part, one broker
 
 It starts a redis-server and a RabbitMQ node of its own. Each line is one measurement, with its target
 and whether it is met. The exit status is 1 if a limit ever let more through than it may, or a job was
-lost that should not be, or a part could not be measured; a missed target is only printed.
+lost that should not be, or a part could not be measured; a missed target is only printed. run.py draws pictures
+of `rates`, `passing`, `cluster` and `cut`.
 """
 
-import argparse
 import contextlib
-import json
 import math
 import os
 import random
-import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
 import psutil
+from bench import Bench, Part, main, per_second
 from celery import Celery
 from celery.worker.consumer.tasks import Tasks
-from gate_cluster import cluster
+from gate_behind import behind, passing
+from gate_cluster import cluster, divided
 from gate_cut import cut, loop
 from gate_lab import (
     BROKERS,
     WARM_UP,
     LabError,
-    Ran,
     Run,
     Server,
     cost,
@@ -58,58 +56,6 @@ from rate_limiter.testing import ManualClock
 
 #: Seconds by which a task may note its start late: the gate lets a job go, and the pool starts it later.
 LATE: Final = 0.05
-
-
-class Bench:
-    """The servers and settings of a benchmark, and its results.
-
-    Args:
-        directory: For the servers.
-        options: The command line.
-
-    """
-
-    def __init__(self, directory: Path, options: argparse.Namespace) -> None:
-        self.directory = directory
-        self.short: bool = options.short
-        self.svg: Path | None = options.svg
-        self.brokers = [name for name in BROKERS if options.broker in (name, "both")]
-        self.results: list[dict[str, Any]] = []
-        self.failed = False
-        self.stack = contextlib.ExitStack()
-        self._servers: dict[str, Server] = {}
-
-    def servers(self) -> list[Server]:
-        """Return the brokers, started."""
-        return [self.server(name) for name in self.brokers]
-
-    def server(self, name: str) -> Server:
-        """Return one broker, started."""
-        if name not in self._servers:
-            self._servers[name] = self.stack.enter_context(BROKERS[name](self.directory))
-        return self._servers[name]
-
-    def report(
-        self, what: str, measured: str, target: str = "", ok: bool | None = None, **values: Any
-    ) -> None:
-        """Print one measurement, and keep it with its plain ``values``."""
-        verdict = {None: "", True: "ok", False: "MISS"}[ok]
-        print(f"{what:<46} {measured:<44} {target:<22} {verdict}".rstrip(), flush=True)
-        self.results.append({"what": what, "measured": measured, "target": target, "ok": ok} | values)
-
-    def must(self, what: str, measured: str, target: str, ok: bool, **values: Any) -> None:
-        """Report what may not be missed."""
-        self.report(what, measured, target, ok, **values)
-        self.failed = self.failed or not ok
-
-    def measure(self, names: Sequence[str], parts: Mapping[str, Callable[["Bench"], None]]) -> None:
-        """Measure some parts, or all; stop the servers in the end."""
-        with self.stack:
-            for name in names or parts:
-                try:
-                    parts[name](self)
-                except LabError as error:
-                    self.must(f"{name}: not measured", str(error), "", ok=False)
 
 
 # -- rates ----------------------------------------------------------------------------------------
@@ -197,7 +143,6 @@ def rates(bench: Bench) -> None:
     """Measure limits with a backlog that is there from the start."""
     plan = [(20, 5), (100, 5)] if bench.short else [(2, 60), (20, 30), (100, 30), (400, 30)]
     natively = [(100, 5)] if bench.short else [(20, 30), (100, 30)]
-    svg = bench.svg or (None if bench.short else Path(__file__).with_name("gate.svg"))
     for server in bench.servers():
         free = ungated_rate(bench, server)
         ours = {
@@ -205,140 +150,13 @@ def rates(bench: Bench) -> None:
             for rate, seconds in plan
         }
         native = {rate: native_rate(bench, server, rate, seconds) for rate, seconds in natively}
-        if svg is not None:
-            svg.write_text(picture(ours[100], native[100], dict(plan)[100], server.name))
-            print(f"  drawn to {svg}")
-            svg = None  # one broker is enough
-
-
-# -- the picture ----------------------------------------------------------------------------------
-
-
-def picture(ours: list[float], native: list[float], seconds: int, broker: str) -> str:
-    """Draw jobs per second over time, in colours that are legible on dark and on light."""
-    left, right, top, bottom, width, height = 56, 150, 44, 46, 760, 320
-    grey, blue, orange = "#7d8590", "#2f81f7", "#db6d28"
-    across, up = (width - left - right) / seconds, (height - top - bottom) / 125
-
-    def x(second: float) -> str:
-        return f"{left + second * across:.1f}"
-
-    def y(jobs: float) -> str:
-        return f"{height - bottom - min(jobs, 125) * up:.1f}"
-
-    def text(at: tuple[str, str], words: str, anchor: str = "middle", colour: str = grey) -> str:
-        return f'<text x="{at[0]}" y="{at[1]}" text-anchor="{anchor}" fill="{colour}">{words}</text>'
-
-    def line(a: tuple[str, str], b: tuple[str, str], style: str) -> str:
-        return f'<line x1="{a[0]}" y1="{a[1]}" x2="{b[0]}" y2="{b[1]}" stroke="{grey}" {style}/>'
-
-    def curve(moments: list[float], colour: str, name: str) -> list[str]:
-        per_second = Counter(int(moment) for moment in moments)
-        bins = [per_second[second] for second in range(seconds)]
-        points = " ".join(f"{x(i + 0.5)},{y(jobs)}" for i, jobs in enumerate(bins))
-        label = (f"{width - right + 8}", f"{float(y(bins[-1])) + 4:.1f}")
-        return [
-            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5"/>',
-            text(label, name, "start", colour),
-        ]
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
-        '<g font-family="system-ui, sans-serif" font-size="13">',
-        "<title>Jobs per second under a limit of 100/s: rate-limiter's gate and rate_limit</title>",
-        text((f"{left}", "20"), f"Limit 100/s, {broker}, a backlog from the start", "start"),
-    ]
-    for jobs in (0, 25, 50, 75, 100, 125):
-        style = 'stroke-opacity="0.3"' if jobs != 100 else 'stroke-dasharray="5 4"'
-        parts.append(line((x(0), y(jobs)), (x(seconds), y(jobs)), style))
-        parts.append(text((f"{left - 8}", f"{float(y(jobs)) + 4:.1f}"), f"{jobs}", "end"))
-    ticks = range(0, seconds + 1, 5 if seconds > 10 else 1)
-    parts += [text((x(second), f"{height - bottom + 18}"), f"{second}") for second in ticks]
-    middle = f"{(top + height - bottom) / 2:.0f}"
-    parts += [
-        text((x(seconds / 2), f"{height - 8}"), "seconds since the worker was ready"),
-        f'<g transform="rotate(-90 14 {middle})">{text(("14", middle), "jobs per second")}</g>',
-        *curve(native, orange, "Celery's rate_limit"),
-        *curve(ours, blue, "the gate"),
-        "</g></svg>",
-    ]
-    return "\n".join(parts) + "\n"
-
-
-# -- jobs behind limited ones ---------------------------------------------------------------------
-
-
-def seconds_behind(
-    server: Server, limited: int, cut_off: float, then: float = 0.0, **options: Any
-) -> tuple[int, float, list[Ran]]:
-    """Return how many of 50 unlimited jobs ran behind limited ones, when the last did, and the limited.
-
-    Args:
-        server: The broker.
-        limited: How many jobs of 2/s are before the others.
-        cut_off: Seconds from the worker's start after which no more of the others are waited for.
-        then: For so many seconds more limited ones run.
-        options: Of the `Run`.
-
-    """
-    with Run(server, **({"rate": 2, "capacity": 1} | options)) as run:
-        run.send("limited", limited)
-        run.send("free", 50)
-        run.start()
-        ready = run.ready()
-        run.wait("free", 50, cut_off)
-        ran = run.moments("free")
-        time.sleep(then)
-        return len(ran), (ran[-1] - ready if ran else math.inf), run.ran("limited")
-
-
-def behind(bench: Bench) -> None:
-    """Measure how long unlimited jobs wait behind limited ones in the same queue, with the defaults."""
-    pools = ("prefork", "threads", "gevent")
-    for kind, (name, conf) in QUEUES.items():
-        for pool in pools if name in bench.brokers else ():
-            server, what = bench.server(name), f"behind {kind} {pool}"
-            ran, seconds, held = seconds_behind(
-                server, 200, 15, 4 if bench.short else 20, pool=pool, conf=conf
-            )
-            bench.report(
-                f"{what}: 50 behind 200 at 2/s",
-                f"{ran}/50 in {seconds:.2f} s",
-                "50 in 1 s",
-                ran == 50 and seconds <= 1,
-                jobs=ran,
-                seconds=seconds,
-            )
-            numbers = [each.number for each in held]
-            # The first one starts with the pool's processes, late.
-            rate = rate_of([each.moment for each in held[1:]])
-            bench.report(
-                "  the limited ones", f"{rate:.3f}/s", "1.95 .. 2.02/s", 1.95 <= rate <= 2.02, rate=rate
-            )
-            bench.must(
-                "  in order, and once each",
-                f"{len(numbers)} runs, {len(set(numbers))} jobs",
-                "",
-                numbers == list(range(len(numbers))),
-            )
-            # On gevent a worker without a gate runs some ten jobs a second (see `Loop`).
-            cut_off = 20 if bench.short else 120
-            _, without, _ = seconds_behind(server, 900, cut_off, pool=pool, conf=conf, gate=False)
-            without = min(without, cut_off)
-            ran, seconds, _ = seconds_behind(server, 900, 60, pool=pool, conf=conf)
-            bench.report(
-                f"{what}: 50 behind 900 at 2/s",
-                f"{ran}/50 in {seconds:.2f} s, without a gate {without:.2f} s",
-                f"50 in {1.5 * without + 1:.2f} s",
-                ran == 50 and seconds <= 1.5 * without + 1,
-                jobs=ran,
-                seconds=seconds,
-                without=without,
-            )
-    if not bench.short:
-        server = bench.servers()[0]
-        ran, seconds, _ = seconds_behind(server, 200, 30, native="2/s")
-        bench.report(f"behind {server.name} prefork, native", f"{ran}/50 in 30 s", jobs=ran)
+        curves = {"gate": ours[100], "native": native[100]}
+        seconds = dict(plan)[100]
+        bench.picture(
+            *("rate", server, 0, 1),
+            {name: per_second(ran, 0, seconds) for name, ran in curves.items()},
+            limit=100,
+        )
 
 
 # -- starts, while the pool is busy ----------------------------------------------------------------
@@ -899,6 +717,10 @@ def fake_consumer(app: Celery) -> Any:
         hub=SimpleNamespace(call_soon=nothing, _waker=None),
         timer=SimpleNamespace(call_at=nothing, call_after=nothing, cancel=nothing),
         pool=SimpleNamespace(is_green=False),
+        hostname="bench@alone",
+        gossip=SimpleNamespace(enabled=False, on_message=nothing),
+        create_task_handler=lambda: nothing,
+        call_soon=nothing,
         controller=None,
         event_dispatcher=None,
         qos=FakeQoS(),
@@ -923,7 +745,7 @@ def best(rounds: int, calls: int, action: Callable[[], None]) -> float:
     return min(times)
 
 
-def gate_alone(bench: Bench) -> None:
+def alone(bench: Bench) -> None:
     """Measure the code of the gate by itself, beyond the call that it stands in for."""
     rounds, calls = (5, 5_000) if bench.short else (25, 20_000)
     clock = ManualClock()
@@ -997,8 +819,7 @@ COSTS: Final[dict[str, tuple[float, str, dict[str, Any], dict[str, Any]]]] = {
 
 
 def overhead(bench: Bench) -> None:
-    """Measure what the gate costs, alone and as a part of a worker."""
-    gate_alone(bench)
+    """Measure what the gate costs as a part of a worker."""
     if "redis" not in bench.brokers:
         return
     server = bench.server("redis")
@@ -1028,40 +849,14 @@ def overhead(bench: Bench) -> None:
 
 # -------------------------------------------------------------------------------------------------
 
-PARTS: Final[dict[str, Callable[[Bench], None]]] = {
+PARTS: Final[dict[str, Part]] = {
     part.__name__: part
     for part in (
-        *(rates, behind, starts, decorator, tenants, asks, workers, cluster, cut, loop, longest),
-        *(tally, memory, kills, leases, operate, outage, overhead, park),
+        *(rates, behind, passing, starts, decorator, tenants, asks, workers),
+        *(cluster, divided, cut, loop, longest, tally, memory, kills, leases),
+        *(operate, outage, alone, overhead, park),
     )
 }
 
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--short", action="store_true", help="quick and rough")
-    parser.add_argument("--broker", choices=[*BROKERS, "both"], default="both")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the picture of `rates` there")
-    options = parser.parse_args()
-    if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"unknown part {', '.join(sorted(unknown))}; expected {', '.join(PARTS)}")
-    return options
-
-
-def main() -> int:
-    options = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave by way of the clean-up
-    with tempfile.TemporaryDirectory(prefix="gate-bench-", ignore_cleanup_errors=True) as directory:
-        bench = Bench(Path(directory), options)
-        try:
-            bench.measure(options.parts, PARTS)
-        finally:
-            if options.json:
-                options.json.write_text(json.dumps(bench.results, indent=1) + "\n")
-    return int(bench.failed)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, PARTS))

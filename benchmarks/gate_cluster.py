@@ -1,7 +1,7 @@
-"""The part of gate.py with one rate for several workers.
+"""The parts of gate.py with one rate for several workers.
 
-On Redis that is one RedisTokenBucket: its rate, its shares, its calls. On RabbitMQ each worker has its
-share of the rate: how near to it they are together, while workers come and go.
+`cluster` is one RedisTokenBucket: its rate, its shares, its calls. In `divided`, on RabbitMQ, each worker has
+its share of the rate: how near to it they are together, while workers come and go.
 """
 
 import time
@@ -9,9 +9,10 @@ from collections import Counter
 from typing import Any, Final, NamedTuple
 
 import redis
-from gate_lab import Redis, Run, excess, rate_of
+from bench import Bench, per_second
+from gate_lab import Redis, Run, Server, excess, rate_of
 
-__all__ = ["cluster"]
+__all__ = ["cluster", "divided"]
 
 #: Seconds from the start of the workers until the measurement, so that all of them take part.
 SETTLED: Final = 3.0
@@ -29,21 +30,47 @@ SETUPS: Final = (
 DIVIDED: Final = 60.0, 6.0
 
 
-def cluster(bench: Any) -> None:
-    """Run several workers on one bucket in a Redis of its own, then several with a share each."""
-    if "redis" in bench.brokers:
-        on_redis(bench)
-    if "rabbitmq" in bench.brokers:
-        divided(bench, bench.server("rabbitmq"))
-
-
-def on_redis(bench: Any) -> None:
+def cluster(bench: Bench) -> None:
     """Run several workers on one bucket in a Redis of its own."""
+    if "redis" not in bench.brokers:
+        return
     broker = bench.server("redis")
     with Redis(bench.directory) as limits:
+        second_comes(bench, broker, limits)
         for setup in SETUPS[:1] if bench.short else SETUPS:
             shared(bench, broker, limits, *setup)
         killed(bench, broker, limits)
+
+
+def second_comes(bench: Bench, broker: Server, limits: Redis) -> None:
+    """Let a second worker come and go, beside one that has a backlog."""
+    rate, capacity, each = 60, 6, 8
+    forget(limits.url)
+    options: dict[str, Any] = {"pool": "threads", "slots": 4, "cluster": limits.url, "max_held": 60}
+    with Run(broker, rate=rate, capacity=capacity, **options) as run:
+        run.send("limited", rate * 60)
+        run.start("one")
+        begin = run.ready()
+        time.sleep(each)
+        run.start("two")
+        run.ready(2)
+        time.sleep(each)
+        run.stop("two")
+        time.sleep(each)
+        seconds = int(time.monotonic() - begin)
+        ran = run.ran("limited")
+    by = {name: [job.moment - begin for job in ran if job.worker == name] for name in ("one", "two")}
+    moments = sorted(by["one"] + by["two"])
+    of_all = rate_of([moment for moment in moments if SETTLED <= moment < seconds])
+    bench.report(
+        "cluster: a second worker comes and goes, 60/s",
+        f"{of_all:.2f}/s, {excess(moments, rate) - capacity:+.2f} jobs beyond the bound",
+        f"{0.98 * rate:g} .. {1.0034 * rate:g}/s",
+        0.98 * rate <= of_all <= 1.0034 * rate,
+        jobs_per_second=of_all,
+    )
+    curves = {name: per_second(moments, 0, seconds) for name, moments in by.items()}
+    bench.picture("workers", broker, 0, 1, curves, limit=rate)
 
 
 class Together(NamedTuple):
@@ -61,7 +88,7 @@ class Together(NamedTuple):
     twice: int
 
 
-def together(broker: Any, url: str, count: int, rate: float, capacity: float, jobs: int) -> Together:
+def together(broker: Server, url: str, count: int, rate: float, capacity: float, jobs: int) -> Together:
     """Run so many jobs on several workers whose bucket is on the Redis at a URL."""
     forget(url)
     with Run(broker, rate=rate, capacity=capacity, pool="threads", slots=4, cluster=url) as run:
@@ -89,8 +116,8 @@ def together(broker: Any, url: str, count: int, rate: float, capacity: float, jo
 
 
 def shared(
-    bench: Any,
-    broker: Any,
+    bench: Bench,
+    broker: Server,
     limits: Redis,
     count: int,
     rate: float,
@@ -123,7 +150,7 @@ def shared(
     )
 
 
-def killed(bench: Any, broker: Any, limits: Redis) -> None:
+def killed(bench: Bench, broker: Server, limits: Redis) -> None:
     """Kill two of four workers at once, with what they hold and were promised."""
     rate, count = 60.0, 4
     forget(limits.url)
@@ -162,11 +189,13 @@ def calls(client: Any) -> int:
     return int(stats.get("cmdstat_evalsha", {}).get("calls", 0))
 
 
-def divided(bench: Any, broker: Any) -> None:
-    """Let three workers start one after the other, and one each stop and be killed, with a backlog for all."""
+def divided(bench: Bench) -> None:
+    """Without a Redis let three workers start one after the other, and one each stop and be killed, with a backlog for all."""
+    if "rabbitmq" not in bench.brokers:
+        return
     rate, capacity = DIVIDED
     with Run(
-        broker,
+        bench.server("rabbitmq"),
         rate=rate,
         capacity=capacity,
         pool="threads",

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+from bench import Bench, per_second
 from gate_cluster import forget
 from gate_lab import Proxy, Redis, Run, Server, excess
 
 __all__ = ["cut", "loop"]
 
 
-def none_lost(bench: Any, run: Run, jobs: int, missed: int = 0) -> None:
+def none_lost(bench: Bench, run: Run, jobs: int, missed: int = 0) -> None:
     """Report what became of so many jobs, and of the connections to the broker.
 
     Args:
@@ -62,7 +63,7 @@ SETUPS: Final = (
 )
 
 
-def loop(bench: Any) -> None:
+def loop(bench: Bench) -> None:
     """Measure how late a timer of 10 ms fires; where there is RabbitMQ, with a heartbeat of 2 s."""
     server = bench.server(bench.brokers[-1])
     with Redis(bench.directory) as limits:
@@ -79,7 +80,7 @@ def loop(bench: Any) -> None:
 
 
 def turns(
-    bench: Any,
+    bench: Bench,
     server: Server,
     pool: str,
     name: str,
@@ -135,7 +136,7 @@ def missed_heartbeats(server: Server) -> int:
     return sum(path.read_text(errors="replace").count("missed heartbeats") for path in logs)
 
 
-def look_up(bench: Any, server: Server, limits: Redis, pool: str) -> None:
+def look_up(bench: Bench, server: Server, limits: Redis, pool: str) -> None:
     """Let the look-up of the Redis's name take 10 s, each time and in vain."""
     seconds = 4 if bench.short else 10
     url = f"redis://{SLOW}:{limits.port}/0"
@@ -143,14 +144,14 @@ def look_up(bench: Any, server: Server, limits: Redis, pool: str) -> None:
     turns(bench, server, pool, what, seconds=seconds + 3, cluster=url, look_up=(SLOW, seconds))
 
 
-def silence(bench: Any, server: Server, pool: str) -> None:
+def silence(bench: Bench, server: Server, pool: str) -> None:
     """Let a server accept connections, and never answer."""
     with socket.create_server(("127.0.0.1", 0), backlog=1000) as silent:
         url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
         turns(bench, server, pool, "never answers", cluster=url)
 
 
-def stop(bench: Any, server: Server, limits: Redis, pool: str, policy: str) -> None:
+def stop(bench: Bench, server: Server, limits: Redis, pool: str, policy: str) -> None:
     """Stop the Redis in mid-run. With ``on_outage="open"`` all jobs go then."""
     seconds = 4 if bench.short else 10
 
@@ -168,7 +169,7 @@ def stop(bench: Any, server: Server, limits: Redis, pool: str, policy: str) -> N
 
 #: Workers, rate, capacity.
 WORKERS: Final = 3
-RATE: Final = 60.0
+RATE: Final = 60
 CAPACITY: Final = 6.0
 
 #: Jobs before: until each worker has heard of the others, which tell every 5 s that they live. And after it.
@@ -178,17 +179,24 @@ AFTER: Final = 240
 #: A worker holds no more, lest the others run out of jobs.
 HELD: Final = 60
 
+#: Seconds of an outage; what the picture shows before and after it.
+AWAY: Final = 10
+SEEN: Final = 5
+
 #: Seconds within which the full rate is to be back: each worker asks once a second whether its Redis is.
 BACK: Final = 2.0
 
 
-def cut(bench: Any) -> None:
+def cut(bench: Bench) -> None:
     """Stop the Redis of several workers, kill it, and cut off one of them."""
     server = bench.servers()[0]
-    policies = ("local",) if bench.short else ("local", "closed", "open")
+    policies = "local", "closed", "open"
     with Redis(bench.directory) as limits:
-        for policy in policies:
-            outage(bench, server, limits, "stopped", policy, limits.stopped())
+        curves = {
+            policy: outage(bench, server, limits, "stopped", policy, limits.stopped())
+            for policy in policies
+        }
+        bench.picture("outage", server, -SEEN, 1, curves, limit=RATE, workers=WORKERS, away=AWAY)
         for policy in () if bench.short else policies:
             outage(bench, server, limits, "killed", policy, killed(limits))
         with Proxy(bench.directory, limits) as proxy:
@@ -204,14 +212,14 @@ def killed(server: Server) -> Iterator[None]:
 
 
 def outage(
-    bench: Any,
+    bench: Bench,
     server: Server,
     limits: Redis,
     how: str,
     policy: str,
     away: contextlib.AbstractContextManager[None],
     url_of_one: str | None = None,
-) -> None:
+) -> list[float]:
     """Measure what workers run during an outage, and afterwards.
 
     Args:
@@ -223,15 +231,17 @@ def outage(
         away: Enter it for the outage.
         url_of_one: The URL that one of the workers has, if it alone is cut off.
 
+    Returns:
+        What they run in each second, from `SEEN` before the outage to as long after it.
+
     """
     forget(limits.url)
     # Each has its share. If one alone is cut off, the others have the whole rate.
-    seconds = 6 if bench.short else 10
     local = 1.0 if url_of_one is None else 1 + 1 / WORKERS
     share = {"open": math.inf, "closed": 0.0, "local": local}[policy]
     options: dict[str, Any] = {"cluster": limits.url, "on_outage": policy, "max_held": HELD}
     with Run(server, rate=RATE, capacity=CAPACITY, pool="threads", slots=4, **options) as run:
-        jobs = BEFORE + WORKERS * HELD + int(RATE * seconds * (share if share < math.inf else 1))
+        jobs = BEFORE + WORKERS * HELD + int(RATE * AWAY * (share if share < math.inf else 1))
         run.send("limited", jobs)
         for number in range(WORKERS):
             one = url_of_one is not None and not number
@@ -241,7 +251,7 @@ def outage(
         gone = time.monotonic()
         with away:
             left = jobs - run.count("limited")
-            time.sleep(seconds)
+            time.sleep(AWAY)
             back = time.monotonic()
         if share == math.inf:  # what comes before it asks again goes at once
             time.sleep(max(0.0, back + BACK - 0.5 - time.monotonic()))
@@ -252,10 +262,11 @@ def outage(
         moments = run.moments("limited")
         tell(bench, f"cut: {how}, {policy}", moments, (gone, back), share, left)
         none_lost(bench, run, jobs)
+    return per_second((moment - gone for moment in moments), -SEEN, AWAY + SEEN)
 
 
 def tell(
-    bench: Any, what: str, moments: list[float], outage: tuple[float, float], share: float, left: int
+    bench: Bench, what: str, moments: list[float], outage: tuple[float, float], share: float, left: int
 ) -> None:
     """Report what ran during an outage, and after it.
 
@@ -289,7 +300,7 @@ def tell(
         ">= 0.98",
         after >= 0.98,
     )
-    if share < math.inf:
+    if share <= 1:  # not if one alone is cut off: the others have the whole rate, and it has its share
         beyond = excess(moments, RATE) - CAPACITY
         late = RATE * 0.05  # tasks note their start late
         bench.report(

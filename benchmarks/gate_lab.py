@@ -1,4 +1,4 @@
-"""Brokers and workers for gate.py, all of its own and in a temporary directory; and what to make of their runs."""
+"""Brokers and workers, all of their own and in a temporary directory; and what to make of their runs."""
 
 import contextlib
 import itertools
@@ -139,6 +139,10 @@ class Server:
         """Run a command of ``rabbitmqctl``."""
         raise NotImplementedError
 
+    def version(self) -> str:
+        """Return what it is, as it says."""
+        raise NotImplementedError
+
     def _answers(self) -> bool:
         try:
             with kombu.Connection(self.url, connect_timeout=2) as connection:
@@ -163,6 +167,11 @@ class Redis(Server):
         self.command = [binary, *options.split(), "--save", ""]
         if shutil.which(binary) is None:
             raise LabError(f"{binary} is not on PATH")
+
+    def version(self) -> str:
+        """Return what it is, as it says."""
+        with redis.Redis.from_url(self.url) as client:
+            return str(client.info("server")["redis_version"])
 
     def close_connections(self) -> None:
         """Close all connections to it, as a network would."""
@@ -241,6 +250,11 @@ class RabbitMQ(Server):
     def __exit__(self, *_: object) -> None:
         super().__exit__()
         self._stop_epmd()
+
+    def version(self) -> str:
+        """Return what it is, as it says."""
+        with kombu.Connection(self.url) as connection:
+            return str(connection.connection.server_properties["version"])
 
     def close_connections(self) -> None:
         """Close all connections to it, as a network would."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Final
 
+from bench import Bench
 from gate_lab import LabError, Run, Server, cost, rate_of, wait_until
 
 __all__ = ["operate"]
@@ -16,7 +17,7 @@ __all__ = ["operate"]
 REPLY: Final = 2.0
 
 
-def operate(bench: Any) -> None:
+def operate(bench: Bench) -> None:
     """Change rates with jobs held, forecast when jobs run, and look at everything at once."""
     for server in bench.servers():
         for pool in ("prefork",) if bench.short else ("prefork", "threads", "gevent"):
@@ -47,7 +48,7 @@ def held(run: Run) -> int:
 # -- changes --------------------------------------------------------------------------------------
 
 
-def steer(bench: Any, server: Server, pool: str) -> None:
+def steer(bench: Bench, server: Server, pool: str) -> None:
     """Raise the rate of a limit that holds 200 jobs, and lower it again."""
     with Run(server, rate=1, max_held=1_000, pool=pool) as run:
         run.send("limited", 400)
@@ -81,7 +82,7 @@ def steer(bench: Any, server: Server, pool: str) -> None:
         )
 
 
-def explain(bench: Any, server: Server, limits: int) -> None:
+def explain(bench: Bench, server: Server, limits: int) -> None:
     """Ask of 20 of 500 held jobs when they will run, and compare it with when they do."""
     second = 15.0 if limits == 2 else None
     with Run(server, rate=20, max_held=1_000, second=second, pool="threads") as run:
@@ -114,7 +115,7 @@ def explain(bench: Any, server: Server, limits: int) -> None:
 # -- what looking costs -----------------------------------------------------------------------------
 
 
-def looked_at(bench: Any, server: Server) -> None:
+def looked_at(bench: Bench, server: Server) -> None:
     """Compare the throughput with signals, metrics and events to that without."""
     jobs, pairs = (1_000, 1) if bench.short else (10_000, 5)
     setups: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {

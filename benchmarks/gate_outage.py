@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
 
+from bench import Bench
 from gate_lab import LabError, RabbitMQ, Redis, Run, Server, wait_until
 
 __all__ = ["outage"]
@@ -21,7 +22,7 @@ AWAY: Final = 1.5
 SHORT: Final = {"visibility_timeout": 4, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
 
 
-def outage(bench: Any) -> None:
+def outage(bench: Bench) -> None:
     """Take away Redis, connections, the result backend, and RabbitMQ's memory."""
     if "redis" in bench.brokers:
         with Redis(bench.directory, durable=True) as server:
@@ -64,7 +65,7 @@ def kill_clients(server: Server) -> float:
     return 0
 
 
-def redis_away(bench: Any, server: Server, pool: str, how: Callable[[Server], float]) -> None:
+def redis_away(bench: Bench, server: Server, pool: str, how: Callable[[Server], float]) -> None:
     """Take Redis away three times (stopped: once) while jobs are held."""
     jobs, rate = (20, 4) if bench.short else (40, 2)
     times = 1 if how is stop_for_a_while else 3
@@ -113,7 +114,7 @@ def redis_away(bench: Any, server: Server, pool: str, how: Callable[[Server], fl
     )
 
 
-def random_faults(bench: Any) -> None:
+def random_faults(bench: Bench) -> None:
     """Let faults of all kinds hit the same Redis under workers with and without a gate."""
     rounds, jobs = (8, 200) if bench.short else (40, 1_000)
     setups = [(gate, pool) for gate in (True, False) for pool in ("prefork", "threads")]
@@ -165,7 +166,7 @@ def flicker(server: Server) -> None:
         time.sleep(0.02)
 
 
-def sent_back(bench: Any) -> None:
+def sent_back(bench: Bench) -> None:
     """Send jobs back for longer than Redis's visibility timeout, at the gate and by RetryAfter."""
     jobs, rate, pause = (10, 1, 6) if bench.short else (30, 2, 10)
     conf = {"broker_transport_options": SHORT}
@@ -192,7 +193,7 @@ def sent_back(bench: Any) -> None:
 # -- RabbitMQ -------------------------------------------------------------------------------------
 
 
-def connections_closed(bench: Any, pool: str) -> None:
+def connections_closed(bench: Bench, pool: str) -> None:
     """Close all connections while a job runs and six are held; then send 20 unlimited jobs."""
     rounds = 3 if bench.short else 10
     took = []
@@ -221,7 +222,7 @@ def connections_closed(bench: Any, pool: str) -> None:
     )
 
 
-def memory_alarm(bench: Any, task: str) -> None:
+def memory_alarm(bench: Bench, task: str) -> None:
     """Send 20 jobs back while RabbitMQ is short of memory, and kill it."""
     with (
         RabbitMQ(bench.directory) as server,
@@ -258,7 +259,7 @@ def memory_alarm(bench: Any, task: str) -> None:
 # -- the result backend ---------------------------------------------------------------------------
 
 
-def backend_down(bench: Any, server: Server, how: str) -> None:
+def backend_down(bench: Bench, server: Server, how: str) -> None:
     """Refuse jobs while the result backend is down; unlimited jobs are behind them."""
     with Redis(bench.directory) as backend:
         conf = {"result_backend": backend.url, "task_ignore_result": False}

@@ -1,40 +1,20 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#     "celery-token-bucket[celery,redis]",
-#     "opentelemetry-sdk",
-#     "psutil",
-#     # peers; one that is not there is left out
-#     "dramatiq",
-#     "huey",
-#     "limits",
-#     "pyrate-limiter",
-#     "throttled-py",
-# ]
-# [tool.uv.sources]
-# celery-token-bucket = { path = "..", editable = true }
-# ///
 """How fast, exact and fair `RedisTokenBucket` is, beside its peers in the same run.
 
-uv run benchmarks/redis_bucket.py                   # everything, about ten minutes
-uv run benchmarks/redis_bucket.py --short           # everything, roughly
-uv run benchmarks/redis_bucket.py speed bound       # some parts
+uv run benchmarks/run.py redis_bucket               # everything, with the peers, about ten minutes
+uv run benchmarks/run.py redis_bucket.speed         # one part
+uv run benchmarks/redis_bucket.py --short           # everything, roughly, with the peers that are there
 
-uv installs the peers for this script alone. It starts a redis-server of its own, or $REDIS_SERVER. Speeds are ratios
+uv installs the peers for run.py alone. It starts a redis-server of its own, or $REDIS_SERVER. Speeds are ratios
 within this run; a busy machine misses some targets all the same. The exit status is 1 if a bucket of ours ever granted
 more than ``capacity + rate * t`` by Redis's clock, or left keys behind, or a part could not be measured.
 """
 
-import argparse
 import contextlib
 import json
 import math
-import os
-import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,8 +22,8 @@ from timeit import timeit
 from typing import Any, Final
 
 import redis
+from bench import Bench, Part, main
 from core import interleaved
-from gate import Bench
 from gate_cluster import calls, forget, together
 from gate_lab import LabError, Proxy, Redis, wait_until
 from redis_askers import Gate
@@ -70,7 +50,7 @@ def speed(bench: Bench) -> None:
             "RedisTokenBucket.allow, refused": empty.allow,
         }
         for name, make in PEERS.items():
-            with left_out(bench, f"speed: {name}"):
+            with bench.left_out(f"speed: {name}"):
                 contestants[name] = make(server.url, 1_000_000, 1_000_000)
         for take in contestants.values():
             if not take() and take != empty.allow:
@@ -88,15 +68,6 @@ def speed(bench: Bench) -> None:
             )
 
 
-@contextlib.contextmanager
-def left_out(bench: Bench, what: str) -> Iterator[None]:
-    """Say of a peer that is not installed that it is left out."""
-    try:
-        yield
-    except ImportError as error:
-        bench.report(what, f"left out: {error.name} is not installed")
-
-
 # -- bound ----------------------------------------------------------------------------------------
 
 PROCESSES, THREADS, RATE = 4, 2, 500
@@ -111,7 +82,7 @@ def bound(bench: Bench) -> None:
                 took(bench, server, kind, 20, seconds, clocks)
             for kind in OURS | PEERS:
                 if kind != "RedisTokenBucket.wait":
-                    with left_out(bench, f"bound: {kind}"):
+                    with bench.left_out(f"bound: {kind}"):
                         took(bench, server, kind, RATE, seconds, clocks)
 
 
@@ -436,30 +407,9 @@ def result(process: "subprocess.Popen[str]") -> dict[str, Any]:
     return reported
 
 
-PARTS: Final[dict[str, Callable[[Bench], None]]] = {
-    "speed": speed,
-    "bound": bound,
-    "askers": askers,
-    "late": late,
-    "keys": keys,
-    "held": held,
+PARTS: Final[dict[str, Part]] = {
+    part.__name__: part for part in (speed, bound, askers, late, keys, held)
 }
 
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--short", action="store_true", help="quick and rough")
-    options = parser.parse_args(namespace=argparse.Namespace(svg=None, broker="redis"))
-    if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"unknown part {', '.join(sorted(unknown))}; expected {', '.join(PARTS)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave by way of the clean-up
-    print(f"Python {sys.version.split()[0]}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
-    with tempfile.TemporaryDirectory(prefix="redis-bench-", ignore_cleanup_errors=True) as directory:
-        bench = Bench(Path(directory), options)
-        bench.measure(options.parts, PARTS)
-    return int(bench.failed)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, PARTS))

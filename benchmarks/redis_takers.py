@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-__all__ = ["OURS", "PEERS"]
+__all__ = ["IN_MEMORY", "OURS", "PEERS"]
 
 #: Asks once; whether it was granted.
 Take = Callable[[], bool]
@@ -21,7 +21,8 @@ Take = Callable[[], bool]
 PAUSE: Final = 0.004
 
 
-# Each of these gets a URL, a rate in tokens per second, and a capacity. It imports what it needs: a peer may be
+# Each of these gets a URL, a rate in tokens per second, and a capacity. Those in `IN_MEMORY` may get "" for the URL: they
+# then have no Redis. It imports what it needs: a peer may be
 # missing, and the clock is to be set before.
 # ruff: noqa: PLC0415
 
@@ -41,9 +42,10 @@ def wait(url: str, rate: int, capacity: int) -> Take:
 
 def throttled(using: str) -> Callable[[str, int, int], Take]:
     def make(url: str, rate: int, capacity: int) -> Take:
-        from throttled import RedisStore, Throttled, per_sec
+        from throttled import MemoryStore, RedisStore, Throttled, per_sec
 
-        limiter = Throttled(using=using, quota=per_sec(rate, capacity), store=RedisStore(server=url))
+        store = RedisStore(server=url) if url else MemoryStore()
+        limiter = Throttled(using=using, quota=per_sec(rate, capacity), store=store)
         return lambda: not limiter.limit("taken").limited
 
     return make
@@ -55,19 +57,20 @@ def pyrate(url: str, rate: int, capacity: int) -> Take:
     from pyrate_limiter.abstracts.algorithm import TokenBucket
     from pyrate_limiter.abstracts.rate import RateItem
     from pyrate_limiter.buckets.redis_state import RedisStateStore
-    from pyrate_limiter.buckets.state_bucket import StateBucket
+    from pyrate_limiter.buckets.state_bucket import InMemoryStateStore, StateBucket
 
-    store = RedisStateStore(redis.Redis.from_url(url), "taken")
+    store = RedisStateStore(redis.Redis.from_url(url), "taken") if url else InMemoryStateStore()
     bucket = StateBucket([Rate(rate, 1000, capacity)], TokenBucket(), store)
     return lambda: bool(bucket.put(RateItem("taken", bucket.now())))
 
 
 def sliding(url: str, rate: int, _: int) -> Take:
     from limits import RateLimitItemPerSecond
-    from limits.storage import RedisStorage
+    from limits.storage import MemoryStorage, RedisStorage
     from limits.strategies import SlidingWindowCounterRateLimiter
 
-    limiter, item = SlidingWindowCounterRateLimiter(RedisStorage(url)), RateLimitItemPerSecond(rate)
+    limiter = SlidingWindowCounterRateLimiter(RedisStorage(url) if url else MemoryStorage())
+    item = RateLimitItemPerSecond(rate)
     return lambda: limiter.hit(item, "taken")
 
 
@@ -115,6 +118,9 @@ PEERS: Final[dict[str, Callable[[str, int, int], Take]]] = {
     "dramatiq, bucket": dramatiq,
     "huey, rate_limit": huey,
 }
+
+#: Of them those that can do without a Redis.
+IN_MEMORY: Final = [name for name in PEERS if name.partition(",")[0] not in ("dramatiq", "huey")]
 
 
 def set_clock(seconds: float) -> None:

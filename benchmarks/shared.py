@@ -1,6 +1,6 @@
 """What a `SharedTokenBucket` costs beside a `TokenBucket`, and what is left when its users are killed.
 
-    uv run benchmarks/shared.py [--short]
+uv run benchmarks/shared.py [--short] [part ...]
 
 Costs are ratios within this run, of the best of many rounds that take turns; a busy machine misses
 some targets all the same. Only a bucket that granted more than ``capacity + rate * t`` makes it exit
@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from timeit import timeit
+from typing import Final
 
-from core import interleaved, line
+from bench import Bench, Part, main
+from core import interleaved
 
 from rate_limiter import SharedTokenBucket, TokenBucket
 
-SHORT = "--short" in sys.argv
-KILLS = 20 if SHORT else 200
 CAPACITY, RATE = 20, 2000
 
 
@@ -60,19 +60,19 @@ def process(target: Callable[..., object], *args: object) -> Iterator[None]:
         os.waitpid(pid, 0)
 
 
-def kill_many() -> tuple[list[float], float, float]:
+def kill_many(kills: int) -> tuple[list[float], float, float]:
     """Kill many in the midst of a tight loop. Three that live on ask too.
 
     Returns:
         The longest call of each that lives on, the tokens granted, and the most that may be.
 
     """
-    bucket, tally = SharedTokenBucket(CAPACITY, RATE), Tally(KILLS + 3)
+    bucket, tally = SharedTokenBucket(CAPACITY, RATE), Tally(kills + 3)
     began = time.monotonic()
     with contextlib.ExitStack() as survivors:
         for index, ask in enumerate((bucket.wait, bucket.wait, bucket.allow)):
             survivors.enter_context(process(tally.loop, ask, index))
-        for index in range(3, KILLS + 3):
+        for index in range(3, kills + 3):
             with process(tally.loop, random.choice((bucket.wait, bucket.allow)), index):
                 time.sleep(random.uniform(0.002, 0.04))
         asked, last = time.monotonic(), list(tally.granted[:2])
@@ -93,9 +93,9 @@ def calls_per_second(processes: int) -> float:
     return sum(granted / (1 + index % 3) for index, granted in enumerate(tally.granted)) / seconds
 
 
-def rate_of_waits(capacity: float, rate: float) -> float:
+def rate_of_waits(capacity: float, rate: float, seconds: float) -> float:
     """Let 4 processes stand in `wait` for one token each. Return the jobs per second of all."""
-    bucket, tally, seconds = SharedTokenBucket(capacity, rate), Tally(4), 1.0 if SHORT else 5.0
+    bucket, tally = SharedTokenBucket(capacity, rate), Tally(4)
     with contextlib.ExitStack() as running:
         for index in range(4):
             running.enter_context(process(tally.loop, lambda _: bucket.wait(), index))
@@ -107,33 +107,41 @@ def rate_of_waits(capacity: float, rate: float) -> float:
     return jobs / (ended - began)
 
 
-def main() -> int:
-    print(f"Python {sys.version.split()[0]}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
-    print("allow(), one thread: time per call, against TokenBucket's that grants")
-    asked = [
-        partial(timeit, bucket.allow, number=1000)
-        for bucket in (TokenBucket(1e9, 1e5), SharedTokenBucket(1e9, 1e5), SharedTokenBucket(10, 10))
-    ]
-    (plain, *_), (granted, *_), (refused, *_) = interleaved(200 if SHORT else 1000, *asked)
-    line("granted", granted / plain, "<= 9")
-    line("refused", refused / plain, "<= 0.8")
+def one_process(bench: Bench) -> None:
+    """Compare the time of a call of `allow` with that of a `TokenBucket` that grants."""
+    buckets = (TokenBucket(1e9, 1e5), SharedTokenBucket(1e9, 1e5), SharedTokenBucket(10, 10))
+    asked = [partial(timeit, bucket.allow, number=1000) for bucket in buckets]
+    (plain, *_), (granted, *_), (refused, *_) = interleaved(200 if bench.short else 1000, *asked)
+    bench.number("time of allow(), granted, to TokenBucket's", granted / plain, "<= 9")
+    bench.number("time of allow(), refused, to TokenBucket's", refused / plain, "<= 0.8")
 
-    print("allow(), granted, 4 processes: calls per second")
-    several, one = interleaved(1 if SHORT else 5, *(partial(calls_per_second, n) for n in (4, 1)))
-    line("against one process", several[-1] / one[-1])
 
-    print("wait(), 4 processes: jobs per second, against the set rate")
+def four_processes(bench: Bench) -> None:
+    """Compare how many calls of `allow` four processes make, and one."""
+    rounds = 1 if bench.short else 5
+    several, one = interleaved(rounds, *(partial(calls_per_second, number) for number in (4, 1)))
+    bench.number("calls of 4 processes, to those of one", several[-1] / one[-1])
+
+
+def waits(bench: Bench) -> None:
+    """Compare the rate of 4 processes in `wait` with the set one."""
     for capacity, rate in (1, 200), (10, 200), (10, 2000):
-        line(f"capacity {capacity}, {rate}/s", rate_of_waits(capacity, rate) / rate)
+        ran = rate_of_waits(capacity, rate, 1.0 if bench.short else 5.0)
+        bench.number(f"rate of 4 in wait(), capacity {capacity}, to the set {rate}/s", ran / rate)
 
-    print(f"{KILLS} processes killed, {RATE}/s: the longest call of one that lives on")
-    (first, second, allow), granted, most = kill_many()
-    line("wait()", max(first, second), "<= 1", "s")
-    line("allow()", allow, "<= 1", "s")
-    print("tokens granted, against capacity + rate * t")
-    line("all processes", granted / most, "<= 1")
-    return 1 if granted > most else 0
 
+def kills(bench: Bench) -> None:
+    """Measure the longest call of processes that live on while others are killed."""
+    number = 20 if bench.short else 200
+    (first, second, allow), granted, most = kill_many(number)
+    bench.number(f"{number} killed: longest wait() of others", max(first, second), "<= 1", "s")
+    bench.number(f"{number} killed: longest allow() of others", allow, "<= 1", "s")
+    bench.number("granted, to capacity + rate * t", granted / most, "<= 1", must=True)
+
+
+PARTS: Final[dict[str, Part]] = {
+    part.__name__: part for part in (one_process, four_processes, waits, kills)
+}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, PARTS))

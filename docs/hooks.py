@@ -1,7 +1,7 @@
 """What the site needs beyond mkdocs: links that leave docs/, and no other host.
 
 In a checkout, and where the repository is shown, links to other files of the repository are relative. On the site
-they go to the repository; pictures are taken into the site. A file that is not there ends the build, and so does a
+they go to the repository. A file that is not there ends the build, and so does a
 page that loads anything from another host.
 """
 
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
@@ -26,13 +25,6 @@ _LOADED = re.compile(
 )
 
 
-def on_files(files: Files, config: Any, **_: Any) -> Files:
-    """Add the pictures that the benchmarks draw."""
-    for picture in (ROOT / "benchmarks").glob("*.svg"):
-        files.append(File.generated(config, f"benchmarks/{picture.name}", abs_src_path=str(picture)))
-    return files
-
-
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     """Lead the links of a page that leave docs/ to where their files are."""
     docs, here = Path(config.docs_dir), Path(page.file.abs_src_path).parent
@@ -44,8 +36,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
         if not target.exists():
             raise PluginError(f"{page.file.src_uri}: no such file: {match[1]}")
         path = target.relative_to(ROOT).as_posix()
-        if target.suffix == ".svg":
-            return Path(os.path.relpath(docs / path, here)).as_posix()
         return f"{REPOSITORY}/blob/main/{path}"
 
     return _TARGET.sub(there, markdown)
