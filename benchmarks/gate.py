@@ -3,6 +3,7 @@
 uv run benchmarks/gate.py                       # everything, about half an hour
 uv run benchmarks/gate.py --short               # everything, roughly
 uv run benchmarks/gate.py rates --broker redis  # one part, one broker
+uv run benchmarks/gate.py parked_kills          # only by name: this takes long (parked_memory, parked_waits)
 
 It starts a redis-server and a RabbitMQ node of its own. Each line is one measurement, with its target
 and whether it is met. The exit status is 1 if a limit ever let more through than it may, or a job was
@@ -35,6 +36,7 @@ from gate_cluster import cluster
 from gate_cut import cut, loop
 from gate_lab import (
     BROKERS,
+    SOON,
     WARM_UP,
     LabError,
     Ran,
@@ -43,11 +45,12 @@ from gate_lab import (
     cost,
     excess,
     rate_of,
+    until_quiet,
     wait_until,
 )
 from gate_operate import operate
 from gate_outage import outage
-from gate_park import PARK, QUEUES, park
+from gate_park import QUEUES, park, parked_kills, parked_memory, parked_waits
 
 from rate_limiter import TokenBucket
 from rate_limiter.celery import Gate, throttle
@@ -708,14 +711,6 @@ def memory(bench: Bench) -> None:
 
 # -- kills ----------------------------------------------------------------------------------------
 
-#: For the jobs of a killed worker to come back soon. (They are lost for longer than it takes to run
-#: them otherwise: the default is an hour.)
-SOON: Final = {"visibility_timeout": 5, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
-
-
-#: Kills a worker that parks jobs three times: twice at a random moment, once while it puts them back.
-PARKING: Final = "parking worker"
-
 
 def kill_round(server: Server, gate: bool, victim: str, jobs: int) -> tuple[Counter[int], int]:
     """Kill the worker or the broker in the middle.
@@ -729,23 +724,12 @@ def kill_round(server: Server, gate: bool, victim: str, jobs: int) -> tuple[Coun
     """
     redis = server.name == "Redis"
     conf = {"task_acks_late": True, "broker_transport_options": SOON if redis else {}}
-    conf |= PARK if victim == PARKING else {}
     with Run(server, rate=50, gate=gate, sleep=0 if gate else 2 / 50, conf=conf) as run:
         run.send("limited", jobs)
         run.start()
         run.ready()
-        if victim != PARKING:
-            run.wait("limited", jobs // 2, 60, "the first half did not run")
-        if victim == PARKING:
-            for number in range(3):
-                time.sleep(random.uniform(0, jobs / 100))
-                if number < 2:
-                    run.kill()
-                else:  # while it puts jobs back
-                    run.stop(seconds=random.uniform(0.1, 1))
-                run.start()
-                run.ready(2 + number)
-        elif victim == "worker":
+        run.wait("limited", jobs // 2, 60, "the first half did not run")
+        if victim == "worker":
             run.kill()
             run.start()
             run.ready(2)
@@ -756,31 +740,9 @@ def kill_round(server: Server, gate: bool, victim: str, jobs: int) -> tuple[Coun
         return Counter(each.number for each in run.ran("limited")), ended
 
 
-def until_quiet(run: Run, jobs: int, seconds: float) -> int:
-    """Wait until nothing has run for a while; three times as long if jobs are missing.
-
-    Starts a worker again that ends by itself, as a supervisor would, and returns how often it did.
-    """
-    quiet_since, seen, ended = time.monotonic(), -1, 0
-    while True:
-        for name in run.ended():
-            run.kill(name)
-            run.start(name)
-            quiet_since, ended = time.monotonic(), ended + 1
-        count = run.count("limited")
-        if count != seen:
-            quiet_since, seen = time.monotonic(), count
-        patience = seconds if len({each.number for each in run.ran("limited")}) == jobs else 3 * seconds
-        if time.monotonic() - quiet_since > patience:
-            return ended
-        time.sleep(0.25)
-
-
 def kill_rounds(bench: Bench, name: str, gate: bool, victim: str) -> dict[str, int]:
     """Return how many jobs were lost and doubled, and how many workers ended, in how many rounds."""
     rounds, jobs = (1, 200) if bench.short else (10, 500)
-    if victim == PARKING:
-        jobs = 200
     with BROKERS[name](bench.directory, durable=True) as server:
         results = [kill_round(server, gate, victim, jobs) for _ in range(rounds)]
     return {
@@ -795,7 +757,7 @@ def kill_rounds(bench: Bench, name: str, gate: bool, victim: str) -> dict[str, i
 def kills(bench: Bench) -> None:
     """Count what is lost and doubled. Brokers, and with and without a gate, at the same time."""
     setups = [(name, gate) for name in bench.brokers for gate in (True, False)]
-    for victim in ("worker", "broker", PARKING):
+    for victim in ("worker", "broker"):
         with ThreadPoolExecutor() as pool:
             rounds = [pool.submit(kill_rounds, bench, *setup, victim) for setup in setups]
         results = [each.result() for each in rounds]
@@ -1033,13 +995,22 @@ PARTS: Final[dict[str, Callable[[Bench], None]]] = {
     for part in (
         *(rates, behind, starts, decorator, tenants, asks, workers, cluster, cut, loop, longest),
         *(tally, memory, kills, leases, operate, outage, overhead, park),
+        *(parked_memory, parked_kills, parked_waits),
     )
 }
+
+#: Take long, and run only if they are named.
+LONG: Final = ("parked_memory", "parked_kills", "parked_waits")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        metavar="part",
+        help=f"of {', '.join(PARTS)}; default: all but {', '.join(LONG)}",
+    )
     parser.add_argument("--short", action="store_true", help="quick and rough")
     parser.add_argument("--broker", choices=[*BROKERS, "both"], default="both")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
@@ -1056,7 +1027,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="gate-bench-", ignore_cleanup_errors=True) as directory:
         bench = Bench(Path(directory), options)
         try:
-            bench.measure(options.parts, PARTS)
+            bench.measure(options.parts or [name for name in PARTS if name not in LONG], PARTS)
         finally:
             if options.json:
                 options.json.write_text(json.dumps(bench.results, indent=1) + "\n")

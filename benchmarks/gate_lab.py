@@ -22,6 +22,7 @@ from celery import Celery, uuid
 
 __all__ = [
     "BROKERS",
+    "SOON",
     "WARM_UP",
     "LabError",
     "Proxy",
@@ -33,10 +34,15 @@ __all__ = [
     "cpu_of",
     "excess",
     "rate_of",
+    "until_quiet",
 ]
 
 #: Jobs that run before the measurement, so that the pool's processes are warm.
 WARM_UP: Final = 20
+
+#: For the jobs of a killed worker to come back soon. (They are lost for longer than it takes to run
+#: them otherwise: the default is an hour.)
+SOON: Final = {"visibility_timeout": 5, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
 
 #: The length of a line that gate_app writes.
 LINE = 8 + 1 + 8 + 1 + 20 + 1
@@ -530,6 +536,26 @@ def excess(moments: Iterable[float], rate: float) -> float:
         lowest = min(lowest, level)
         worst = max(worst, level - lowest + 1)
     return worst
+
+
+def until_quiet(run: Run, jobs: int, seconds: float) -> int:
+    """Wait until nothing has run for a while; three times as long if jobs are missing.
+
+    Starts a worker again that ends by itself, as a supervisor would, and returns how often it did.
+    """
+    quiet_since, seen, ended = time.monotonic(), -1, 0
+    while True:
+        for name in run.ended():
+            run.kill(name)
+            run.start(name)
+            quiet_since, ended = time.monotonic(), ended + 1
+        count = run.count("limited")
+        if count != seen:
+            quiet_since, seen = time.monotonic(), count
+        patience = seconds if len({each.number for each in run.ran("limited")}) == jobs else 3 * seconds
+        if time.monotonic() - quiet_since > patience:
+            return ended
+        time.sleep(0.25)
 
 
 def cpu_of(run: Run) -> float:
