@@ -45,7 +45,6 @@ from gate_lab import (
     cost,
     excess,
     rate_of,
-    until_quiet,
     wait_until,
 )
 from gate_operate import operate
@@ -76,6 +75,7 @@ class Bench:
         self.directory = directory
         self.short: bool = options.short
         self.svg: Path | None = options.svg
+        self.rounds: int = options.rounds
         self.brokers = [name for name in BROKERS if options.broker in (name, "both")]
         self.results: list[dict[str, Any]] = []
         self.failed = False
@@ -740,6 +740,26 @@ def kill_round(server: Server, gate: bool, victim: str, jobs: int) -> tuple[Coun
         return Counter(each.number for each in run.ran("limited")), ended
 
 
+def until_quiet(run: Run, jobs: int, seconds: float) -> int:
+    """Wait until nothing has run for a while; three times as long if jobs are missing.
+
+    Starts a worker again that ends by itself, as a supervisor would, and returns how often it did.
+    """
+    quiet_since, seen, ended = time.monotonic(), -1, 0
+    while True:
+        for name in run.ended():
+            run.kill(name)
+            run.start(name)
+            quiet_since, ended = time.monotonic(), ended + 1
+        count = run.count("limited")
+        if count != seen:
+            quiet_since, seen = time.monotonic(), count
+        patience = seconds if len({each.number for each in run.ran("limited")}) == jobs else 3 * seconds
+        if time.monotonic() - quiet_since > patience:
+            return ended
+        time.sleep(0.25)
+
+
 def kill_rounds(bench: Bench, name: str, gate: bool, victim: str) -> dict[str, int]:
     """Return how many jobs were lost and doubled, and how many workers ended, in how many rounds."""
     rounds, jobs = (1, 200) if bench.short else (10, 500)
@@ -1013,6 +1033,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--short", action="store_true", help="quick and rough")
     parser.add_argument("--broker", choices=[*BROKERS, "both"], default="both")
+    parser.add_argument("--rounds", type=int, default=0, help="of parked_kills, of 30 kills each")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the picture of `rates` there")
     options = parser.parse_args()

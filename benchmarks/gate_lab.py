@@ -34,7 +34,6 @@ __all__ = [
     "cpu_of",
     "excess",
     "rate_of",
-    "until_quiet",
 ]
 
 #: Jobs that run before the measurement, so that the pool's processes are warm.
@@ -536,26 +535,6 @@ def excess(moments: Iterable[float], rate: float) -> float:
         lowest = min(lowest, level)
         worst = max(worst, level - lowest + 1)
     return worst
-
-
-def until_quiet(run: Run, jobs: int, seconds: float) -> int:
-    """Wait until nothing has run for a while; three times as long if jobs are missing.
-
-    Starts a worker again that ends by itself, as a supervisor would, and returns how often it did.
-    """
-    quiet_since, seen, ended = time.monotonic(), -1, 0
-    while True:
-        for name in run.ended():
-            run.kill(name)
-            run.start(name)
-            quiet_since, ended = time.monotonic(), ended + 1
-        count = run.count("limited")
-        if count != seen:
-            quiet_since, seen = time.monotonic(), count
-        patience = seconds if len({each.number for each in run.ran("limited")}) == jobs else 3 * seconds
-        if time.monotonic() - quiet_since > patience:
-            return ended
-        time.sleep(0.25)
 
 
 def cpu_of(run: Run) -> float:

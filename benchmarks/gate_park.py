@@ -24,7 +24,6 @@ from gate_lab import (
     Run,
     Server,
     rate_of,
-    until_quiet,
     wait_until,
 )
 
@@ -237,9 +236,9 @@ def put_back(bench: Any, server: Server, conf: dict[str, Any]) -> None:
 PHASES: Final = "parking", "fetching", "putting back"
 
 #: Jobs of a round: so many that moving them all takes a moment, also inside Redis.
-JOBS: Final = {"Redis": 10_000, "RabbitMQ": 2_000}
+JOBS: Final = {"Redis": 5_000, "RabbitMQ": 1_000}
 
-#: Rounds, and how often each phase has its turn in one.
+#: Rounds, if the command line does not say, and how often each phase has its turn in one.
 ROUNDS: Final = 7
 TURNS: Final = 10
 
@@ -317,7 +316,7 @@ def kill_rounds(bench: Any, kind: str, gate: bool) -> Counter[str]:
     name, conf = QUEUES[kind]
     counts: Counter[str] = Counter()
     with BROKERS[name](bench.directory) as server:
-        for number in range(1 if bench.short else ROUNDS):
+        for number in range(bench.rounds or (1 if bench.short else ROUNDS)):
             pool = ("threads", "prefork")[number % 2]
             found = kill_round(server, gate, pool, conf | PARK, 2 if bench.short else TURNS)
             most = max(counts["most"], found["most"])
@@ -354,9 +353,10 @@ def kill_round(server: Server, gate: bool, pool: str, conf: dict[str, Any], turn
                 counts[f"lost {phase}"] += gone - lost
                 counts["most"], lost = max(counts["most"], gone - lost), gone
                 counts["twice"] += sum(times > 1 for times in there.values())
-        # It is too fast to be parked, so this worker puts back what others have parked.
-        run.start("last", rate=1e5, capacity=1e5, sleep=0)
-        until_quiet(run, jobs, 8 if on_redis else 4)
+        run.start("last", rate=100, capacity=100, sleep=0)
+        run.ready(3 * turns + 1)
+        wait_until(lambda: len({each.number for each in run.ran("limited")}) == jobs - lost, 120, 0.5)
+        time.sleep(8 if on_redis else 2)  # for a second run of one
         ran = Counter(each.number for each in run.ran("limited"))
     counts["lost"] = jobs - len(ran)
     counts["doubled"] = sum(times > 1 for times in ran.values())
