@@ -172,7 +172,7 @@ def three_limits(bench: Any, server: Server, conf: dict[str, Any]) -> None:
     seconds = 8 if bench.short else 20
     limits = {task: {"rate": rate, "burst": rate / 10} for task, rate in rates.items()}
     settings = conf | {"rate_limiter_limits": limits}
-    with Run(server, rate=1 / 60, capacity=1, conf=settings) as run:
+    with Run(server, rate=1 / 60, capacity=1, conf=settings, slots=8) as run:
         for _ in range(seconds):  # in turns: each of them stands behind the others
             run.send("limited", 20)
             for task, rate in rates.items():
