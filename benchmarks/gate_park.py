@@ -236,7 +236,7 @@ def put_back(bench: Any, server: Server, conf: dict[str, Any]) -> None:
 PHASES: Final = "parking", "fetching", "putting back"
 
 #: Jobs of a round: so many that moving them all takes a moment, also inside Redis.
-JOBS: Final = {"Redis": 5_000, "RabbitMQ": 1_000}
+JOBS: Final = {"Redis": 10_000, "RabbitMQ": 1_000}
 
 #: Rounds, if the command line does not say, and how often each phase has its turn in one.
 ROUNDS: Final = 7
@@ -289,25 +289,24 @@ def parked_kills(bench: Any) -> None:
     for (kind, gate), counts in results.items():
         hit = ", ".join(f"{counts[phase]} {phase}" for phase in (PHASES if gate else ["running"]))
         what = f"parked_kills {kind}{'' if gate else ', no gate'}: {hit}"
-        measured = f"{counts['lost']} lost, {counts['doubled']} doubled, of {counts['jobs']:,}"
+        lost = counts["lost"]
+        measured = f"{lost} lost, {counts['doubled']} doubled, of {counts['jobs']:,}"
         if kind != "Redis":
-            bench.must(what, measured, "0 lost", not counts["lost"], **counts)
+            bench.must(what, measured, "0 lost", not lost, **counts)
             continue
         without = results[kind, False]["lost"]
-        bench.report(
-            what,
-            measured,
-            f"no gate: {without} lost",
-            counts["lost"] <= without if gate else None,
-            **counts,
-        )
+        as_many = lost - without <= 2 * math.sqrt(
+            lost + without
+        )  # no more than chance makes of equal numbers
+        bench.report(what, measured, f"no gate: {without} lost", as_many if gate else None, **counts)
         if gate:
-            lost = ", ".join(f"{counts[f'lost {phase}']} {phase}" for phase in PHASES)
+            # A message is lost that kombu has popped and not noted yet: of the queue, of the lane.
+            by_phase = ", ".join(f"{counts[f'lost {phase}']} {phase}" for phase in PHASES)
             bench.must(
-                "  in two places of Redis after a kill",
-                f"{counts['twice']} jobs; lost: {lost}; by one kill at most {counts['most']}",
-                "0 jobs",
-                not counts["twice"],
+                f"  lost: {by_phase}",
+                f"at most {counts['most']} by one kill, {counts['twice']} in two places",
+                "2, 0",
+                counts["most"] <= 2 and not counts["twice"],
             )
 
 
@@ -326,7 +325,7 @@ def kill_rounds(bench: Any, kind: str, gate: bool) -> Counter[str]:
 
 
 def kill_round(server: Server, gate: bool, pool: str, conf: dict[str, Any], turns: int) -> Counter[str]:
-    """Kill workers one after the other, all with the same jobs; then let the last one run everything.
+    """Kill workers one after the other, all with the same jobs. The last one puts them back; then all run.
 
     The jobs are acknowledged after they ran, so that none may get lost with the child that runs it. Without a gate
     they are so long that messages come about as often as while they are parked.
@@ -353,12 +352,19 @@ def kill_round(server: Server, gate: bool, pool: str, conf: dict[str, Any], turn
                 counts[f"lost {phase}"] += gone - lost
                 counts["most"], lost = max(counts["most"], gone - lost), gone
                 counts["twice"] += sum(times > 1 for times in there.values())
-        run.start("last", rate=100, capacity=100, sleep=0)
+        if on_redis:  # a worker that was killed may have kombu's lock, which keeps others from restoring for 300 s
+            with redis.Redis.from_url(server.url) as client:
+                client.delete("unacked_mutex")
+        run.start("last")
         run.ready(3 * turns + 1)
-        wait_until(lambda: len({each.number for each in run.ran("limited")}) == jobs - lost, 120, 0.5)
+        time.sleep(20 if on_redis else 2)  # until what killed workers had in hand is there again
+        run.stop("last", seconds=60)
+        run.start("without", gate=False, sleep=0)
+        wait_until(lambda: len({each.number for each in run.ran("limited")}) == jobs - lost, 60, 0.5)
         time.sleep(8 if on_redis else 2)  # for a second run of one
         ran = Counter(each.number for each in run.ran("limited"))
-    counts["lost"] = jobs - len(ran)
+        left = backlog.numbers() if on_redis else {}
+    counts["lost"] = jobs - len(ran.keys() | left)
     counts["doubled"] = sum(times > 1 for times in ran.values())
     return counts
 
