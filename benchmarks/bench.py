@@ -42,6 +42,7 @@ class Bench:
     ) -> None:
         self.directory = directory
         self.short: bool = options.short
+        self.rounds: int = options.rounds
         self.brokers = [name for name in BROKERS if options.broker in (name, "both")]
         self.say = say
         self.about = about(self.short)
@@ -208,6 +209,7 @@ def command_line(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("parts", nargs="*", metavar="part", help="default: all")
     parser.add_argument("--short", action="store_true", help="quick and rough")
     parser.add_argument("--broker", choices=[*BROKERS, "both"], default="both")
+    parser.add_argument("--rounds", type=int, default=0, help="of parked_kills, of 30 kills each")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     return parser
 

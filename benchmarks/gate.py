@@ -3,6 +3,7 @@
 uv run benchmarks/gate.py                       # everything, about half an hour
 uv run benchmarks/gate.py --short               # everything, roughly
 uv run benchmarks/gate.py rates --broker redis  # one part, one broker
+uv run benchmarks/gate.py parked_kills          # only by name: parked_kills (40 min), parked_memory (12), parked_waits (6)
 
 It starts a redis-server and a RabbitMQ node of its own. Each line is one measurement, with its target
 and whether it is met. The exit status is 1 if a limit ever let more through than it may, or a job was
@@ -34,6 +35,7 @@ from gate_cluster import cluster, divided
 from gate_cut import cut, loop
 from gate_lab import (
     BROKERS,
+    SOON,
     WARM_UP,
     LabError,
     Run,
@@ -45,7 +47,7 @@ from gate_lab import (
 )
 from gate_operate import operate
 from gate_outage import outage
-from gate_park import PARK, QUEUES, park
+from gate_park import QUEUES, park, parked_kills, parked_memory, parked_waits
 
 from rate_limiter import TokenBucket
 from rate_limiter.celery import Gate, throttle
@@ -526,14 +528,6 @@ def memory(bench: Bench) -> None:
 
 # -- kills ----------------------------------------------------------------------------------------
 
-#: For the jobs of a killed worker to come back soon. (They are lost for longer than it takes to run
-#: them otherwise: the default is an hour.)
-SOON: Final = {"visibility_timeout": 5, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
-
-
-#: Kills a worker that parks jobs three times: twice at a random moment, once while it puts them back.
-PARKING: Final = "parking worker"
-
 
 def kill_round(server: Server, gate: bool, victim: str, jobs: int) -> tuple[Counter[int], int]:
     """Kill the worker or the broker in the middle.
@@ -547,23 +541,12 @@ def kill_round(server: Server, gate: bool, victim: str, jobs: int) -> tuple[Coun
     """
     redis = server.name == "Redis"
     conf = {"task_acks_late": True, "broker_transport_options": SOON if redis else {}}
-    conf |= PARK if victim == PARKING else {}
     with Run(server, rate=50, gate=gate, sleep=0 if gate else 2 / 50, conf=conf) as run:
         run.send("limited", jobs)
         run.start()
         run.ready()
-        if victim != PARKING:
-            run.wait("limited", jobs // 2, 60, "the first half did not run")
-        if victim == PARKING:
-            for number in range(3):
-                time.sleep(random.uniform(0, jobs / 100))
-                if number < 2:
-                    run.kill()
-                else:  # while it puts jobs back
-                    run.stop(seconds=random.uniform(0.1, 1))
-                run.start()
-                run.ready(2 + number)
-        elif victim == "worker":
+        run.wait("limited", jobs // 2, 60, "the first half did not run")
+        if victim == "worker":
             run.kill()
             run.start()
             run.ready(2)
@@ -597,8 +580,6 @@ def until_quiet(run: Run, jobs: int, seconds: float) -> int:
 def kill_rounds(bench: Bench, name: str, gate: bool, victim: str) -> dict[str, int]:
     """Return how many jobs were lost and doubled, and how many workers ended, in how many rounds."""
     rounds, jobs = (1, 200) if bench.short else (10, 500)
-    if victim == PARKING:
-        jobs = 200
     with BROKERS[name](bench.directory, durable=True) as server:
         results = [kill_round(server, gate, victim, jobs) for _ in range(rounds)]
     return {
@@ -613,7 +594,7 @@ def kill_rounds(bench: Bench, name: str, gate: bool, victim: str) -> dict[str, i
 def kills(bench: Bench) -> None:
     """Count what is lost and doubled. Brokers, and with and without a gate, at the same time."""
     setups = [(name, gate) for name in bench.brokers for gate in (True, False)]
-    for victim in ("worker", "broker", PARKING):
+    for victim in ("worker", "broker"):
         with ThreadPoolExecutor() as pool:
             rounds = [pool.submit(kill_rounds, bench, *setup, victim) for setup in setups]
         results = [each.result() for each in rounds]
@@ -854,9 +835,12 @@ PARTS: Final[dict[str, Part]] = {
     for part in (
         *(rates, behind, passing, starts, decorator, tenants, asks, workers),
         *(cluster, divided, cut, loop, longest, tally, memory, kills, leases),
-        *(operate, outage, alone, overhead, park),
+        *(operate, outage, alone, overhead, park, parked_memory, parked_kills, parked_waits),
     )
 }
 
+#: Take long, and run only if they are named.
+LONG: Final = ("parked_memory", "parked_kills", "parked_waits")
+
 if __name__ == "__main__":
-    sys.exit(main(__doc__, PARTS))
+    sys.exit(main(__doc__, PARTS, LONG))

@@ -22,6 +22,7 @@ from celery import Celery, uuid
 
 __all__ = [
     "BROKERS",
+    "SOON",
     "WARM_UP",
     "LabError",
     "Proxy",
@@ -37,6 +38,10 @@ __all__ = [
 
 #: Jobs that run before the measurement, so that the pool's processes are warm.
 WARM_UP: Final = 20
+
+#: For the jobs of a killed worker to come back soon. (They are lost for longer than it takes to run
+#: them otherwise: the default is an hour.)
+SOON: Final = {"visibility_timeout": 5, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
 
 #: The length of a line that gate_app writes.
 LINE = 8 + 1 + 8 + 1 + 20 + 1
