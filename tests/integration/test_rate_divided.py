@@ -8,8 +8,7 @@ from celery import Celery
 from celery.contrib.testing.app import setup_default_app
 from celery.contrib.testing.worker import start_worker
 from harness import Lab, wait_for
-from limits import fail_at_start, repeated, start
-from test_control import control
+from limits import control, fail_at_start, repeated, start
 
 from rate_limiter.celery import Gate
 from rate_limiter.testing import charged

@@ -57,7 +57,7 @@ def test_jobs_that_were_held_start_before_unlimited_ones_that_wait(redis_lab, po
 
 
 def revoke(lab, worker, request, jobs):
-    lab.inspect(worker).app.control.revoke(jobs[0].id)
+    lab.app.control.revoke(jobs[0].id)
     return {0}
 
 
