@@ -10,7 +10,7 @@ from conftest import KEEPS_DATA
 from harness import Lab, wait_for
 from kombu.asynchronous import Hub
 from kombu_lab import Broker, Worker, running
-from limits import SHORT_LEASE, break_connections, limit, start, stats, unacknowledged
+from limits import SHORT_LEASE, break_connections, held, limit, start, stats, unacknowledged
 
 from rate_limiter import TokenBucket
 from rate_limiter.broker.restore import Leftovers, restore_in_order
@@ -140,7 +140,7 @@ def test_held_jobs_block_no_others_after_a_reconnect(rabbitmq_lab, pool, request
         lab.wait_for_runs("concurrency", 1)
         for number in range(7):
             lab.send("job", number)
-        wait_for(lambda: stats(lab, worker)["rate_limiter"]["held"] == {"job": 6})
+        wait_for(lambda: held(lab, worker) == 6)
         break_connections(lab, request)
         wait_for(lambda: "Temporarily reducing the prefetch count" in worker.output)
         for number in range(20):
