@@ -331,11 +331,15 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             return self.engine.held_by.total()
 
     def _next_due(self) -> float:
-        return min(self.engine.next_due, self.unended.due)
+        due = (
+            self.engine.next_due
+        )  # asked several times for each job, so without min() in the usual case
+        return min(due, self.unended.due) if self.unended else due
 
     def _work(self) -> None:
         self.release()
-        self.unended.work()
+        if self.unended:
+            self.unended.work()
 
     # -- what the engine asks for -----------------------------------------------------------------
 
