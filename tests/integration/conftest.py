@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -144,19 +145,23 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+#: Options of a Redis that has its data again when it is started after a kill.
+KEEPS_DATA = ("--appendonly", "yes", "--appendfsync", "always")
+
+
 class OwnRedis:
     """A Redis that may be stopped."""
 
     def __init__(self, folder, executable, *options):
         self.port = get_port(None)
-        self.folder, self.executable = folder, executable
         self.url = f"redis://127.0.0.1:{self.port}/0"
-        self.start(*options)
+        command = [executable, "--port", str(self.port), "--save", "", "--dir", str(folder)]
+        self.command = [*command, *options]
+        self.start()
 
     def start(self, *options):
-        """Start it, with further options; empty, if there is no dump in its folder."""
-        command = [self.executable, "--port", str(self.port), "--save", "", "--dir", str(self.folder)]
-        self.process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)
+        """Start it, with further options. It is empty, unless it keeps its data."""
+        self.process = subprocess.Popen([*self.command, *options], stdout=subprocess.DEVNULL)
         client = redis.Redis.from_url(self.url)
 
         def answers():
@@ -174,6 +179,12 @@ class OwnRedis:
         self.process.send_signal(signal.SIGCONT)
         self.process.kill()
         self.process.wait(DEADLINE)
+
+    def restart(self):
+        """Take it away for a moment."""
+        self.kill()
+        time.sleep(0.3)
+        self.start()
 
 
 @pytest.fixture

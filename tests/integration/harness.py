@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 from celery import Celery
 from celery.result import AsyncResult
@@ -43,6 +44,20 @@ def excess(moments: Iterable[float], rate: float) -> float:
         lowest = min(lowest, number - rate * moment)
         worst = max(worst, number - rate * moment - lowest + 1)
     return worst
+
+
+def app_here(broker: str = "memory://", **settings: Any) -> Celery:
+    """Return an app whose worker runs in this process, with a queue of its own."""
+    app = Celery(uuid4().hex, broker=broker, backend="cache+memory://")
+    app.conf.update(
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        task_default_queue=uuid4().hex,
+        broker_transport_options={"polling_interval": 0.02} if broker.startswith("memory") else {},
+        **settings,
+    )
+    return app
 
 
 class Entry(NamedTuple):

@@ -131,6 +131,12 @@ def stats(lab: Lab, worker: Worker) -> Any:
     return wait_for(lambda: lab.inspect(worker).stats())[worker.node]
 
 
+def held(lab: Lab, worker: Worker, name: str | None = None) -> int:
+    """Return how many jobs a worker holds: for the limit of a name, or for all."""
+    by_limit = stats(lab, worker)["rate_limiter"]["held"]
+    return sum(by_limit.values()) if name is None else by_limit.get(name, 0)
+
+
 def wait_until_idle(lab: Lab, worker: Worker, prefetch: int) -> None:
     """Wait until nothing is held, and the prefetch count is what it was."""
 
@@ -147,11 +153,14 @@ def repeated(values: list[Any]) -> dict[Any, int]:
 
 
 def break_connections(lab: Lab, request: Any) -> None:
-    """Close all connections to the broker, as a network would."""
+    """Close all connections to the broker, or to the lab's database on Redis, as a network would."""
     if (url := lab.settings["broker_url"]).startswith("redis"):
+        database = url.rsplit("/", 1)[1]
         with redis.Redis.from_url(url) as client:
-            for kind in "pubsub", "normal":
-                client.client_kill_filter(_type=kind, skipme=True)
+            me = str(client.client_id())
+            for other in client.client_list():
+                if other["db"] == database and other["id"] != me:
+                    client.client_kill_filter(_id=other["id"])
     else:
         rabbitmq = request.getfixturevalue("rabbitmq")
         rabbitmq.rabbitctl_output("close_all_connections", "a test")

@@ -11,12 +11,11 @@ import queue
 import threading
 import time
 from types import SimpleNamespace
-from uuid import uuid4
 
 import celery.concurrency
 import pytest
 from billiard.einfo import ExceptionInfo
-from celery import Celery, bootsteps
+from celery import bootsteps
 from celery._state import _set_task_join_will_block
 from celery.app.task import Context
 from celery.contrib.testing.app import setup_default_app
@@ -27,7 +26,7 @@ from celery.worker import state
 from celery.worker.consumer import Consumer
 from celery.worker.consumer.tasks import Tasks
 from celery.worker.request import Request
-from harness import wait_for
+from harness import app_here, wait_for
 from kombu.asynchronous import Hub, set_event_loop
 from kombu.common import QoS
 
@@ -75,24 +74,12 @@ def _forget_the_worker():
     set_event_loop(None)
 
 
-def make_app(broker):
-    app = Celery(uuid4().hex, broker=broker, backend="cache+memory://")
-    app.conf.update(
-        worker_hijack_root_logger=False,
-        worker_redirect_stdouts=False,
-        task_default_queue=uuid4().hex,
-        broker_transport_options={"polling_interval": 0.02} if broker.startswith("memory") else {},
-        worker_cancel_long_running_tasks_on_connection_loss=False,
-    )
-    return app
-
-
 @pytest.fixture(params=["memory-solo", "memory-threads", "redis-threads"])
 def probe(request):
     """Yield the probe in a worker that runs."""
     broker, pool = request.param.split("-")
     url = request.getfixturevalue("redis_url")() if broker == "redis" else "memory://"
-    app, probe = make_app(url), Probe()
+    app, probe = app_here(url), Probe()
 
     class Step(bootsteps.StartStopStep):
         requires = ("celery.worker.consumer.tasks:Tasks",)
@@ -404,7 +391,7 @@ def test_a_request_can_be_told_of_its_start(probe):
 
 def test_where_jobs_wait_for_a_slot_of_a_prefork_pool():
     """In the deque of the worker's semaphore, as (callback, (request,), {})."""
-    app = make_app("redis://")
+    app = app_here("redis://")
     worker = app.WorkController(pool="prefork", concurrency=2)
     assert worker.consumer.on_task_request == worker._process_task_sem
     assert worker.pool_putlocks
@@ -449,7 +436,7 @@ def test_where_jobs_wait_for_a_slot_of_a_threads_pool():
 
 def test_without_the_hook_the_worker_does_not_start():
     """No consumer.on_task_request: the gate cannot attach, and no worker runs without its limits."""
-    app = make_app("memory://")
+    app = app_here()
     app.conf.worker_consumer = f"{__name__}:WithoutHook"
     Gate(app).limit("echo", bucket=TokenBucket(1, 1))
     with pytest.raises(ImproperlyConfigured, match="no consumer.on_task_request"):
@@ -466,7 +453,7 @@ def test_what_a_worker_tells_of_its_pool(autoscale, most):
         def create(self, worker):
             told.append((worker.concurrency, worker.max_concurrency, worker.pool_cls.__name__))
 
-    app = make_app("memory://")
+    app = app_here()
     app.steps["worker"].add(Step)
     app.WorkController(pool="prefork", concurrency=2, autoscale=autoscale)
     assert told[0][1:] == (most, "TaskPool") or (most is None and told[0] == (2, 0, "TaskPool"))
@@ -475,7 +462,7 @@ def test_what_a_worker_tells_of_its_pool(autoscale, most):
 
 def test_gossip_brings_events_of_other_workers(redis_url):
     """What gossip.update_state is replaced by gets them, ours too; Celery's own state takes those."""
-    app = make_app(redis_url())
+    app = app_here(redis_url())
     consumer = app.WorkController(pool="solo").consumer
     gossip, told = consumer.gossip, []
     update, gossip.update_state = gossip.update_state, lambda event: told.append((event, update(event)))
@@ -493,7 +480,7 @@ def test_gossip_brings_events_of_other_workers(redis_url):
 
 def test_gossip_hands_what_it_gets_to_on_message(redis_url):
     """Each event, also the worker's own, which it would pass over; and what stands in for the method."""
-    app = make_app(redis_url())
+    app = app_here(redis_url())
     gossip, told = app.WorkController(pool="solo").consumer.gossip, []
     assert gossip.enabled
     gossip.on_message = lambda prepare, message: told.append(message.payload)
@@ -523,7 +510,7 @@ def test_what_a_step_is_told_of_the_command_line():
         def __init__(self, consumer, **options):
             told.append((consumer.gossip.enabled, options))
 
-    app = make_app("redis://")
+    app = app_here("redis://")
     app.steps["consumer"].add(Step)
     options = {"without_heartbeat": True, "heartbeat_interval": 7.0}
     app.WorkController(pool="solo", without_gossip=True, **options)
@@ -536,7 +523,7 @@ def test_what_a_step_is_told_of_the_command_line():
 
 def test_gossip_that_is_off_has_no_state():
     """On brokers that have none, and with --without-gossip."""
-    app = make_app("memory://")
+    app = app_here()
     assert not hasattr(app.WorkController(pool="solo").consumer.gossip, "update_state")
     app.close()
 

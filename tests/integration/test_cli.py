@@ -12,7 +12,7 @@ import time
 
 import pytest
 from harness import Lab, wait_for
-from limits import celery, environment, limit, start, stats
+from limits import celery, control, environment, limit, start, stats
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_the_table(held):
     status, printed = celery(lab, "--json")
     assert status == 0
     assert json.loads(printed)[worker.node].keys() == {
-        *lab.inspect(worker)._request("limits")[worker.node],
+        *control(lab, worker, "limits"),
     }
     assert json.loads(printed)[worker.node]["job"]["held"] == 9
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 from harness import wait_for
-from limits import control, limit, start, stats, waiting
+from limits import control, held, limit, start, waiting
 
 POOLS = ["prefork", "threads", "gevent", "solo"]
 
@@ -161,7 +161,7 @@ def test_explain(redis_lab):
         lab.send("job", 0)
         lab.wait_for_runs("job", 1)
         jobs = [lab.send("job", number) for number in range(1, 11)]
-        wait_for(lambda: stats(lab, worker)["rate_limiter"]["held"].get("job", 0) >= 9)
+        wait_for(lambda: held(lab, worker, "job") >= 9)
         told = [control(lab, worker, "explain", task_id=job.id) for job in jobs[-3:]]
         assert [each["before"] for each in told] == [told[0]["before"] + n for n in range(3)]
         assert {(each["state"], each["limit"], each["task"]) for each in told} == {

@@ -5,7 +5,7 @@ import json
 import pytest
 from celery.exceptions import TaskRevokedError
 from harness import DEADLINE, wait_for
-from limits import celery, limit, start
+from limits import celery, control, limit, start
 
 from rate_limiter import RateLimitExceeded
 
@@ -28,13 +28,11 @@ def test_all_tell_the_same_and_the_truth(redis_lab, pool):
             *("int", "RateLimitExceeded", "ValueError", "RateLimitExceeded")
         ]
 
-        inspect = lab.inspect(worker)
-        by_control = inspect._request("limits")[worker.node]
+        by_control = control(lab, worker, "limits")
         status, printed = celery(lab, "--json")
         assert status == 0
         by_command = json.loads(printed)[worker.node]
-        wait_for(lambda: inspect._request("seen")[worker.node])
-        seen = inspect._request("seen")[worker.node]
+        seen = wait_for(lambda: control(lab, worker, "seen"))
         signals, metrics = seen["signals"], seen["metrics"]
 
     truth = {

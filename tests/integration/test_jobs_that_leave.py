@@ -7,7 +7,7 @@ import pytest
 from harness import wait_for
 from kombu_lab import Worker as Consumer
 from kombu_lab import running
-from limits import declare, fail_at_start, limit, start, stats, unacknowledged, waiting
+from limits import declare, fail_at_start, held, limit, start, stats, unacknowledged, waiting
 from queue_specs import entity
 
 from rate_limiter import TokenBucket
@@ -29,10 +29,6 @@ def queue_of(lab, kind):
     declare(lab, spec)
     lab.app.conf.task_queues = [entity(spec)]
     return spec
-
-
-def held(lab, worker):
-    return stats(lab, worker)["rate_limiter"]["held"].get("job", 0)
 
 
 def counts(lab, worker):

@@ -6,7 +6,7 @@ import pytest
 from celery import chord
 from celery.exceptions import ChordError, TaskRevokedError
 from harness import DEADLINE, Lab, wait_for
-from limits import limit, start, stats, unacknowledged, waiting
+from limits import held, limit, start, stats, unacknowledged, waiting
 
 from rate_limiter import RateLimitExceeded
 
@@ -157,7 +157,7 @@ def test_max_wait(lab, policy):
             lab.send("job", number)
         wait_for(lambda: stats(lab, worker)["rate_limiter"]["limits"]["job"]["refused"] >= 6)
         lab.wait_for_runs("job", 5)
-        wait_for(lambda: not stats(lab, worker)["rate_limiter"]["held"])
+        wait_for(lambda: not held(lab, worker))
     ran = lab.runs("job")
     assert ran == list(range(len(ran)))
     assert 5 <= len(ran) <= 6

@@ -1,65 +1,26 @@
 """What a worker or consumer depends on is away for a while: all jobs run, and the worker lives."""
 
 import contextlib
-import socket
-import subprocess
 import time
 from collections import Counter
 
 import pytest
 import redis
-from conftest import REDIS, _server
-from harness import DEADLINE, Lab, wait_for
+from conftest import KEEPS_DATA
+from harness import Lab, wait_for
 from kombu.asynchronous import Hub
 from kombu_lab import Broker, Worker, running
-from limits import SHORT_LEASE, break_connections, limit, start, stats, unacknowledged
+from limits import SHORT_LEASE, break_connections, held, limit, start, stats, unacknowledged
 
 from rate_limiter import TokenBucket
 from rate_limiter.broker.restore import Leftovers, restore_in_order
 from rate_limiter.kombu import Gate
 
 
-class RestartableRedis:
-    """A Redis that survives its restart, with an append-only file."""
-
-    def __init__(self, folder):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        options = f"--port {self.port} --bind 127.0.0.1 --appendonly yes --appendfsync always"
-        self.command = [REDIS, *options.split(), "--save", "", "--dir", str(folder)]
-
-    def start(self):
-        """Start it, and wait until it answers."""
-        self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL)
-        with redis.Redis(port=self.port) as client:
-            wait_for(lambda: self._answers(client))
-
-    def _answers(self, client):
-        with contextlib.suppress(redis.ConnectionError):
-            return client.ping()
-
-    def kill(self):
-        """Kill it, at once."""
-        self.process.kill()
-        self.process.wait(DEADLINE)
-
-    def restart(self):
-        """Take it away for a moment."""
-        self.kill()
-        time.sleep(0.3)
-        self.start()
-
-
 @pytest.fixture
-def restartable(request, tmp_path):
-    """Yield a Redis that can be restarted."""
-    _server(request, "redis_server", REDIS)
-    server = RestartableRedis(tmp_path)
-    server.start()
-    yield server
-    server.kill()
+def restartable(own_redis):
+    """Return a Redis that can be restarted."""
+    return own_redis(*KEEPS_DATA)
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads", "gevent", "solo"])
@@ -179,7 +140,7 @@ def test_held_jobs_block_no_others_after_a_reconnect(rabbitmq_lab, pool, request
         lab.wait_for_runs("concurrency", 1)
         for number in range(7):
             lab.send("job", number)
-        wait_for(lambda: stats(lab, worker)["rate_limiter"]["held"] == {"job": 6})
+        wait_for(lambda: held(lab, worker) == 6)
         break_connections(lab, request)
         wait_for(lambda: "Temporarily reducing the prefetch count" in worker.output)
         for number in range(20):

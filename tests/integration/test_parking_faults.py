@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import redis
-from conftest import REDIS
+from conftest import KEEPS_DATA, REDIS
 from harness import DEADLINE, wait_for
 from lanes_lab import PARKED, is_redis, lanes, parked, place_in, run, send
 from limits import SHORT_LEASE, break_connections, control, declare, limit, repeated, waiting
@@ -245,8 +245,7 @@ def test_a_body_that_cannot_be_read_stands_in_no_ones_way(place):
 
 def test_parking_outlives_a_restart_of_redis(own_redis, redis_lab):
     """What is parked on a Redis that keeps its data is there again after it was killed, and runs."""
-    kept = ("--appendonly", "yes", "--appendfsync", "always")
-    server = own_redis(*kept)
+    server = own_redis(*KEEPS_DATA)
     redis_lab.settings["broker_url"] = redis_lab.app.conf.broker_url = server.url
     place = place_in(redis_lab)
     options = {"broker_transport_options": SHORT_LEASE}
@@ -254,9 +253,7 @@ def test_parking_outlives_a_restart_of_redis(own_redis, redis_lab):
     with run(place, pool="prefork", limits=(limit(rate=10, overflow="park"),), **options) as worker:
         wait_for(lambda: parked(place) > 20)
         redis_lab.wait_for_runs("job", 5)
-        server.kill()
-        time.sleep(0.5)
-        server.start(*kept)
+        server.restart()
         wait_for(lambda: set(redis_lab.runs("job")) >= set(range(60)))
         assert worker.running
         worker.stop()

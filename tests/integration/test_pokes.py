@@ -5,7 +5,7 @@ import statistics
 import kombu
 import pytest
 from harness import wait_for
-from limits import start, stats
+from limits import held, start
 
 #: Whether a thread can interrupt the event loop.
 WAKES = tuple(map(int, kombu.__version__.split(".")[:2])) >= (5, 7)
@@ -29,7 +29,7 @@ def in_a_task(lab, worker, how):
 def latency(lab, worker, number, change, how):
     """Return how many seconds after the change a held job runs."""
     lab.send("poked", number)
-    wait_for(lambda: stats(lab, worker)["rate_limiter"]["held"].get("poked") == 1)
+    wait_for(lambda: held(lab, worker, "poked") == 1)
     changes = len(lab.log("changed"))
     change(lab, worker, how)
     lab.wait_for_runs("poked", number + 1)

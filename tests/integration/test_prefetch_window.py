@@ -2,15 +2,13 @@
 
 import json
 import time
-from uuid import uuid4
 
 import pytest
 import redis
-from celery import Celery
 from celery.contrib.testing.app import setup_default_app
 from celery.contrib.testing.worker import start_worker
-from harness import wait_for
-from limits import SHORT_LEASE, break_connections, limit, start, stats, unacknowledged, waiting
+from harness import app_here, wait_for
+from limits import SHORT_LEASE, break_connections, held, limit, start, unacknowledged, waiting
 
 from rate_limiter import BucketPerKey
 from rate_limiter.celery import Gate
@@ -23,7 +21,7 @@ def hold(lab, worker, numbers) -> None:
     """Send limited jobs, of which the first runs, and wait until the others are held."""
     for number in numbers:
         lab.send("job", number)
-    wait_for(lambda: stats(lab, worker)["rate_limiter"]["held"].get("job") == len(numbers) - 1)
+    wait_for(lambda: held(lab, worker, "job") == len(numbers) - 1)
 
 
 def numbers_in(lab) -> list[int]:
@@ -62,7 +60,7 @@ def test_jobs_go_back_in_order(redis_lab, pool):
         for number in range(20):
             lab.send("other" if number % 2 else "job", number)
         others = [] if pool == "prefork" else list(range(1, 20, 2))
-        wait_for(lambda: stats(lab, worker)["rate_limiter"]["held"].get("job") == 10)
+        wait_for(lambda: held(lab, worker, "job") == 10)
         wait_for(lambda: waiting(lab) == 0)  # the last one is no held one
         lab.wait_for_runs("other", len(others))
         worker.stop()
@@ -87,11 +85,7 @@ def test_jobs_go_back_in_order_with_the_connection(redis_lab):
 
 def test_memory_gets_held_jobs_back():
     """memory://: kombu puts nothing back there; held jobs, of several buckets too, wait for the next worker."""
-    app = Celery("memory", broker="memory://")
-    app.conf.update(
-        broker_transport_options={"polling_interval": 0.02}, worker_hijack_root_logger=False,
-        worker_redirect_stdouts=False, task_default_queue=uuid4().hex,
-    )  # fmt: skip
+    app = app_here()
     gate, ran = Gate(app), []
 
     @app.task(name="job")

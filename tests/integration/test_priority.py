@@ -3,7 +3,7 @@
 import pytest
 from harness import wait_for
 from kombu_lab import Worker, running
-from limits import declare, limit, start, stats
+from limits import declare, held, limit, start
 
 from rate_limiter import TokenBucket
 from rate_limiter.kombu import Gate
@@ -31,7 +31,7 @@ def test_urgent_jobs_go_before_held_ones(request, broker_name):
     with start(lab, concurrency=1, queues=(queue,), limits=(limit(rate=1),)) as worker:
         for number in range(6):
             lab.send("job", number, exchange=name, routing_key=name, priority=low)
-        wait_for(lambda: stats(lab, worker)["rate_limiter"]["held"].get("job", 0) >= 4)
+        wait_for(lambda: held(lab, worker, "job") >= 4)
         for number in 10, 11:
             lab.send("job", number, exchange=name, routing_key=name, priority=high)
         assert went_in_order(lab.wait_for_runs("job", 8))

@@ -1,15 +1,12 @@
 """One rate for all workers without a Redis: real workers on RabbitMQ, which learn of each other by gossip."""
 
 import time
-from uuid import uuid4
 
 import pytest
-from celery import Celery
 from celery.contrib.testing.app import setup_default_app
 from celery.contrib.testing.worker import start_worker
-from harness import Lab, wait_for
-from limits import fail_at_start, repeated, start
-from test_control import control
+from harness import Lab, app_here, wait_for
+from limits import control, fail_at_start, repeated, start
 
 from rate_limiter.celery import Gate
 from rate_limiter.testing import charged
@@ -144,12 +141,7 @@ def test_lifted_limits_need_no_gossip(rabbitmq_lab):
 
 def test_in_the_tests_of_a_user():
     """A worker in the same process has no gossip, and needs none: it has the whole rate, and does not wait."""
-    app = Celery(uuid4().hex, broker="memory://", backend="cache+memory://")
-    app.conf.update(
-        rate_limiter_limits={"add": {"rate": "1/h", "burst": 2, "per": "cluster"}},
-        broker_transport_options={"polling_interval": 0.02}, worker_hijack_root_logger=False,
-        worker_redirect_stdouts=False, task_default_queue=uuid4().hex,
-    )  # fmt: skip
+    app = app_here(rate_limiter_limits={"add": {"rate": "1/h", "burst": 2, "per": "cluster"}})
     Gate(app)
 
     @app.task(shared=False, name="add")

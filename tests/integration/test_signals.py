@@ -1,13 +1,11 @@
 """The library's own signals: what a receiver is told, by the gate and by the decorator."""
 
 from collections import Counter
-from uuid import uuid4
 
 import pytest
-from celery import Celery
 from celery.contrib.testing.app import setup_default_app
 from celery.contrib.testing.worker import start_worker
-from harness import wait_for
+from harness import app_here, wait_for
 
 from rate_limiter import RateLimitExceeded, TokenBucket
 from rate_limiter.celery import Gate, signals, throttle
@@ -35,20 +33,9 @@ def nothing():
     return "done"
 
 
-def make_app():
-    app = Celery(uuid4().hex, broker="memory://", backend="cache+memory://")
-    app.conf.update(
-        worker_hijack_root_logger=False,
-        worker_redirect_stdouts=False,
-        broker_transport_options={"polling_interval": 0.02},
-        task_default_queue=uuid4().hex,
-    )
-    return app
-
-
 def test_what_the_gate_tells(told):
     """A job that waits is throttled, then admitted; one that is refused says how; a change tells what."""
-    app = make_app()
+    app = app_here()
     gate = Gate(app)
     for name in "wait", "drop":
         app.task(name=name, shared=False)(nothing)
@@ -95,7 +82,7 @@ def test_what_the_gate_tells(told):
 
 def test_what_the_decorator_tells(told):
     """In the task: admitted with its wait, refused with how; the id of the task, or None outside of one."""
-    app = make_app()
+    app = app_here()
 
     @throttle(TokenBucket(1, 0.01), when_limited="raise", name="once")
     def once(): ...

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from harness import at_once, excess, wait_for
-from limits import break_connections, limit, start, stats
+from limits import break_connections, held, limit, start, stats
 
 from rate_limiter.celery import slots
 
@@ -57,7 +57,7 @@ def test_jobs_that_were_held_start_before_unlimited_ones_that_wait(redis_lab, po
 
 
 def revoke(lab, worker, request, jobs):
-    lab.inspect(worker).app.control.revoke(jobs[0].id)
+    lab.app.control.revoke(jobs[0].id)
     return {0}
 
 
@@ -93,7 +93,7 @@ def test_what_happens_to_a_job_that_waits_for_a_slot(redis_lab, pool, happens, r
     with start(lab, pool=pool, limits=(limit(rate=5),)) as worker:
         occupy(lab)
         jobs = [lab.send("job", number) for number in range(8)]
-        wait_for(lambda: stats(lab, worker)["rate_limiter"]["held"].get("job") == 7)
+        wait_for(lambda: held(lab, worker, "job") == 7)
         assert not lab.runs("job")
         gone = happens(lab, worker, request, jobs)
         wait_for(lambda: set(lab.runs("job")) == set(range(8)) - gone)
@@ -109,7 +109,7 @@ def test_held_jobs_do_not_make_the_pool_grow(redis_lab):
     with start(lab, "--autoscale=4,1", pool="prefork", limits=(bound,)) as worker:
         for number in range(40):
             lab.send("job", number)
-        wait_for(lambda: stats(lab, worker)["rate_limiter"]["held"].get("job") == 39)
+        wait_for(lambda: held(lab, worker, "job") == 39)
         assert len(lab.inspect(worker).reserved()[worker.node]) == 39
         now = stats(lab, worker)["autoscaler"]
         assert (now["current"], now["qty"]) == (1, 0)

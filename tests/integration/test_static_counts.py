@@ -4,7 +4,7 @@ import time
 
 import pytest
 from harness import wait_for
-from limits import break_connections, declare, limit, start, stats, waiting
+from limits import break_connections, declare, held, limit, start, waiting
 
 #: The prefetch count of a worker with two slots.
 WINDOW = 8
@@ -29,11 +29,6 @@ def send(lab, task, *numbers, to, **options):
     """Send jobs to a queue."""
     for number in numbers:
         lab.send(task, number, exchange=to[1], routing_key=to[3], **options)
-
-
-def held(lab, worker):
-    """Return how many jobs a worker holds."""
-    return sum(stats(lab, worker)["rate_limiter"]["held"].values())
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads", "gevent"])

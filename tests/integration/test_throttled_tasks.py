@@ -2,14 +2,13 @@
 
 import logging
 from types import SimpleNamespace
-from uuid import uuid4
 
 import pytest
-from celery import Celery, Task, chain, chord, group, shared_task, signals
+from celery import Task, chain, chord, group, shared_task, signals
 from celery.contrib.testing.app import setup_default_app
 from celery.contrib.testing.worker import start_worker
 from celery.exceptions import TaskRevokedError
-from harness import DEADLINE
+from harness import DEADLINE, app_here
 
 from rate_limiter import RateLimitExceeded, TokenBucket
 from rate_limiter.celery import Gate, throttle
@@ -115,14 +114,7 @@ def declare(app):
 @pytest.fixture(scope="module", params=["eager", "solo", "threads", "gate"])
 def shop(request):
     """Yield the tasks in one of the places that enforce their limits."""
-    app = Celery(f"shop_{request.param}", broker="memory://", backend="cache+memory://")
-    app.conf.update(
-        task_default_queue=uuid4().hex,
-        broker_transport_options={"polling_interval": 0.02},
-        worker_hijack_root_logger=False,
-        worker_redirect_stdouts=False,
-        task_always_eager=request.param == "eager",
-    )
+    app = app_here(task_always_eager=request.param == "eager")
     if request.param == "gate":
         Gate(app)
     with setup_default_app(app, use_trap=False):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from harness import Worker, excess, wait_for
-from limits import stats, waiting
+from limits import held, stats, waiting
 
 
 def worker(lab, version, **options):
@@ -44,7 +44,7 @@ def test_remove(lab):
         for number in range(6):
             lab.send("job", number)
             lab.send("again", number)
-        wait_for(lambda: stats(lab, limited)["rate_limiter"]["held"].get("job") == 5)
+        wait_for(lambda: held(lab, limited, "job") == 5)
         wait_for(lambda: outcome(lab, limited, "again", "refused") >= 5)
         limited.stop()
     assert "held jobs back to the broker" in limited.output

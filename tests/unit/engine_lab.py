@@ -84,4 +84,9 @@ class Lab:
 
     def numbers(self):
         """Return what was counted and is not 0."""
-        return {name: value for name, value in tally_of(self.limit).snapshot().items() if value}
+        return numbers(self.limit)
+
+
+def numbers(limit):
+    """Return what was counted under a limit and is not 0."""
+    return {name: value for name, value in tally_of(limit).snapshot().items() if value}

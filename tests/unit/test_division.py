@@ -388,6 +388,16 @@ def test_what_the_log_says(caplog):
     assert "Workers that divide mail: 2" in caplog.messages
 
 
+def without_gossip(driver):
+    """Return the consumer of a worker that does not listen to others."""
+    return SimpleNamespace(
+        conninfo=SimpleNamespace(transport=SimpleNamespace(driver_type=driver)),
+        hostname="w",
+        pool=None,
+        gossip=SimpleNamespace(enabled=False, on_message=None),
+    )
+
+
 @pytest.mark.parametrize(
     ("driver", "options", "says"),
     [
@@ -398,13 +408,7 @@ def test_what_the_log_says(caplog):
 )
 def test_who_cannot_have_a_share_does_not_start(driver, options, says):
     """Else each worker would have the whole rate. The error says what to do."""
-    consumer = SimpleNamespace(
-        conninfo=SimpleNamespace(transport=SimpleNamespace(driver_type=driver)),
-        hostname="w",
-        pool=None,
-        gossip=SimpleNamespace(enabled=False, on_message=None),
-    )
-    division = Division(consumer, **options)
+    division = Division(without_gossip(driver), **options)
     division.add([Limit(TokenBucket(1, 1), name="other")])
     with pytest.raises(ImproperlyConfigured) as error:
         division.add([Limit(DividedBucket(1, 1, least=1), name="mail")])
@@ -414,14 +418,8 @@ def test_who_cannot_have_a_share_does_not_start(driver, options, says):
 
 def test_in_memory_a_worker_is_alone():
     """No other process has its broker: tests of users run with the whole rate, and without waiting."""
-    consumer = SimpleNamespace(
-        conninfo=SimpleNamespace(transport=SimpleNamespace(driver_type="memory")),
-        hostname="w",
-        pool=None,
-        gossip=SimpleNamespace(enabled=False, on_message=None),
-    )
     bucket = DividedBucket(3, 2, least=1)
-    division = Division(consumer, without_gossip=True, without_heartbeat=True)
+    division = Division(without_gossip("memory"), without_gossip=True, without_heartbeat=True)
     division.add([Limit(bucket, name="mail")])
     division.start()
     assert (bucket.tokens, bucket.tokens_per_second, bucket.pause_left) == (3, 2, 0)

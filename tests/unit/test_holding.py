@@ -341,26 +341,6 @@ def test_clear_forgets_everything(holding, clock):
     assert holding.offer("d", [demand(bucket, 1)], clock())
 
 
-def test_many_held_jobs_cost_one_look_each(clock):
-    """The work grows with the number of jobs, not with its square: a refusal is asked for once a job."""
-    asked = 0
-
-    class Counting(TokenBucket):
-        __slots__ = ()
-
-        def take_or_delay(self, tokens=1):
-            nonlocal asked
-            asked += 1
-            return super().take_or_delay(tokens)
-
-    holding = Holding(fail=raise_error, refuse=raise_error)
-    bucket = Counting(1, 100, clock=clock)
-    for job in range(1000):
-        holding.offer(job, [demand(bucket, 1)], clock())
-    assert sum(len(jobs) for _, jobs in released(holding, clock, 99)) == 999
-    assert asked <= 2 * 1000
-
-
 def test_releases_no_more_than_asked_for(holding, clock):
     """With most=1 one job takes its tokens at a time, in order, and the others are due at once."""
     bucket, other = TokenBucket(3, 1, clock=clock), TokenBucket(1, 1, clock=clock)

@@ -50,8 +50,8 @@ def test_callable_that_asks_for_headers_gets_them():
     assert limit.demands(Call("task upload", (2,), {}))[0][1] == 2
 
 
-def test_turns_follow_each_other(monkeypatch):
-    """Those sent away get a moment each, at the bucket's rate, and do not come back all at once."""
+def test_jobs_that_are_sent_back_come_one_after_another(monkeypatch):
+    """Each gets a moment of its own, at the bucket's rate, so that they do not come back all at once."""
     monkeypatch.setattr("rate_limiter.gating.record.monotonic", lambda: 100.0)
     limit = Limit(TokenBucket(1, 2), when_limited="retry")
     record = record_of(limit)

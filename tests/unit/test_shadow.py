@@ -2,20 +2,14 @@
 
 import pytest
 from celery import Celery
-from engine_lab import Gate, Lab
+from engine_lab import Gate, Lab, numbers
 
 from rate_limiter import AllOf, BucketPerKey, TokenBucket
 from rate_limiter.celery import current_charge, throttle
 from rate_limiter.gating.declared import new_limit
 from rate_limiter.gating.engine import Engine
 from rate_limiter.gating.limit import Call, Limit
-from rate_limiter.gating.tally import tally_of
 from rate_limiter.testing import ManualClock
-
-
-def numbers(limit):
-    """Return what was counted and is not 0."""
-    return {name: value for name, value in tally_of(limit).snapshot().items() if value}
 
 
 def test_jobs_that_would_have_waited():
@@ -133,7 +127,7 @@ def test_beside_a_real_limit_in_the_decorator():
     app = Celery("shop", broker="memory://", set_as_current=False)
     real, shadow = TokenBucket(1, 0.001), TokenBucket(5, 0.001)
 
-    @app.task
+    @app.task(shared=False)
     @throttle(shadow, shadow=True, name="shadow")
     @throttle(real, when_limited=lambda: "refused", name="real")
     def job():

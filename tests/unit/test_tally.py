@@ -8,6 +8,7 @@ import tempfile
 import weakref
 
 import pytest
+from engine_lab import numbers
 
 from rate_limiter import TokenBucket
 from rate_limiter.gating import tally
@@ -26,11 +27,6 @@ def limit():
 def tell(name, *arguments):
     for observer in observers:
         getattr(observer, name)(*arguments)
-
-
-def numbers(limit):
-    """Return what is not 0."""
-    return {name: value for name, value in tally_of(limit).snapshot().items() if value}
 
 
 def in_child(action):

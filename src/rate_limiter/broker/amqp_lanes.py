@@ -55,7 +55,7 @@ class AmqpLanes:
         #: For each queue: the channel on which this worker says that it uses lanes of it.
         self._signs: dict[str, Any] = {}
 
-    def join(self, queue: str, lanes: Mapping[str, Iterable[str]]) -> None:  # noqa: D102
+    def join(self, queue: str, lanes: Mapping[str, Iterable[str]]) -> None:
         if not lanes:
             return
         known = self.there(queue)
@@ -83,12 +83,12 @@ class AmqpLanes:
             channel.queue_declare(name, durable=True, auto_delete=True)
             channel.basic_consume(name, no_ack=True, callback=_ignore)
 
-    def leave(self, queue: str) -> None:  # noqa: D102
+    def leave(self, queue: str) -> None:
         channel = self._signs.pop(queue, None)
         if channel is not None:
             channel.close()
 
-    def declare(self, entities: Iterable[Any]) -> dict[str, int | Exception]:  # noqa: D102
+    def declare(self, entities: Iterable[Any]) -> dict[str, int | Exception]:
         found: dict[str, int | Exception] = {}
         with self._connection() as connection:
             for entity in entities:
@@ -103,31 +103,31 @@ class AmqpLanes:
                         found[entity.name] = int(there.message_count)
         return found
 
-    def there(self, queue: str) -> dict[str, list[str]]:  # noqa: D102
+    def there(self, queue: str) -> dict[str, list[str]]:
         if self._look_at(f"{queue}.parked") is None:
             return {}
         with self._channel() as channel:  # as it closes, the notes go back
             return {lane: limits for _, lane, limits in _notes(channel, queue)}
 
-    def unused(self, queue: str, lanes: Iterable[str]) -> list[str]:  # noqa: D102
+    def unused(self, queue: str, lanes: Iterable[str]) -> list[str]:
         found = {lane: self._look_at(lane) for lane in lanes}
         return [lane for lane, there in found.items() if there is None or not there.consumer_count]
 
     def calm(self, channels: Iterable[Any]) -> None:
         """Do nothing: what arrives late goes back to its place."""
 
-    def alone(self, queue: str) -> bool:  # noqa: D102
+    def alone(self, queue: str) -> bool:
         there = self._look_at(f"{queue}.parked.workers")
         return there is None or there.consumer_count <= (queue in self._signs)
 
-    def count(self, lane: str) -> int:  # noqa: D102
+    def count(self, lane: str) -> int:
         there = self._look_at(lane)
         return 0 if there is None else int(there.message_count)
 
-    def find(self, lane: str, job: str) -> int | None:  # noqa: D102
+    def find(self, lane: str, job: str) -> int | None:
         return None
 
-    def put_back(self, lane: str, queue: str, first: Iterable[Any] = ()) -> int:  # noqa: D102
+    def put_back(self, lane: str, queue: str, first: Iterable[Any] = ()) -> int:
         before = self.count(queue)
         with self._channel() as channel:
             count = self._move(first, queue)
@@ -139,16 +139,16 @@ class AmqpLanes:
                 time.sleep(_SETTLE)
         return count
 
-    def sweep(self, queue: str, lane: str, tasks: Iterable[str], most: int) -> int:  # noqa: D102
+    def sweep(self, queue: str, lane: str, tasks: Iterable[str], most: int) -> int:
         return 0
 
-    def purge(self, lane: str) -> int:  # noqa: D102
+    def purge(self, lane: str) -> int:
         if self._look_at(lane) is None:
             return 0
         with self._channel() as channel:
             return int(channel.queue_purge(lane) or 0)
 
-    def remove(self, queue: str, lanes: Iterable[str]) -> None:  # noqa: D102
+    def remove(self, queue: str, lanes: Iterable[str]) -> None:
         gone = set()
         for lane in lanes:
             there = self._look_at(lane)

@@ -48,37 +48,37 @@ class RedisLanes:
                 pipe.hsetnx(self._key(f"{queue}.parked"), lane, json.dumps(list(limits)))
             pipe.execute()
 
-    def leave(self, queue: str) -> None:  # noqa: D102 - as in Lanes
+    def leave(self, queue: str) -> None:
         key = self._key(f"{queue}.parked.workers")
         mine = [sign for sign in self._client.zrange(key, 0, -1) if _parts(sign)[0] == self._worker]
         if mine:
             self._client.zrem(key, *mine)
 
-    def declare(self, entities: Iterable[Any]) -> dict[str, int | Exception]:  # noqa: D102
+    def declare(self, entities: Iterable[Any]) -> dict[str, int | Exception]:
         return {entity.name: self.count(entity.name) for entity in entities}
 
-    def there(self, queue: str) -> dict[str, list[str]]:  # noqa: D102
+    def there(self, queue: str) -> dict[str, list[str]]:
         found = self._client.hgetall(self._key(f"{queue}.parked"))
         return {_text(lane): json.loads(limits) for lane, limits in found.items()}
 
-    def unused(self, queue: str, lanes: Iterable[str]) -> list[str]:  # noqa: D102
+    def unused(self, queue: str, lanes: Iterable[str]) -> list[str]:
         used = {lane for _, lane in self._signs(queue)}
         return [lane for lane in lanes if lane not in used]
 
-    def calm(self, channels: Iterable[Any]) -> None:  # noqa: D102
+    def calm(self, channels: Iterable[Any]) -> None:
         for channel in channels:
             finish_reading(channel)
 
-    def alone(self, queue: str) -> bool:  # noqa: D102
+    def alone(self, queue: str) -> bool:
         return all(worker == self._worker for worker, _ in self._signs(queue))
 
-    def count(self, lane: str) -> int:  # noqa: D102
+    def count(self, lane: str) -> int:
         with self._client.pipeline(transaction=False) as pipe:
             for key in self._lists(lane):
                 pipe.llen(key)
             return sum(pipe.execute())
 
-    def find(self, lane: str, job: str) -> int | None:  # noqa: D102
+    def find(self, lane: str, job: str) -> int | None:
         wanted, before = f'"id": {json.dumps(job)}'.encode(), 0  # in the headers, as kombu writes them
         for key in self._lists(lane):
             for start in range(0, self._client.llen(key), _AT_ONCE):
@@ -89,23 +89,23 @@ class RedisLanes:
                 before += len(messages)
         return None
 
-    def put_back(self, lane: str, queue: str, first: Iterable[Any] = ()) -> int:  # noqa: D102
+    def put_back(self, lane: str, queue: str, first: Iterable[Any] = ()) -> int:
         total = 0
         for source, target in zip(self._lists(lane), self._lists(queue), strict=True):
             while count := self._put_back(keys=[source, target], args=[_AT_ONCE]):
                 total += count
         return total
 
-    def sweep(self, queue: str, lane: str, tasks: Iterable[str], most: int) -> int:  # noqa: D102
+    def sweep(self, queue: str, lane: str, tasks: Iterable[str], most: int) -> int:
         pairs = zip(self._lists(queue), self._lists(lane), strict=True)
         return sum(self._sweep(keys=pair, args=[most, *tasks]) for pair in pairs)
 
-    def purge(self, lane: str) -> int:  # noqa: D102
+    def purge(self, lane: str) -> int:
         count = self.count(lane)
         self._client.delete(*self._lists(lane))
         return count
 
-    def remove(self, queue: str, lanes: Iterable[str]) -> None:  # noqa: D102
+    def remove(self, queue: str, lanes: Iterable[str]) -> None:
         for lane in lanes:
             if not self.count(lane):
                 self._client.hdel(self._key(f"{queue}.parked"), lane)

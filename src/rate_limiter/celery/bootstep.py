@@ -92,9 +92,9 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self.division.add(limits)
         broker = consumer.conninfo.transport.driver_type
         by_default = parks_all(gate.app)
-        self.parked = parked_limits(limits, self.declared, broker, by_default=by_default)
+        self.parked_limits = parked_limits(limits, self.declared, broker, by_default=by_default)
         self.by_queue = (
-            bool(self.parked)
+            bool(self.parked_limits)
             or any(limit.overflow == "pause" for limit in limits)
             or any(declared.queue for declared in self.declared.values())
         )
@@ -137,12 +137,12 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self.parking = Parking(
             consumer,
             self.engine,
-            self.parked,
+            self.parked_limits,
             offer=self.on_task_request,
             lost=lambda channel: self.leftovers.put_back(channel, _running()),
             acknowledged=self.window.restore_one,
         )
-        self.parking.start(self._kinds() if self.parked else ())
+        self.parking.start(self._kinds() if self.parked_limits else ())
         send_together(consumer.event_dispatcher)
         self.sharing = Sharing(consumer, self._counts, self._share)
         self.division.start()
@@ -192,7 +192,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     def lanes_of(self, limit: Limit) -> dict[str, dict[str, Any]]:
         """Return where jobs of a limit are parked. See `Parking.lanes_of`."""
-        if limit not in self.parked or not self.open:
+        if limit not in self.parked_limits or not self.open:
             return {}
         try:
             return self.parking.lanes_of(limit)
@@ -204,7 +204,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     def where(self, task_id: str) -> str | None:
         """Return the lane that this worker has moved a job to."""
-        return self.parking.where(task_id) if self.parked and self.open else None
+        return self.parking.where(task_id) if self.parked_limits and self.open else None
 
     # -- the way of a job -------------------------------------------------------------------------
 
@@ -228,7 +228,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             self.consumer.call_soon(self.on_task_request, request)
             return
         steps = self.priorities.steps_behind(request.message, self.queues.of(request))
-        parked = self.parking.of(plan, queue, request.name) if self.parked else None
+        parked = self.parking.of(plan, queue, request.name) if self.parked_limits else None
         behind = None if parked is None else self.parking.behind(parked, request)
         decision, demands = self.engine.offer(request, plan, queue, steps, behind=behind)
         if parked is not None:
@@ -254,7 +254,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         self._forward_refused()
         for held in released:
             request = held.job
-            if self.parked:
+            if self.parked_limits:
                 self.parking.note(request, "go")
             receipt.issue(request.task, request.request_dict, held.demands)
             self._forward(request, held.demands)
@@ -302,7 +302,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         with self.engine.lock:
             held_by = self.engine.held_by
         # Those that are parked are shared already: each worker has a few of them in hand.
-        limits = set(self.tasks_of).difference(self.parked)
+        limits = set(self.tasks_of).difference(self.parked_limits)
         return {record_of(limit).name: held_by[limit] for limit in limits}
 
     def _share(self, shares: dict[str, int]) -> None:
@@ -332,11 +332,15 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             return self.engine.held_by.total()
 
     def _next_due(self) -> float:
-        return min(self.engine.next_due, self.unended.due)
+        due = (
+            self.engine.next_due
+        )  # asked several times for each job, so without min() in the usual case
+        return min(due, self.unended.due) if self.unended else due
 
     def _work(self) -> None:
         self.release()
-        self.unended.work()
+        if self.unended:
+            self.unended.work()
 
     # -- what the engine asks for -----------------------------------------------------------------
 
@@ -375,7 +379,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     def send_back(self, request: Any) -> bool:
         """Send a held job to the end of its queue."""
-        if self.parked and self.parking.give_back(request):
+        if self.parked_limits and self.parking.give_back(request):
             return True
         if not self.returning.takes(request, unchanged=True):
             return False

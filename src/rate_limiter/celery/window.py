@@ -81,7 +81,7 @@ class Window:
         consumer._restore_prefetch_count_after_connection_restart = _nothing
 
     def restore_with(self, request: Any) -> None:
-        """Restore a step of the prefetch count that Celery has lowered when a job is acknowledged."""
+        """When a job is acknowledged, restore a step of the prefetch count that Celery has lowered."""
         restore = partial(self._consumer.call_soon, self._restore)
         for answer in request.on_ack, request.on_reject:
             answer.then(restore)

@@ -74,7 +74,7 @@ class Plan:
 
 
 class Host(Generic[Job]):
-    """What a gate does for its engine. Those methods that do something here may be left out."""
+    """What a gate does for its engine. A gate may leave out the methods that raise nothing here."""
 
     #: Whether jobs that were let go may have to wait for a slot of a pool before they start. Then the host
     #: tells of each start by `Engine.started`, and `unstarted` is asked.
@@ -105,7 +105,13 @@ class Host(Generic[Job]):
         return False
 
     def follow(self, held: int, most: int) -> None:
-        """Make room for other jobs beside those held now, and for at most so many held ones."""
+        """Make room for other jobs beside the held ones.
+
+        Args:
+            held: How many jobs are held now.
+            most: How many may be held at most.
+
+        """
 
     def pause(self, queue: str, limit: Limit) -> None:
         """Stop consuming a queue: enough of its jobs are held for the limit."""

@@ -1,4 +1,4 @@
-"""What an operator sees of a limit, and what he changes in it while jobs run.
+"""What an operator sees of a limit, and changes in it while jobs run.
 
 Both gates and the decorator take tokens from the same buckets that are shown and changed here, so a change
 counts at once, also for jobs that wait already.

@@ -165,12 +165,15 @@ def _hearers(outcome: str) -> list[tuple[Observer, Callable[..., None]]]:
     return hearers
 
 
+#: The numbers of a tally. See `Tally`.
 _NAMES: Final = (
     *("admitted", "tokens", "refused", "failed", "skipped"),
     *("returned", "parked", "shadowed", "waited", "longest"),
 )
-_ADMITTED, _TOKENS, _REFUSED, _FAILED, _SKIPPED, *_LAST = range(len(_NAMES))
-_RETURNED, _PARKED, _SHADOWED, _WAITED, _LONGEST = _LAST
+
+#: The position of each of them.
+_ADMITTED, _TOKENS, _REFUSED, _FAILED, _SKIPPED = range(5)
+_RETURNED, _PARKED, _SHADOWED, _WAITED, _LONGEST = range(5, 10)
 
 #: The number of rows in shared memory, one for each process. Further processes use the last row together.
 _ROWS: Final = 256
