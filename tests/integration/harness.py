@@ -194,7 +194,8 @@ class Lab:
     def log(self, name: str) -> list[Entry]:
         """Return what has been noted under a name, in order."""
         with contextlib.suppress(FileNotFoundError):
-            lines = self.run_log.read_text().splitlines()
+            # The last line may be half written.
+            lines = self.run_log.read_text().rpartition("\n")[0].splitlines()
             return [entry for line in lines if (entry := Entry(*json.loads(line))).name == name]
         return []
 
