@@ -1,5 +1,7 @@
 """Jobs of limits with overflow="park" wait in the broker, aside, and come back when their tokens do."""
 
+import json
+import math
 import os
 import re
 import subprocess
@@ -15,6 +17,7 @@ from limits import (
     SHORT_LEASE,
     celery,
     control,
+    declare,
     fail_at_start,
     limit,
     repeated,
@@ -23,7 +26,9 @@ from limits import (
     waiting,
 )
 
+from rate_limiter.broker.amqp_lanes import AmqpLanes
 from rate_limiter.broker.redis_lanes import RedisLanes
+from rate_limiter.celery.unparking import adopt
 
 
 @pytest.mark.parametrize(
@@ -307,6 +312,60 @@ def test_redis_moves_only_what_is_parked(redis_lab):
         assert client.llen(f"{lane}\x06\x169") == 1
         assert lanes.put_back(lane, queue) == 6
         assert client.lrange(queue, 0, -1) == [each for each in before if each not in jobs] + jobs
+
+
+def test_a_lane_is_kept_while_somebody_has_jobs_of_it(redis_lab):
+    """Redis puts the jobs of a killed worker back into the lane late: a worker that parks nothing waits for that."""
+    lab, queue = redis_lab, redis_lab.settings["task_default_queue"]
+    lane = f"{queue}.parked.job"
+    url = lab.settings["broker_url"]
+    with (
+        redis.Redis.from_url(url) as client,
+        lab.app.connection_for_write() as connection,
+        lab.app.connection_for_read() as killed,
+    ):
+        client.hset(f"{queue}.parked", lane, '["job"]')
+        lab.send("job", 1)
+        client.rename(queue, lane)
+        channel = killed.channel()
+        assert channel.basic_get(lane).delivery_info["routing_key"] == queue
+        (tag,) = client.hkeys("unacked")
+        entry = client.hget("unacked", tag)
+        in_hand = entry.replace(
+            f'"{queue}"]'.encode(), f'"{lane}"]'.encode()
+        )  # as a lane's channel notes it
+        client.hset("unacked", tag, in_hand)
+        lanes = RedisLanes(connection.default_channel, "worker")
+        assert adopt(lanes, [queue], {}) == 60
+        assert client.hexists(f"{queue}.parked", lane)
+        client.hdel("unacked", tag)
+        client.lpush(lane, json.dumps(json.loads(in_hand)[0]))
+        assert adopt(lanes, [queue], {}) == math.inf
+        assert client.llen(queue) == 1
+        assert not client.exists(f"{queue}.parked")
+        channel.qos._delivered.clear()
+
+
+def test_few_jobs_are_in_hand_while_they_are_put_back(rabbitmq_lab):
+    """RabbitMQ: an original is acknowledged when its copy is confirmed: a killed worker doubles 50 at most."""
+    lab, name = rabbitmq_lab, rabbitmq_lab.settings["task_default_queue"]
+    declare(lab, (f"{name}-from", name, "direct", "from", False))
+    declare(lab, (f"{name}-to", name, "direct", "to", False))
+    for number in range(400):
+        lab.send("job", number, exchange=name, routing_key="from")
+    got, most = [], 0
+
+    def messages(channel):
+        nonlocal most
+        while message := channel.basic_get(f"{name}-from"):
+            got.append(channel.message_to_python(message))
+            most = max(most, sum(not each.acknowledged for each in got))
+            yield got[-1]
+
+    with lab.app.connection_for_write() as connection:
+        assert AmqpLanes._move(messages(connection.channel()), f"{name}-to") == 400
+    assert most <= 51
+    assert waiting(lab, f"{name}-to") == 400
 
 
 def test_thousands_are_moved_aside_inside_redis(redis_lab):

@@ -234,6 +234,7 @@ class AmqpLanes:
         try:
             for message in messages:
                 relay.send(message, message, queue)
+                relay.tend()  # each original that is not acknowledged runs twice if this worker is killed now
                 end = time.monotonic() + _CONFIRM
                 while relay.full and not failed and time.monotonic() < end:
                     relay.wait(_CONFIRM / 100)

@@ -107,8 +107,16 @@ class RedisLanes:
 
     def remove(self, queue: str, lanes: Iterable[str]) -> None:
         for lane in lanes:
-            if not self.count(lane):
+            if not self.count(lane) and not self._is_in_hand(lane):
                 self._client.hdel(self._key(f"{queue}.parked"), lane)
+
+    def _is_in_hand(self, lane: str) -> bool:
+        """Tell whether messages of a lane are unacknowledged. Those of a killed worker come back to the lane."""
+        end = (
+            f'"{lane}"]'.encode()
+        )  # an entry is a JSON list: the message, its exchange, its routing key
+        entries = self._client.hscan_iter(self._key(self._channel.unacked_key), count=_AT_ONCE)
+        return any(entry.endswith(end) for _, entry in entries)
 
     def _key(self, name: str) -> str:
         return f"{self._channel.global_keyprefix}{name}"

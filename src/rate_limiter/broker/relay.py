@@ -104,6 +104,8 @@ class Relay:
     @property
     def due(self) -> float:
         """The moment, by the monotonic clock, at which `tend` is to be called; infinite: never."""
+        if self._outcomes:
+            return monotonic()
         if self._connection is None:
             return math.inf
         if self._pending:
@@ -155,6 +157,9 @@ class Relay:
             self._take(number)
             self.close()
             raise
+        if self._outcomes and self._hub is not None:
+            # To publish is to read confirmations too (py-amqp). Nothing else may call `tend` for them.
+            self._hub.call_soon(self._tell)
 
     def tend(self) -> None:
         """Read what RabbitMQ has confirmed, keep the connection alive, and close it when it is idle."""

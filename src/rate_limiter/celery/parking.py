@@ -47,9 +47,6 @@ _TICK: Final = 1.0
 #: Seconds between two looks for lanes that other workers have left.
 _LOOK_FOR_LANES: Final = 60.0
 
-#: The same, while there are lanes that another worker uses, or used until it was killed.
-_LOOK_AGAIN: Final = 5.0
-
 #: Seconds after which a lane that the broker has refused is tried again.
 _TRY_AGAIN: Final = 10.0
 
@@ -413,8 +410,7 @@ class Parking:
             if now >= self._look_at:
                 self._look_at = now + (_LOOK_FOR_LANES if self._limits else math.inf)
                 queues = [entity.name for entity in self._consumer.task_consumer.queues]
-                if adopt(self._broker, queues, mine):
-                    self._look_at = now + _LOOK_AGAIN
+                self._look_at = min(self._look_at, now + adopt(self._broker, queues, mine))
             self._has_failed = False
         except self._consumer.connection_errors:
             raise

@@ -1,8 +1,9 @@
 """Parked jobs go back to their queues: from lanes that nobody uses, and with the last worker that stops."""
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from ..broker.lanes import Lanes
 
@@ -10,8 +11,15 @@ __all__ = ["adopt", "put_back"]
 
 logger = logging.getLogger("rate_limiter")
 
+#: Seconds until lanes are looked at again that another worker uses, or did until it was killed.
+_IN_USE: Final = 5.0
 
-def adopt(broker: Lanes, queues: Iterable[str], mine: Mapping[str, Iterable[str]]) -> bool:
+#: The same, if nobody uses them, but a killed worker had jobs of them. Redis puts these back into the lane after
+#: ``visibility_timeout``.
+_LEFT: Final = 60.0
+
+
+def adopt(broker: Lanes, queues: Iterable[str], mine: Mapping[str, Iterable[str]]) -> float:
     """Put back the jobs of lanes that nobody uses: their limits are gone, or have other names.
 
     Args:
@@ -20,21 +28,24 @@ def adopt(broker: Lanes, queues: Iterable[str], mine: Mapping[str, Iterable[str]
         mine: The lanes of each queue that this worker uses.
 
     Returns:
-        Whether other workers use lanes that this one does not know.
+        In how many seconds this is to be done again. Infinite: there are no lanes but those of this worker.
 
     """
-    others = False
+    again = math.inf
     for queue in queues:
         lanes = [lane for lane in broker.there(queue) if lane not in mine.get(queue, ())]
         unused = broker.unused(queue, lanes)
-        others = others or len(unused) < len(lanes)
+        if len(unused) < len(lanes):
+            again = _IN_USE
         for lane in unused:
             count = broker.put_back(lane, queue)
             if broker.alone(queue):
                 broker.remove(queue, [lane])
             if count:
                 logger.info("Put %d jobs back into queue %s: no limit parks in %s", count, queue, lane)
-    return others
+        if unused and not set(unused).isdisjoint(broker.there(queue)):
+            again = min(again, _LEFT)
+    return again
 
 
 def put_back(
