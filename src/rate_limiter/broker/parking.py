@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import sha1
+from itertools import islice
 from pathlib import Path
 from queue import Empty
 from typing import Any, Final, Protocol
@@ -241,7 +242,9 @@ class Lanes(Protocol):
         """Return how many messages wait in a lane."""
 
     def put_back(self, lane: str, queue: str, first: Iterable[Any] = ()) -> int:
-        """Put all messages of a lane in front of what waits in its queue, in order. Return how many.
+        """Put the messages of a lane in front of what waits in its queue, in order. Return how many.
+
+        Those are all that are there now. What another worker parks meanwhile may stay.
 
         Args:
             lane: The lane.
@@ -481,7 +484,10 @@ class AmqpLanes:
         with self._channel() as channel:
             count = self._move(first, queue)
             if self._look_at(lane) is not None:
-                count += self._move(self._all_of(channel, lane), queue)
+                # Another worker may park at once what comes back: this would not end. Where there is none, some may
+                # be on their way back to the lane, and are not counted yet.
+                most = max(self.count(lane), _AT_ONCE if self.alone(queue) else 0)
+                count += self._move(islice(self._all_of(channel, lane), most), queue)
             if count and before <= _MOST_ROTATED:
                 self._move(_got(channel, queue, before), queue)
             if count:
