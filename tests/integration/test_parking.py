@@ -131,15 +131,15 @@ def test_the_last_worker_puts_everything_back(place):
 def test_a_worker_that_is_not_the_last_leaves_the_lanes(place):
     """While another worker is there, jobs stay parked, and it runs them."""
     lab, _ = place
-    send(place, "job", *range(60))
+    send(place, "job", *range(200))
     with run(place, limits=(limit(rate=10, overflow="park"),)) as other:
         wait_for(lambda: parked(place))
         with run(place, limits=(limit(rate=10, overflow="park"),)) as worker:
             wait_for(lambda: worker.node in lab.runs("job by"))
             worker.stop()
             assert parked(place)
-        lab.wait_for_runs("job", 60)
-        assert sorted(lab.runs("job")) == list(range(60))
+        lab.wait_for_runs("job", 200)
+        assert sorted(lab.runs("job")) == list(range(200))
         assert "Put " not in worker.output
         other.stop()
     assert lanes(place) == {}
