@@ -237,7 +237,7 @@ class Soak:
         """Send some jobs of one kind."""
         task = self.chance.choice([*LIMITS, "unlimited"])
         with self.run.app.connection_for_write() as connection:
-            for _ in range(self.chance.randint(1, 7) * (6 if task in BUSY else 1)):
+            for _ in range(self.chance.randint(1, 7) * (4 if task in BUSY else 1)):
                 number = len(self.tasks)
                 self.tasks.append(task)
                 arguments = (number, key_of(number), size_of(number))

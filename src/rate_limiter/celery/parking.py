@@ -539,8 +539,7 @@ class Parking:
         """Put back the jobs of lanes that nobody uses: their limits are gone, or have other names.
 
         Returns:
-            Whether to look again soon: other workers use lanes that this one does not know, or some was put back,
-            and a worker that has just connected anew may park it again.
+            Whether other workers use lanes that this one does not know.
 
         """
         assert self._broker is not None  # noqa: S101 - for mypy
@@ -551,7 +550,6 @@ class Parking:
             others = others or len(unused) < len(lanes)
             for lane in unused:
                 count = self._broker.put_back(lane, queue)
-                others = others or count > 0
                 if self._broker.alone(queue):
                     self._broker.remove(queue, [lane])
                 if count:
