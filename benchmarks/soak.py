@@ -4,14 +4,18 @@ uv run benchmarks/soak.py                                      # an hour on each
 uv run benchmarks/soak.py --broker redis --minutes 5 --seed 7  # shorter, with the choices of an earlier run
 
 Two workers (prefork and threads, two slots each) run jobs under each kind of limit, and jobs without one.
+Each time that one starts, it parks the jobs of all limits that can be parked, or of none, at random.
 Meanwhile workers are killed and restarted, the broker and the Redis of the limits are restarted, connections
 are closed, and limits are changed by remote control. What has to hold, or the exit status is 1:
 
 - Each job that was sent has ended. On Redis kombu takes a job off the list before it books it, with or without
   a gate, and loses it with its worker: there one job for each fault may be missing. It is one that no worker
-  has received, or one of `back`, whose copies are new jobs for kombu.
+  has received, or one that may have been moved and has not run: moved jobs are new ones for kombu.
 - A job runs again only if a fault hit while a worker had it, from its receipt to `SAFE` seconds after its end:
   that worker was killed, or the broker was restarted or cut off. A warm restart of a worker explains nothing.
+  A job that was moved has been in two places for a moment: there a fault while an earlier worker had it counts
+  too, until it was received again. On Redis jobs are parked, and put back, in one step: there this is for `back`.
+- Jobs are parked, and when both workers have stopped warm, nothing of parking is left in the broker.
 - In any window a bucket lets go its capacity + its rate over that time, + `LATE` seconds of twice its rate for
   what starts late, + one job for each worker, which waits for a slot. The rate is the largest that may be in
   force: a higher one from when it is asked for; a lower one, or a pause, from when the worker has answered (in
@@ -41,6 +45,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import psutil
+import redis
 from gate_lab import BROKERS, Ran, Redis, Run, Server, excess, wait_until
 
 SAFE: Final = 1.0
@@ -76,7 +81,13 @@ LIMITS: Final = {
     "shared": Kind(1, 4),
     "redis": Kind(2, 1, in_redis=True),
     "redis_keyed": Kind(1, 0.5, keyed=True, in_redis=True),
+    "parked": Kind(1, 2),
+    "parked_redis": Kind(1, 2, in_redis=True),
 }
+
+#: Those with a backlog; and those whose jobs are moved in the broker, sent back or parked: they are received anew.
+BUSY: Final = ("parked", "parked_redis")
+MOVED: Final = ("back", "local", "weighted", "redis", *BUSY)
 
 #: What may happen, each as likely as another.
 EVENTS: Final = (
@@ -168,6 +179,7 @@ class Soak:
         self.memory: dict[str, list[tuple[float, float]]] = defaultdict(list)
         self.workers = ["", ""]
         self.started = itertools.count(1)
+        self.in_lanes: Counter[str] = Counter()  # the most that were seen in each
         self.unexpected: list[str] = []
         self.missed = False
         self.began = time.monotonic()
@@ -182,6 +194,7 @@ class Soak:
         while (now := time.monotonic()) < self.began + self.seconds:
             self.send()
             self.look_after()
+            self.in_lanes |= self.parked()
             if now >= next_line:
                 sizes = ", ".join(f"{name} {self.memory[name][-1][1]:.0f} MB" for name in self.workers)
                 self.tell(f"{len(self.tasks)} sent, {self.ended()} ended, {sizes}")
@@ -199,6 +212,8 @@ class Soak:
             time.sleep(1)
         time.sleep(VISIBLE + 5)  # for what would run once more
         self.look_after()
+        for worker in self.workers:
+            self.stop(worker, warm=True)
 
     def tell(self, what: str) -> None:
         """Print what happens."""
@@ -209,10 +224,12 @@ class Soak:
         return len({ran.number for ran in self.run.ran("ended")})
 
     def start(self, slot: int) -> None:
-        """Start a worker, and wait until it is ready."""
+        """Start a worker, and wait until it is ready. The first one parks."""
         name = self.workers[slot] = f"w{slot}-{next(self.started)}"
         self.run.pool = POOLS[slot]
-        self.run.start(name)
+        overflow = "park" if name == "w0-1" else self.chance.choice(["park", "hold"])
+        self.tell(f"start {name}: {overflow}")
+        self.run.start(name, conf=self.run.conf | {"rate_limiter_overflow": overflow})
         wait_until(lambda: any(ran.worker == name for ran in self.run.ran("ready")), 60)
         self.look_after()
 
@@ -220,7 +237,7 @@ class Soak:
         """Send some jobs of one kind."""
         task = self.chance.choice([*LIMITS, "unlimited"])
         with self.run.app.connection_for_write() as connection:
-            for _ in range(self.chance.randint(1, 7)):
+            for _ in range(self.chance.randint(1, 7) * (4 if task in BUSY else 1)):
                 number = len(self.tasks)
                 self.tasks.append(task)
                 arguments = (number, key_of(number), size_of(number))
@@ -312,6 +329,22 @@ class Soak:
                     size = sum(process.memory_info().rss for process in each)
                     series.append((time.monotonic(), size / 1e6))
 
+    def parked(self) -> Counter[str]:
+        """Return what there is of parking in the broker, and how many jobs are in each lane."""
+        found: Counter[str] = Counter()
+        if self.is_redis:
+            with redis.Redis.from_url(self.run.server.url, decode_responses=True) as client:
+                for key in client.keys("*.parked*"):
+                    found[key] = client.llen(key) if client.type(key) == "list" else 0
+            return found
+        with self.run.app.connection_for_write() as connection:
+            for end in "", ".workers", *(f".{name}" for name in LIMITS):
+                name = f"{self.run.queue}.parked{end}"
+                with contextlib.suppress(connection.channel_errors):  # there is none
+                    there = connection.channel().queue_declare(name, passive=True)
+                    found[name] = there.message_count if end else 0
+        return found
+
     # -- what came of it --------------------------------------------------------------------------
 
     def report(self, what: str, measured: str, target: str, ok: bool | None) -> None:
@@ -336,6 +369,11 @@ class Soak:
             receipts[ran.number].append(ran)
         self.losses(runs, receipts)
         self.duplicates(runs, receipts)
+        most = {name: self.in_lanes[f"{self.run.queue}.parked.{name}"] for name in BUSY}
+        measured = "at most " + ", ".join(f"{count} of {name}" for name, count in most.items())
+        self.report("in lanes", measured, "some of each", all(most.values()))
+        left = self.parked()
+        self.report("left of parking", ", ".join(left) or "none", "none", not left)
         for task, kind in LIMITS.items():
             mine = {number: each for number, each in runs.items() if self.tasks[number] == task}
             self.windows(task, kind, mine)
@@ -356,7 +394,11 @@ class Soak:
         ]
         for number in lost:
             print(f"    {number}, {self.tasks[number]}: lost; {receipts[number]}")
-        kombus = [number for number in lost if not receipts[number] or self.tasks[number] == "back"]
+        kombus = [
+            number
+            for number in lost
+            if not receipts[number] or (self.tasks[number] in MOVED and not runs[number])
+        ]
         most = sum(fault.what in BREAKING for fault in self.faults) if self.is_redis else 0
         measured = f"{len(self.tasks)} sent, {len(self.tasks) - len(lost)} ended"
         target = "all" + f" but {most} (kombu)" * self.is_redis
@@ -367,16 +409,19 @@ class Soak:
         why: Counter[str] = Counter()
         for number, each in runs.items():
             for first, again in itertools.pairwise(each):
-                before = [ran.moment for ran in receipts[number] if ran.moment <= first.began]
-                # A job that was sent back may have been in two places since its first receipt.
-                since = before[0 if self.tasks[number] == "back" else -1]
+                before = [ran for ran in receipts[number] if ran.moment <= first.began]
+                hands = [(first.worker, before[-1].moment, first.ended)]
+                if self.tasks[number] in (["back"] if self.is_redis else MOVED):
+                    hands += [
+                        (one.worker, one.moment, by.moment) for one, by in itertools.pairwise(before)
+                    ]
                 found = [
                     fault.what
-                    for fault in self.faults
+                    for fault, (worker, since, until) in itertools.product(self.faults, hands)
                     if fault.what in BREAKING
-                    and fault.worker in ("", first.worker)
+                    and fault.worker in ("", worker)
                     and since <= fault.ended
-                    and fault.began <= first.ended + SAFE
+                    and fault.began <= until + SAFE
                 ]
                 why[found[0] if found else "UNEXPLAINED"] += 1
                 if not found:

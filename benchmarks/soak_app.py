@@ -24,6 +24,8 @@ THROTTLES = {
     "shared": throttle(TokenBucket(*_numbers["shared"]), timeout=3600),
     "redis": throttle(RedisTokenBucket("soak", *_numbers["redis"], url=_url)),
     "redis_keyed": throttle(_per_key, key="key"),
+    "parked": throttle(TokenBucket(*_numbers["parked"])),
+    "parked_redis": throttle(RedisTokenBucket("soak_parked", *_numbers["parked_redis"], url=_url)),
     "unlimited": lambda function: function,
 }
 

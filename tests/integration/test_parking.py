@@ -284,6 +284,16 @@ def test_lanes_can_be_emptied_by_hand(place):
     assert parked(place) == 0
 
 
+def test_putting_back_ends_though_a_worker_parks(place):
+    """What a worker parks again while a lane is put back is not put back once more, and again."""
+    lab, queue = place
+    send(place, "job", *range(200))
+    with run(place, limits=(limit(rate=1, overflow="park"),)):
+        wait_for(lambda: parked(place) > 150)
+        text = celery(lab, "unpark", "job", "-Q", queue[0])[1]
+        assert 100 < int(re.findall(r"Put (\d+) jobs back", text)[0]) <= 200
+
+
 def test_redis_moves_only_what_is_parked(redis_lab):
     """Inside the server: jobs of these tasks without ETA, at any priority, as they were; the others stay in order."""
     lab = redis_lab

@@ -205,6 +205,20 @@ def test_workers_that_declare_differently_lose_nothing(place):
 
 
 @pytest.mark.parametrize("place", ["redis", "rabbitmq"], indirect=True)
+def test_a_lane_that_rests_is_its_workers(place):
+    """It is not consumed while its next token is far: a worker that knows no such limit leaves it alone."""
+    send(place, "job", *range(40))
+    with run(place, limits=(limit(rate=1 / 600, overflow="park"),)):
+        wait_for(lambda: parked(place) >= 37)
+        with run(place, limits=(limit("other", overflow="park"),)) as stranger:
+            time.sleep(2)  # it looks for lanes when it starts
+            assert "Put " not in stranger.output
+            assert parked(place) >= 37
+            stranger.stop()
+        assert parked(place) >= 37
+
+
+@pytest.mark.parametrize("place", ["redis", "rabbitmq"], indirect=True)
 def test_lanes_of_two_apps_are_their_own(place):
     """The same names of limits in two apps with queues of their own: each runs its own jobs."""
     lab, queue = place

@@ -107,7 +107,9 @@ def test_lanes_are_named_for_queue_and_limits(queue, limits, name):
 
 
 @pytest.mark.parametrize("queue", ["celery", "q" * 230])
-@pytest.mark.parametrize("limit", ["mail.*", "é", "a, b", "all tasks", "x" * 300, "a\x06\x16b", "***"])
+@pytest.mark.parametrize(
+    "limit", ["mail.*", "é", "a, b", "all tasks", "x" * 300, "a\x06\x16b", "***", "workers"]
+)
 def test_lanes_have_short_and_safe_names(queue, limit):
     """Any name becomes one that every broker takes, another one for each; the same in each worker."""
     name = lane_name(queue, [limit])
@@ -118,6 +120,8 @@ def test_lanes_have_short_and_safe_names(queue, limit):
     )
     others = {lane_name(queue, [other]) for other in (f"{limit}?", f"{limit}!", f"{limit}x")}
     assert len(others | {name}) == 4
+    assert not name.endswith(".workers")  # which tell who uses a lane
+    assert lane_name(queue, ["job.workers"]) != f"{lane_name(queue, ['job'])}.workers"
 
 
 def test_a_lane_is_of_the_kind_of_its_queue():

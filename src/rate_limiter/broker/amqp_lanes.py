@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
+from .lane import SIGN
 from .origin import restore_origin
 from .relay import Relay
 
@@ -52,8 +53,8 @@ class AmqpLanes:
 
     def __init__(self, client: Any) -> None:
         self._client = client
-        #: For each queue: the channel on which this worker says that it uses lanes of it.
-        self._signs: dict[str, Any] = {}
+        #: For each queue: the channel on which this worker says that it uses lanes of it, and the names of its signs.
+        self._signs: dict[str, tuple[Any, set[str]]] = {}
 
     def join(self, queue: str, lanes: Mapping[str, Iterable[str]]) -> None:
         if not lanes:
@@ -77,14 +78,16 @@ class AmqpLanes:
                         "RabbitMQ confirms nothing: it is short of memory or disk space"
                     ) from None
         if queue not in self._signs:
-            channel = self._client.channel()
-            self._signs[queue] = channel
-            name = f"{queue}.parked.workers"
-            channel.queue_declare(name, durable=True, auto_delete=True)
-            channel.basic_consume(name, no_ack=True, callback=_ignore)
+            self._signs[queue] = self._client.channel(), set()
+        channel, there = self._signs[queue]
+        # A lane may have no consumer for a while, so each has a sign of its own too.
+        for sign in {_sign(f"{queue}.parked"), *map(_sign, lanes)} - there:
+            there.add(sign)
+            channel.queue_declare(sign, durable=True, auto_delete=True)
+            channel.basic_consume(sign, no_ack=True, callback=_ignore)
 
     def leave(self, queue: str) -> None:
-        channel = self._signs.pop(queue, None)
+        channel, _ = self._signs.pop(queue, (None, ()))
         if channel is not None:
             channel.close()
 
@@ -110,14 +113,14 @@ class AmqpLanes:
             return {lane: limits for _, lane, limits in _notes(channel, queue)}
 
     def unused(self, queue: str, lanes: Iterable[str]) -> list[str]:
-        found = {lane: self._look_at(lane) for lane in lanes}
+        found = {lane: self._look_at(_sign(lane)) for lane in lanes}
         return [lane for lane, there in found.items() if there is None or not there.consumer_count]
 
     def calm(self, channels: Iterable[Any]) -> None:
         """Do nothing: what arrives late goes back to its place."""
 
     def alone(self, queue: str) -> bool:
-        there = self._look_at(f"{queue}.parked.workers")
+        there = self._look_at(_sign(f"{queue}.parked"))
         return there is None or there.consumer_count <= (queue in self._signs)
 
     def count(self, lane: str) -> int:
@@ -132,7 +135,10 @@ class AmqpLanes:
         with self._channel() as channel:
             count = self._move(first, queue)
             if self._look_at(lane) is not None:
-                count += self._move(self._all_of(channel, lane), queue)
+                # Another worker may park at once what comes back: this would not end. Where there is none, some may
+                # be on their way back to the lane, and are not counted yet.
+                most = max(self.count(lane), _AT_ONCE if self.alone(queue) else 0)
+                count += self._move(itertools.islice(self._all_of(channel, lane), most), queue)
             if count and before <= _MOST_ROTATED:
                 self._move(itertools.islice(_got(channel, queue), before), queue)
             if count:
@@ -246,6 +252,11 @@ class AmqpLanes:
         if failed:
             raise RuntimeError(f"RabbitMQ has not confirmed a message for queue {queue}")
         return len(done)
+
+
+def _sign(lane: str) -> str:
+    """Return the name of the queue without messages that each worker consumes that uses a lane."""
+    return f"{lane}{SIGN}"
 
 
 def _as_sent(channel: Any, message: Any) -> Any:

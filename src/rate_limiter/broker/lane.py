@@ -18,11 +18,14 @@ from .redis_channel import forget, is_redis, read_again, stop_reading
 from .restore import restore_in_order
 from .static import StaticCounts
 
-__all__ = ["Lane", "lane_entity", "lane_name"]
+__all__ = ["SIGN", "Lane", "lane_entity", "lane_name"]
 
 #: The longest name of a queue on RabbitMQ, in bytes, and of the last part of a lane's name that is left as it is.
 _LONGEST_NAME: Final = 255
 _LONGEST_PART: Final = 60
+
+#: What the names of queues end with that tell which workers use a lane, or any lane of a queue: no lane's name does.
+SIGN: Final = ".workers"
 
 #: What a lane takes over of the arguments of its queue. No ``x-expires`` or length: they would delete jobs.
 _ARGUMENTS: Final = ("x-queue-type", "x-max-priority", "x-queue-mode")
@@ -42,8 +45,8 @@ def lane_name(queue: str, limits: Iterable[str]) -> str:
     names = sorted(limits)
     last = "+".join(names)
     safe = re.sub(r"[^A-Za-z0-9_.+-]+", "-", last)
-    room = min(_LONGEST_PART, _LONGEST_NAME - len(f"{queue}.parked.".encode()))
-    if safe != last or len(safe) > room:
+    room = min(_LONGEST_PART, _LONGEST_NAME - len(f"{queue}.parked.{SIGN}".encode()))
+    if safe != last or len(safe) > room or f".{safe}".endswith(SIGN):
         number = sha1("\0".join(names).encode(), usedforsecurity=False).hexdigest()[:8]
         safe = f"{safe[: max(0, room - 9)].strip('-+.')}-{number}".lstrip("-")
     return f"{queue}.parked.{safe}"

@@ -5,7 +5,8 @@ Two names go with each queue that has lanes (`lane`):
 - ``<queue>.parked`` tells which lanes there are: a hash on Redis, a queue with a note for each on RabbitMQ. A
   worker that does not know a lane finds it there: its limit has another name now, or is gone.
 - ``<queue>.parked.workers`` tells which workers use them: a sorted set on Redis, on RabbitMQ a queue without
-  messages, which each of them consumes. The last one that stops puts everything back.
+  messages, which each of them consumes. The last one that stops puts everything back. On RabbitMQ each lane has
+  such a queue too.
 """
 
 from collections.abc import Iterable, Mapping
@@ -54,7 +55,9 @@ class Lanes(Protocol):
         """Return how many jobs of a lane come before one with an id. ``None``: it is not there; or on RabbitMQ."""
 
     def put_back(self, lane: str, queue: str, first: Iterable[Any] = ()) -> int:
-        """Put all messages of a lane in front of what waits in its queue, in order. Return how many.
+        """Put the messages of a lane in front of what waits in its queue, in order. Return how many.
+
+        Those are all that are there now. What another worker parks meanwhile may stay.
 
         Args:
             lane: The lane.

@@ -1,5 +1,5 @@
--- Puts the newest messages of a lane in front of what waits in its queue. Called until the lane is empty, it puts all
--- back in order: the oldest comes last, and is the first to go.
+-- Puts the newest messages of a lane in front of what waits in its queue. Called until all are back, it keeps their
+-- order: the oldest comes last, and is the first to go.
 --
 -- KEYS: the list of the lane, the list of the queue. kombu adds at the left, and takes at the right.
 -- ARGV: how many at most. Returns how many it has put back.

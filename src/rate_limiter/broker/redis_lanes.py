@@ -92,8 +92,11 @@ class RedisLanes:
     def put_back(self, lane: str, queue: str, first: Iterable[Any] = ()) -> int:
         total = 0
         for source, target in zip(self._lists(lane), self._lists(queue), strict=True):
-            while count := self._put_back(keys=[source, target], args=[_AT_ONCE]):
-                total += count
+            left = self._client.llen(source)
+            while left > 0 and (
+                count := self._put_back(keys=[source, target], args=[min(left, _AT_ONCE)])
+            ):
+                total, left = total + count, left - count
         return total
 
     def sweep(self, queue: str, lane: str, tasks: Iterable[str], most: int) -> int:
