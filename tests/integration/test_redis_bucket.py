@@ -334,7 +334,10 @@ def test_an_outage_fails_nothing(own, caplog):
     buckets["open"].refund(1)
     buckets["local"].charge(3)
     (error,) = [record.message for record in caplog.records if record.levelname == "ERROR"]
-    assert ". Until it does, each bucket there does what its on_outage says" in error
+    assert (
+        ". Until it does, each bucket there grants this process's share of its rate, or what its on_outage says"
+        in error
+    )
     assert ".." not in error  # redis-py ends its text with a full stop
     own.start()
     for bucket in buckets.values():

@@ -12,15 +12,15 @@ channel.
 
 import functools
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from time import time
 from typing import Any, Final, NamedTuple
 
 from kombu.transport import memory, virtual
 
-from .redis_channel import finish_reading, forget, is_redis, redis_client
+from .redis_channel import finish_reading, is_redis, redis_client
 
-__all__ = ["Leftovers", "give_back", "restore_in_order"]
+__all__ = ["Leftovers", "give_back", "give_back_at_once", "restore_in_order"]
 
 logger = logging.getLogger("rate_limiter")
 
@@ -44,37 +44,44 @@ def restore_in_order(channel: Any) -> None:
             qos.restore_unacked = functools.partial(restore, qos, qos.restore_unacked)
 
 
-def give_back(channel: Any, messages: Iterable[Any], *, at_once: bool = False) -> None:
-    """Put held jobs back where it matters: on ``memory://`` nobody else does, when the channel closes.
+def give_back(channel: Any, messages: Iterable[Any]) -> None:
+    """Put held jobs back, where nobody else does when the channel closes: on ``memory://``.
 
     Args:
         channel: The channel that they came from. If it is closed already, nothing is done.
         messages: The messages, in any order.
-        at_once: On Redis do not wait for the channel to close. A worker that stops warm closes it when its last
-            job has ended. If it is killed before, Redis keeps its messages for ``visibility_timeout``. RabbitMQ
-            gives out the messages of a killed worker at once.
 
     """
-    if channel.connection is None:
-        return
-    held = {message.delivery_tag: message for message in messages}
-    if isinstance(channel, memory.Channel):
+    if isinstance(channel, memory.Channel) and channel.connection is not None:
+        held = {message.delivery_tag: message for message in messages}
         for tag in list(channel.qos._delivered):
             if tag in held:
                 held[tag].requeue()
-    elif at_once and held and is_redis(channel):
-        try:
-            _put_back_now(channel, held)
-        except Exception:
-            logger.warning("Could not put %d held jobs back at once", len(held), exc_info=True)
 
 
-def _put_back_now(channel: Any, held: Mapping[str, Any]) -> None:
-    finish_reading(channel)
-    with channel.conn_or_acquire() as client:
-        for tag in reversed([tag for tag in channel.qos._delivered if tag in held]):
-            channel.qos.restore_by_tag(tag, client=client)
-            forget(held[tag], "REQUEUED")
+def give_back_at_once(channel: Any, may_go: Callable[[str], bool]) -> None:
+    """Put jobs back before the channel closes, on Redis.
+
+    A worker that stops warm closes it when its last job has ended. If the worker is killed before, Redis keeps the
+    unacknowledged jobs for ``visibility_timeout``. RabbitMQ gives out those of a killed worker at once.
+
+    Args:
+        channel: The channel that they came from. If it is closed already, nothing is done.
+        may_go: Tells of a delivery tag whether its job does not run, and will not.
+
+    """
+    if channel.connection is None or not is_redis(channel):
+        return
+    try:
+        finish_reading(channel)
+        with channel.conn_or_acquire() as client:
+            for tag in reversed([tag for tag in channel.qos._delivered if may_go(tag)]):
+                channel.qos.restore_by_tag(tag, client=client)
+                del channel.qos._delivered[tag]
+    except Exception:
+        logger.warning(
+            "Could not put held jobs back at once; they go as the worker ends", exc_info=True
+        )
 
 
 class _Left(NamedTuple):

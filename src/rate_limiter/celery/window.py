@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from celery.concurrency.prefork import TaskPool
 from celery.worker import state
 from celery.worker.consumer.tasks import Tasks
 from celery.worker.request import Request
 
 from ..broker.lease import Lease
 from ..broker.prefetch import Prefetch
-from ..broker.restore import give_back, restore_in_order
+from ..broker.restore import give_back, give_back_at_once, restore_in_order
 from ..broker.static import StaticCounts
 from .pausing import Queues
 
@@ -153,7 +154,17 @@ class Window:
         for timer in self._update_timer, self._lease_timer:
             if timer is not None:
                 self._consumer.timer.cancel(timer)
-        give_back(self._channel, [request.message for request in held], at_once=warm)
+        give_back(self._channel, [request.message for request in held])
+        if warm and held:
+            give_back_at_once(self._channel, self._may_go(held))
+
+    def _may_go(self, held: Sequence[Any]) -> Callable[[str], bool]:
+        """Return what tells of a delivery tag whether its job will not run here any more."""
+        if isinstance(self._consumer.pool, TaskPool):
+            # Celery has thrown out what no process has begun (AsynPool.flush). With that the order is kept.
+            running = {request.message.delivery_tag for request in tuple(state.active_requests)}
+            return lambda tag: tag not in running
+        return {request.message.delivery_tag for request in held}.__contains__
 
     def _wanted(self) -> list[str]:
         """Return the queues that are to be consumed again."""
