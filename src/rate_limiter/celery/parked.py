@@ -77,8 +77,9 @@ class Parked:
 
     def count(self, jobs: int) -> None:
         """Count jobs that were moved to the lane."""
-        for limit in self.limits if jobs else ():
-            tell("parked", limit, jobs)
+        for limit in self.limits:
+            if jobs and not limit.shadow:
+                tell("parked", limit, jobs)
 
     def swept(self, jobs: int, now: float) -> None:
         """Count jobs that Redis has moved itself, and decide how many messages it looks at next, and when."""
