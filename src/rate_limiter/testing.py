@@ -42,11 +42,15 @@ class ManualClock:
         self.now = float(now)
         self.auto_advance = auto_advance
         self._lock = threading.Lock()
+        #: What each thread has read last: by that it has worked out how long to sleep.
+        self._readings = threading.local()
         self._sleepers: list[tuple[float, threading.Lock]] = []
 
     def __call__(self) -> float:
         """Return the time that the clock shows."""
-        return self.now
+        now: float = self.now
+        self._readings.now = now
+        return now
 
     def __repr__(self) -> str:
         return f"ManualClock({self.now!r})"
@@ -73,8 +77,12 @@ class ManualClock:
             if not alarm.acquire(blocking=False):
                 self.advance(seconds)
             return
-        sleeper = (self.now + seconds, alarm)
+        began = getattr(self._readings, "now", self.now)
+        sleeper = (began + seconds, alarm)
         with self._lock:
+            # Another thread may have moved the clock since this one has read it.
+            if began != self.now and sleeper[0] <= self.now + _ALMOST:
+                return
             self._sleepers.append(sleeper)
         try:
             alarm.acquire()

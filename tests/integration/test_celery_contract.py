@@ -26,7 +26,7 @@ from celery.worker import state
 from celery.worker.consumer import Consumer
 from celery.worker.consumer.tasks import Tasks
 from celery.worker.request import Request
-from harness import app_here, wait_for
+from harness import DEADLINE, app_here, wait_for
 from kombu.asynchronous import Hub, set_event_loop
 from kombu.common import QoS
 
@@ -416,9 +416,10 @@ def test_where_jobs_wait_for_a_slot_of_a_threads_pool():
     assert type(executor._work_queue) is queue.SimpleQueue
     assert not executor._threads
     executor._work_queue = line = _ThreadsLine()
-    ran, go = [], threading.Event()
+    ran, began, go = [], threading.Event(), threading.Event()
     pool.start()
-    pool.on_apply(go.wait)
+    pool.on_apply(lambda: (began.set(), go.wait()))
+    assert began.wait(DEADLINE)  # else the thread takes "A" first
     futures = {
         name: line.forward(lambda name: pool.on_apply(ran.append, (name,)), name, name.isupper())
         for name in "abAcBd"

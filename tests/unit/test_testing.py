@@ -76,6 +76,21 @@ def test_advance_wakes_whose_moment_has_come(clock):
     assert clock() == 3.0
 
 
+def test_a_clock_that_moves_before_a_sleep_is_not_missed(clock):
+    """A sleep counts from when its thread has read the clock, whatever another thread does meanwhile."""
+    alarm = threading.Lock()
+    alarm.acquire()
+    assert clock() == 0
+    Job(clock.advance, 2).result()
+    clock.wait_for(alarm, 2)  # it is over already
+    assert clock.sleepers == 0
+    assert clock() == 2
+    sleeper = Job(lambda: (clock(), clock.wait_for(alarm, 1)))
+    eventually(lambda: clock.sleepers)
+    clock.advance(1)
+    sleeper.result()
+
+
 @pytest.mark.parametrize("auto_advance", [True, False])
 def test_a_wait_is_over_after_ten_tenths(auto_advance):
     """A wait of a second ends, and a timeout of a second is up, when ten steps of 0.1 s were made."""
