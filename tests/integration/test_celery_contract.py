@@ -418,7 +418,7 @@ def test_where_jobs_wait_for_a_slot_of_a_threads_pool():
     executor._work_queue = line = _ThreadsLine()
     ran, began, go = [], threading.Event(), threading.Event()
     pool.start()
-    pool.on_apply(lambda: (began.set(), go.wait()))
+    pool.on_apply(lambda: (began.set(), go.wait()), ())
     assert began.wait(DEADLINE)  # else the thread takes "A" first
     futures = {
         name: line.forward(lambda name: pool.on_apply(ran.append, (name,)), name, name.isupper())
