@@ -77,14 +77,18 @@ class AmqpLanes:
                     raise RuntimeError(
                         "RabbitMQ confirms nothing: it is short of memory or disk space"
                     ) from None
-        if queue not in self._signs:
-            self._signs[queue] = self._client.channel(), set()
-        channel, there = self._signs[queue]
+        # An error closes the channel, and with it all its signs: they are noted when all are there.
+        there: set[str] = set()
+        if queue in self._signs:
+            channel, there = self._signs.pop(queue)
+        else:
+            channel = self._client.channel()
         # A lane may have no consumer for a while, so each has a sign of its own too.
-        for sign in {_sign(f"{queue}.parked"), *map(_sign, lanes)} - there:
-            there.add(sign)
+        signs = {_sign(f"{queue}.parked"), *map(_sign, lanes)}
+        for sign in signs - there:
             channel.queue_declare(sign, durable=True, auto_delete=True)
             channel.basic_consume(sign, no_ack=True, callback=_ignore)
+        self._signs[queue] = channel, there | signs
 
     def leave(self, queue: str) -> None:
         channel, _ = self._signs.pop(queue, (None, ()))

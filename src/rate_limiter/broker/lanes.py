@@ -37,7 +37,7 @@ class Lanes(Protocol):
         """Return the lanes of a queue, and the names of the limits that each is for."""
 
     def unused(self, queue: str, lanes: Iterable[str]) -> list[str]:
-        """Return the lanes that no worker consumes."""
+        """Return the lanes that no worker uses."""
 
     def calm(self, channels: Iterable[Any]) -> None:
         """Let channels read what is on its way to them, and nothing after that. Called before `put_back`.

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from .lane import SIGN
 from .redis_channel import finish_reading, redis_client
 
 __all__ = ["RedisLanes"]
@@ -43,13 +44,13 @@ class RedisLanes:
             return
         now = self._now()
         with self._client.pipeline(transaction=False) as pipe:
-            pipe.zadd(self._key(f"{queue}.parked.workers"), {self._sign(lane): now for lane in lanes})
+            pipe.zadd(self._key(f"{queue}.parked{SIGN}"), {self._sign(lane): now for lane in lanes})
             for lane, limits in lanes.items():
                 pipe.hsetnx(self._key(f"{queue}.parked"), lane, json.dumps(list(limits)))
             pipe.execute()
 
     def leave(self, queue: str) -> None:
-        key = self._key(f"{queue}.parked.workers")
+        key = self._key(f"{queue}.parked{SIGN}")
         mine = [sign for sign in self._client.zrange(key, 0, -1) if _parts(sign)[0] == self._worker]
         if mine:
             self._client.zrem(key, *mine)
@@ -138,7 +139,7 @@ class RedisLanes:
 
     def _signs(self, queue: str) -> list[tuple[str, str]]:
         """Return the workers that live, each with a lane that it uses."""
-        key, since = self._key(f"{queue}.parked.workers"), self._now() - _GONE
+        key, since = self._key(f"{queue}.parked{SIGN}"), self._now() - _GONE
         self._client.zremrangebyscore(key, "-inf", since)
         return [_parts(sign) for sign in self._client.zrange(key, 0, -1)]
 
