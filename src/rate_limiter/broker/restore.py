@@ -75,9 +75,7 @@ def give_back_at_once(channel: Any, may_go: Callable[[str], bool]) -> None:
     try:
         finish_reading(channel)
         with channel.conn_or_acquire() as client:
-            for tag in reversed([tag for tag in channel.qos._delivered if may_go(tag)]):
-                channel.qos.restore_by_tag(tag, client=client)
-                del channel.qos._delivered[tag]
+            _restore_tags(channel.qos, [tag for tag in channel.qos._delivered if may_go(tag)], client)
     except Exception:
         logger.warning(
             "Could not put held jobs back at once; they go as the worker ends", exc_info=True
@@ -193,6 +191,13 @@ def _restore(qos: Any, restore: Callable[..., Any], *args: Any, **kwargs: Any) -
     return restore(*args, **kwargs)
 
 
+def _restore_tags(qos: Any, tags: list[str], client: Any) -> None:
+    """Put jobs back to the heads of their queues in Redis, the latest first, by their tags, the oldest first."""
+    for tag in reversed(tags):
+        qos.restore_by_tag(tag, client=client)
+        del qos._delivered[tag]
+
+
 def _restore_redis(qos: Any, _: Callable[..., Any], client: Any = None) -> None:
     """Stand in for ``qos.restore_unacked`` on Redis. What cannot be put back stays noted there.
 
@@ -203,9 +208,7 @@ def _restore_redis(qos: Any, _: Callable[..., Any], client: Any = None) -> None:
     delivered = qos._delivered
     try:
         with qos.channel.conn_or_acquire(client) as client:
-            for tag in reversed(list(delivered)):
-                qos.restore_by_tag(tag, client=client)
-                del delivered[tag]
+            _restore_tags(qos, list(delivered), client)
     except Exception as error:  # noqa: BLE001 - whatever state the connection is in
         logger.warning(
             "Could not put %d unacknowledged jobs back: the connection to Redis is lost (%r). The next "

@@ -41,7 +41,7 @@ from .sharing import SHARE_SECONDS, Sharing
 from .slots import Slots, scale_without
 from .throttle import watch, watch_all
 from .unended import Unended
-from .window import Window
+from .window import Window, running
 
 if TYPE_CHECKING:
     from .gate import Gate
@@ -112,7 +112,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     def start(self, consumer: Any) -> None:
         """Begin with nothing held: the broker delivers again what an earlier connection held."""
-        self.leftovers.put_back(consumer.task_consumer.channel, _running())
+        self.leftovers.put_back(consumer.task_consumer.channel, running())
         # The first is lower for a while after a connection loss, the second on the solo pool.
         self.engine.window = lambda _limit: max(
             consumer.initial_prefetch_count, consumer.max_prefetch_count
@@ -139,7 +139,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             self.engine,
             self.parked_limits,
             offer=self.on_task_request,
-            lost=lambda channel: self.leftovers.put_back(channel, _running()),
+            lost=lambda channel: self.leftovers.put_back(channel, running()),
             acknowledged=self.window.restore_one,
         )
         self.parking.start(self._kinds() if self.parked_limits else ())
@@ -168,7 +168,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             warm = _ends_warm(consumer)
             self.parking.stop(forgotten, warm=warm)
             self.window.stop(forgotten, warm=warm)
-        if left := self.leftovers.collect(_running()):
+        if left := self.leftovers.collect(running()):
             logger.info("%d jobs go back to their queues when Redis is there again", left)
         elif forgotten:
             logger.info("Gave %d held jobs back to the broker", len(forgotten))
@@ -422,11 +422,6 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 def _ends_warm(consumer: Any) -> bool:
     """Tell whether the worker ends, not only its connection, and has the time to do it in order."""
     return consumer.blueprint.state != bootsteps.RUN and not state.should_terminate
-
-
-def _running() -> set[str]:
-    """Return the delivery tags of the jobs that run in the pool."""
-    return {request.message.delivery_tag for request in tuple(state.active_requests)}
 
 
 def _refuse_prefetch_without_bound(consumer: Any, limits: list[Limit]) -> None:

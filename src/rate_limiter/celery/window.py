@@ -29,7 +29,7 @@ from ..broker.restore import give_back, give_back_at_once, restore_in_order
 from ..broker.static import StaticCounts
 from .pausing import Queues
 
-__all__ = ["Window"]
+__all__ = ["Window", "running"]
 
 logger = logging.getLogger("rate_limiter")
 
@@ -162,8 +162,8 @@ class Window:
         """Return what tells of a delivery tag whether its job will not run here any more."""
         if isinstance(self._consumer.pool, TaskPool):
             # Celery has thrown out what no process has begun (AsynPool.flush). With that the order is kept.
-            running = {request.message.delivery_tag for request in tuple(state.active_requests)}
-            return lambda tag: tag not in running
+            runs = running()
+            return lambda tag: tag not in runs
         return {request.message.delivery_tag for request in held}.__contains__
 
     def _wanted(self) -> list[str]:
@@ -221,6 +221,11 @@ class Window:
         except Exception:
             # If the connection is lost, Celery will notice, and the gate will forget the held jobs.
             logger.warning("Could not renew the leases of %d jobs", len(tags), exc_info=True)
+
+
+def running() -> set[str]:
+    """Return the delivery tags of the jobs that run in the pool."""
+    return {request.message.delivery_tag for request in tuple(state.active_requests)}
 
 
 def _has_eta(message: Any) -> bool:

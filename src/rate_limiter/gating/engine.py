@@ -421,9 +421,7 @@ class Engine(Generic[Job]):
         """
         with self.lock:
             leaving = self._leaving.share(most, self._clock(), seconds, send_back=send_back)
-        for held in leaving:
-            tell("returned", held.job, held.limit)
-        return [held.job for held in leaving]
+        return self._returned(leaving)
 
     def withdraw(self, jobs: Collection[Job], keep: int) -> list[Job]:
         """Hold some jobs no longer, but for the first ones. The caller gives them back to the broker.
@@ -441,6 +439,11 @@ class Engine(Generic[Job]):
             leaving = sorted(found, key=lambda held: held.arrival)[keep:][::-1]
             for held in leaving:
                 self._holding.take_out(held, self._clock())
+        return self._returned(leaving)
+
+    @staticmethod
+    def _returned(leaving: Sequence[Held[Job]]) -> list[Job]:
+        """Tell of jobs that go back to the broker, and return them."""
         for held in leaving:
             tell("returned", held.job, held.limit)
         return [held.job for held in leaving]
