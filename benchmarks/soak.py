@@ -46,7 +46,7 @@ from typing import Any, Final, NamedTuple
 
 import psutil
 import redis
-from gate_lab import BROKERS, Ran, Redis, Run, Server, excess, wait_until
+from gate_lab import BROKERS, SOON, Ran, Redis, Run, Server, excess, wait_until
 
 SAFE: Final = 1.0
 LATE: Final = 0.25
@@ -54,10 +54,8 @@ REACHED: Final = 1.0
 
 #: Seconds after which Redis gives out again what a killed worker had. (A warm restart may take 30 s: billiard.)
 VISIBLE: Final = 60
-SOON: Final = {
+LEASES: Final = SOON | {
     "visibility_timeout": VISIBLE,
-    "unacked_restore_interval": 1,
-    "unacked_restore_throttle": 1,
     "unacked_mutex_expire": 10,  # a worker may be killed while it has the mutex
 }
 
@@ -479,7 +477,7 @@ def soak(name: str, minutes: float, seed: int) -> bool:
     directory = Path(tempfile.mkdtemp(prefix="soak-"))
     print(f"{name}, {minutes:g} minutes, --seed {seed}; logs in {directory}", flush=True)
     conf = {"task_acks_late": True, "task_reject_on_worker_lost": True}
-    conf |= {"broker_transport_options": SOON} if name == "redis" else {}
+    conf |= {"broker_transport_options": LEASES} if name == "redis" else {}
     options: dict[str, Any] = {"app": "soak_app", "gossip": True, "max_held": 1000, "conf": conf}
     with (
         BROKERS[name](directory, durable=True) as server,

@@ -149,6 +149,15 @@ def pytest_runtest_makereport(item, call):
 KEEPS_DATA = ("--appendonly", "yes", "--appendfsync", "always")
 
 
+def answers(client):
+    """Tell whether a Redis is there, whatever it says."""
+    with contextlib.suppress(redis.RedisError):
+        try:
+            return client.ping()
+        except (redis.AuthenticationError, redis.exceptions.BusyLoadingError):
+            return True
+
+
 class OwnRedis:
     """A Redis that may be stopped."""
 
@@ -162,17 +171,8 @@ class OwnRedis:
     def start(self, *options):
         """Start it, with further options. It is empty, unless it keeps its data."""
         self.process = subprocess.Popen([*self.command, *options], stdout=subprocess.DEVNULL)
-        client = redis.Redis.from_url(self.url)
-
-        def answers():
-            with contextlib.suppress(redis.RedisError):
-                try:
-                    return client.ping()
-                except (redis.AuthenticationError, redis.exceptions.BusyLoadingError):
-                    return True
-
-        wait_for(answers)
-        client.close()
+        with redis.Redis.from_url(self.url) as client:
+            wait_for(lambda: answers(client))
 
     def kill(self):
         """End it at once."""

@@ -102,6 +102,20 @@ def celery(
     return done.returncode, done.stdout + done.stderr
 
 
+def run_example(name: str, url: str) -> list[str]:
+    """Run an example that needs a Redis; return the lines that it printed."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name / "run.py")],
+        env={**os.environ, "REDIS_URL": url, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
 def declare(lab: Lab, *queues: QueueSpec) -> None:
     """Make queues before there is a worker."""
     with lab.app.connection_for_write() as connection:

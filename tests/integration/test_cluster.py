@@ -1,17 +1,14 @@
 """Several workers on one RedisTokenBucket: one rate for all, and nothing that waits for its server."""
 
 import contextlib
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import redis
-from harness import DEADLINE, ROOT, Lab, excess, wait_for
+from harness import DEADLINE, Lab, excess, wait_for
 from kombu_lab import Worker, running
-from limits import control, fail_at_start, start, stats
+from limits import control, fail_at_start, run_example, start, stats
 
 from rate_limiter import RateLimitExceeded
 from rate_limiter.kombu import Gate
@@ -297,13 +294,7 @@ def test_a_server_that_is_not_there(cluster):
 
 def test_the_example(redis_url):
     """Three workers send all emails together, at one rate."""
-    command = [sys.executable, str(ROOT / "examples" / "cluster" / "run.py")]
-    environment = {**os.environ, "REDIS_URL": redis_url(), "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=90, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    *workers, total = done.stdout.splitlines()[-4:]
+    *workers, total = run_example("cluster", redis_url())[-4:]
     assert sum(int(line.split()[1]) for line in workers) == 100
     assert total.endswith("the limit is 10/s")
     assert float(total.split()[4].removesuffix("/s;")) < 10.5

@@ -2,16 +2,13 @@
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 import time
 from collections import Counter
 
 import pytest
 import redis
-from harness import ROOT, wait_for
+from harness import wait_for
 from lanes_lab import PARKED, is_redis, lanes, parked, run, send
 from limits import (
     SHORT_LEASE,
@@ -21,6 +18,7 @@ from limits import (
     fail_at_start,
     limit,
     repeated,
+    run_example,
     start,
     unacknowledged,
     waiting,
@@ -243,13 +241,8 @@ def test_parked_jobs_are_shown(place):
 
 def test_the_example(redis_url):
     """Pictures pass 2,000 emails; in the end these are all in their queue."""
-    command = [sys.executable, str(ROOT / "examples" / "parking" / "run.py")]
-    environment = {**os.environ, "REDIS_URL": redis_url(), "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=90, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    pictures, parked, stopped = [line for line in done.stdout.splitlines() if "emails" in line]
+    lines = run_example("parking", redis_url())
+    pictures, parked, stopped = [line for line in lines if "emails" in line]
     sent = int(re.search(r"(\d+) emails? (is|are) sent", pictures)[1])
     assert 1 <= sent < 60
     assert int(parked.split()[0].replace(",", "")) > 1_900

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import redis
-from conftest import KEEPS_DATA, REDIS
+from conftest import KEEPS_DATA, REDIS, answers
 from harness import DEADLINE, wait_for
 from lanes_lab import PARKED, is_redis, lanes, parked, place_in, run, send
 from limits import SHORT_LEASE, break_connections, control, declare, limit, repeated, waiting
@@ -303,14 +303,6 @@ def sentinel(own, tmp_path):
     yield f"sentinel://127.0.0.1:{port}"
     process.kill()
     process.wait(DEADLINE)
-
-
-def answers(client):
-    """Tell whether a server is there."""
-    try:
-        return client.ping()
-    except redis.ConnectionError:
-        return False
 
 
 def test_lanes_are_where_sentinel_says(sentinel, own, redis_lab):
