@@ -70,7 +70,7 @@ def dropped():
 
 
 @app.task(name="retried")
-@throttle(TokenBucket(2, 20), when_limited="retry")
+@throttle(TokenBucket(1, 10), when_limited="retry")
 def retried():
     note("retried", 1)
 

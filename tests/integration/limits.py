@@ -190,6 +190,7 @@ def fail_at_start(worker: Worker) -> str:
 def control(lab, worker, command, **arguments):
     """Return a worker's reply to a command."""
     options = {"destination": [worker.node], "reply": True, "timeout": 5}
-    # On Redis a worker listens a moment after it is ready.
-    (reply,) = wait_for(lambda: lab.app.control.broadcast(command, arguments=arguments, **options))
+    with lab.app.connection_for_write() as options["connection"]:  # those of the pool may be broken
+        # On Redis a worker listens a moment after it is ready.
+        (reply,) = wait_for(lambda: lab.app.control.broadcast(command, arguments=arguments, **options))
     return reply[worker.node]

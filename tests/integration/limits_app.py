@@ -1,15 +1,22 @@
 """The app of `limits.start`: limits, queues and tasks beyond those of `tests.integration.app`."""
 
+import gc
 import time
+from collections import Counter
 from multiprocessing import current_process
 from pathlib import Path
 
 from celery import signals
 from celery.backends.base import Backend
+from celery.worker.control import inspect_command
 from tests.integration.app import CONFIG, NotedBucket, app, gate, note
 from tests.integration.queue_specs import entity
 
 from rate_limiter.celery import throttle
+from rate_limiter.celery.loop import Loop
+from rate_limiter.celery.parking import Parking
+from rate_limiter.celery.returning import Returning
+from rate_limiter.celery.window import Window
 
 for limit in CONFIG["limits"]:
     options = {**limit, "bucket": NotedBucket(*limit["bucket"])}
@@ -17,6 +24,14 @@ for limit in CONFIG["limits"]:
 
 if CONFIG["queues"]:
     app.conf.task_queues = [entity(spec) for spec in CONFIG["queues"]]
+
+
+@inspect_command()
+def alive(_state):
+    """Return how many objects there are of each class that the gate has one of for a connection."""
+    gc.collect()
+    classes = Loop, Parking, Returning, Window
+    return Counter(type(each).__name__ for each in gc.get_objects() if isinstance(each, classes))
 
 
 @signals.task_prerun.connect

@@ -202,15 +202,15 @@ def test_a_warm_shutdown_gives_held_jobs_back(redis_lab, pool):
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_a_lost_connection_loses_no_job(lab, pool, request):
     """Jobs that are held as the connection breaks are forgotten; the broker delivers them again."""
-    for number in range(80):
+    for number in range(160):
         lab.send("limited", number)
     with lab.worker(pool) as worker:
         # None is under way then: kombu's Redis transport pops a job before it books it.
-        wait_for(lambda: worker.output.count(" received") == 80)
+        wait_for(lambda: worker.output.count(" received") == 160)
         break_connections(lab, request)
-        wait_for(lambda: set(lab.runs("limited")) == set(range(80)))
+        wait_for(lambda: set(lab.runs("limited")) == set(range(160)))
         time.sleep(0.3)  # for a second run of one
         assert "held jobs back to the broker" in worker.output
     # At-least-once: the acknowledgement of a job that was running may have been under way.
-    assert len(lab.runs("limited")) <= 80 + 2
+    assert len(lab.runs("limited")) <= 160 + 2
     lab.assert_bound("limited", capacity=2, rate=20)

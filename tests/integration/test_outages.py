@@ -10,7 +10,7 @@ from conftest import KEEPS_DATA
 from harness import Lab, wait_for
 from kombu.asynchronous import Hub
 from kombu_lab import Broker, Worker, running
-from limits import SHORT_LEASE, break_connections, held, limit, start, stats, unacknowledged
+from limits import SHORT_LEASE, break_connections, control, held, limit, start, stats, unacknowledged
 
 from rate_limiter import TokenBucket
 from rate_limiter.broker.restore import Leftovers, restore_in_order
@@ -129,6 +129,24 @@ def test_nothing_is_put_back_that_kombu_has_put_back(redis_broker):
     lost.channel.close()
     assert lost.leftovers.collect() == 0
     assert lost.waiting == [0, 1, 2]
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "gevent", "solo"])
+def test_a_lost_connection_stays_in_no_timer(lab, pool, request):
+    """However many are lost, a cancelled timer keeps none in memory: what is there is of the last two at most."""
+    slow = limit("job", 1, 1 / 3600), limit("other", 1, 1 / 3600, overflow="park")
+    with start(lab, pool=pool, limits=slow) as worker:
+        for number in range(5):
+            lab.send("job", number)
+            lab.send("other", number)
+        for lost in range(4):
+            # Not by asking the worker: the connections of the test are broken too.
+            wait_for(lambda: worker.output.count("Limit job: jobs begin to wait") > lost)  # noqa: B023
+            if lost < 3:
+                break_connections(lab, request)
+        alive = control(lab, worker, "alive")
+    assert len(alive) == 4
+    assert max(alive.values()) <= 2
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])

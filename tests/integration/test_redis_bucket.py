@@ -136,7 +136,7 @@ def test_a_bucket_that_is_full_is_gone(make, url):
 
 def test_waiters_are_served_in_turn(make):
     """Each at its own moment, first come, first served; a heavy one is not overtaken for ever."""
-    bucket, order = make(4, 20), []
+    bucket, order = make(4, 5), []
     bucket.allow(4)
 
     def wait(name, tokens):
@@ -146,7 +146,7 @@ def test_waiters_are_served_in_turn(make):
     with ThreadPoolExecutor(8) as threads:
         for name, tokens in ("a", 1), ("heavy", 4), ("b", 1), ("c", 1):
             threads.submit(wait, name, tokens)
-            time.sleep(0.02)
+            time.sleep(0.05)
     assert order == ["a", "heavy", "b", "c"]
 
 
@@ -457,7 +457,7 @@ def test_long_waits_keep_their_order(make, monkeypatch):
     with ThreadPoolExecutor(5) as threads:
         for name in range(5):
             threads.submit(wait, name)
-            time.sleep(0.02)
+            time.sleep(0.05)
     assert order == list(range(5))
 
 

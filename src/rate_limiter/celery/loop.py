@@ -13,11 +13,12 @@ import threading
 from collections.abc import Callable
 from time import monotonic
 from typing import Any, Final
+from weakref import WeakMethod
 
 from celery import bootsteps
 from celery.worker import state
 
-__all__ = ["Loop"]
+__all__ = ["Loop", "while_in_use"]
 
 #: The least seconds that the timer is set ahead. The event loop fires a timer that is due already once
 #: more in the same turn, and reads no messages in between.
@@ -60,6 +61,8 @@ class Loop:
         self._is_green = getattr(consumer.pool, "is_green", False)
         self.has_timer = consumer.hub is not None or self._is_green
         self._longest = _THREAD_POLL if consumer.hub is None else math.inf
+        #: The connection whose `drain_events` is replaced.
+        self._connection: Any = None
         self._waker: _Waker | None = None
         if consumer.hub is not None and not hasattr(consumer.hub, "_waker"):
             self._waker = _Waker(consumer.hub, self.look)
@@ -81,7 +84,7 @@ class Loop:
                 break
             self._cancel()
             self._timer_at = moment
-            self._timer = self._consumer.timer.call_at(moment, self._on_timer)
+            self._timer = self._consumer.timer.call_at(moment, while_in_use(self._on_timer))
 
     def wake(self) -> None:
         """See that `work` is called soon. For any thread."""
@@ -95,6 +98,9 @@ class Loop:
     def stop(self) -> None:
         """End it, with the connection."""
         self._cancel()
+        if self._connection is not None:
+            # On green pools a timer of Celery's keeps each lost connection for ever: not this loop with it.
+            self._connection.__dict__.pop("drain_events", None)
         if self._waker is not None:
             self._waker.close()
 
@@ -122,7 +128,8 @@ class Loop:
         stays in for the two seconds, and does in between what a turn of that loop does.
         """
         consumer = self._consumer
-        drain = consumer.connection.drain_events
+        self._connection = consumer.connection
+        drain = self._connection.drain_events
 
         def drain_events(timeout: float | None = None) -> None:
             end = math.inf if timeout is None else monotonic() + timeout
@@ -143,7 +150,22 @@ class Loop:
                 state.maybe_shutdown()
                 consumer.perform_pending_operations()
 
-        consumer.connection.drain_events = drain_events
+        self._connection.drain_events = drain_events
+
+
+def while_in_use(method: Callable[[], None]) -> Callable[[], None]:
+    """Return a function for a timer. It calls a bound method, unless nothing else uses the method's object any more.
+
+    A cancelled timer stays in the timer's queue until it would have fired. For so long it would keep the lost
+    connection that its object uses, with all messages, in memory.
+    """
+    reference = WeakMethod(method)
+
+    def call() -> None:
+        if (alive := reference()) is not None:
+            alive()
+
+    return call
 
 
 class _Waker:

@@ -26,6 +26,7 @@ from ..broker.lanes import Lanes, lanes_on
 from ..gating.engine import Decision, Engine, Plan
 from ..gating.limit import Limit
 from ..gating.record import listed, record_of
+from .loop import while_in_use
 from .outbox import Outbox
 from .parkable import why_not
 from .parked import Parked
@@ -311,7 +312,8 @@ class Parking:
     def _begin(self) -> None:
         if self._stopping or self._broker is None:
             return
-        every = partial(self._consumer.call_soon, self._tick) if self._is_green else self._tick
+        tick = while_in_use(self._tick)
+        every = partial(self._consumer.call_soon, tick) if self._is_green else tick
         self._ticker = self._consumer.timer.call_repeatedly(_TICK, every)
         self._tick()
 

@@ -27,6 +27,7 @@ from ..broker.lease import Lease
 from ..broker.prefetch import Prefetch
 from ..broker.restore import give_back, give_back_at_once, restore_in_order
 from ..broker.static import StaticCounts
+from .loop import while_in_use
 from .pausing import Queues
 
 __all__ = ["Window", "running"]
@@ -77,7 +78,8 @@ class Window:
         self._lease = Lease(self._channel)
         self._lease_timer: Any = None
         if self._lease.interval is not None:
-            self._lease_timer = consumer.timer.call_repeatedly(self._lease.interval, self._renew)
+            renew = while_in_use(self._renew)
+            self._lease_timer = consumer.timer.call_repeatedly(self._lease.interval, renew)
         restore_in_order(self._channel)
         consumer._restore_prefetch_count_after_connection_restart = _nothing
 
