@@ -24,7 +24,8 @@ are closed, and limits are changed by remote control. What has to hold, or the e
 - No worker ends by itself. On Redis, Celery ends a worker of its own accord if a job of it ends while Redis is
   away, also without a gate; such a worker counts as killed.
 - The memory of a worker's processes grows by 5 % at most: in each half of the run one of the two workers is
-  spared, and a line is fitted to its memory after the first third of that time.
+  spared, and a line is fitted to its memory after the first third of that time. On Redis kombu keeps a part of
+  each lost connection, with or without a gate (its poller stays in the event loop's ``on_tick``): so much more.
 """
 
 import argparse
@@ -54,6 +55,8 @@ REACHED: Final = 1.0
 
 #: Seconds after which Redis gives out again what a killed worker had. (A warm restart may take 30 s: billiard.)
 VISIBLE: Final = 60
+#: MB that kombu's Redis transport keeps of each lost connection: 2.3 to 2.9 of 20 in a worker without a gate.
+KEPT: Final = 0.15
 LEASES: Final = SOON | {
     "visibility_timeout": VISIBLE,
     "unacked_mutex_expire": 10,  # a worker may be killed while it has the mutex
@@ -465,11 +468,15 @@ class Soak:
         moments, sizes = zip(*series[len(series) // 3 :], strict=True)
         slope, level = statistics.linear_regression([at - moments[0] for at in moments], sizes)
         span = moments[-1] - moments[0]
-        grown, judged = slope * span / level, span >= 300
-        measured = f"{level:.1f} MB, {grown:+.2%} in {span / 60:.1f} minutes"
-        self.report(
-            what, measured, "5 %" if judged else "(too short)", grown <= 0.05 if judged else None
+        grown, judged = slope * span, span >= 300
+        lost = sum(
+            fault.what in ("restart broker", "cut broker") and moments[0] < fault.ended < moments[-1]
+            for fault in self.faults
         )
+        most = 0.05 * level + KEPT * lost * self.is_redis
+        measured = f"{level:.1f} MB, {grown / level:+.2%} in {span / 60:.1f} minutes, {lost} connections lost"
+        target = f"5 %{f' + {KEPT * lost:.1f} MB' * self.is_redis}" if judged else "(too short)"
+        self.report(what, measured, target, grown <= most if judged else None)
 
 
 def soak(name: str, minutes: float, seed: int) -> bool:
