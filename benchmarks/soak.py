@@ -474,7 +474,9 @@ class Soak:
             for fault in self.faults
         )
         most = 0.05 * level + KEPT * lost * self.is_redis
-        measured = f"{level:.1f} MB, {grown / level:+.2%} in {span / 60:.1f} minutes, {lost} connections lost"
+        measured = (
+            f"{level:.1f} MB, {grown / level:+.2%} in {span / 60:.1f} minutes, {lost} connections lost"
+        )
         target = f"5 %{f' + {KEPT * lost:.1f} MB' * self.is_redis}" if judged else "(too short)"
         self.report(what, measured, target, grown <= most if judged else None)
 
