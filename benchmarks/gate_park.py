@@ -297,9 +297,8 @@ def parked_kills(bench: Bench) -> None:
             bench.must(what, measured, "0 lost", not lost, **counts)
             continue
         without = results[kind, False]["lost"]
-        as_many = lost - without <= 2 * math.sqrt(
-            lost + without
-        )  # no more than chance makes of equal numbers
+        # No more than chance makes of equal numbers.
+        as_many = lost - without <= 2 * math.sqrt(lost + without)
         bench.report(what, measured, f"no gate: {without} lost", as_many if gate else None, **counts)
         if gate:
             # A message is lost that kombu has popped and not noted yet: of the queue, of the lane.

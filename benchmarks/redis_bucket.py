@@ -339,9 +339,8 @@ def held(bench: Bench) -> None:
             plan = engine.plan("job")
             for number in range(5 * HELD):
                 engine.offer(number, plan)
-            run(
-                engine, host, 5.0
-            )  # the first of each key goes, and the moments of the others are known
+            # The first of each key goes, and the moments of the others are known.
+            run(engine, host, 5.0)
             client.slowlog_reset()
             called, used = calls(client), time.process_time()
             jobs = run(engine, host, seconds)

@@ -334,9 +334,8 @@ def test_a_lane_is_kept_while_somebody_has_jobs_of_it(redis_lab):
         assert channel.basic_get(lane).delivery_info["routing_key"] == queue
         (tag,) = client.hkeys("unacked")
         entry = client.hget("unacked", tag)
-        in_hand = entry.replace(
-            f'"{queue}"]'.encode(), f'"{lane}"]'.encode()
-        )  # as a lane's channel notes it
+        # As a lane's channel notes it.
+        in_hand = entry.replace(f'"{queue}"]'.encode(), f'"{lane}"]'.encode())
         client.hset("unacked", tag, in_hand)
         lanes = RedisLanes(connection.default_channel, "worker")
         assert adopt(lanes, [queue], {}) == 60

@@ -31,9 +31,7 @@ def shared(run, value):
 
 
 @shared_task(name="prefork")
-@throttle(
-    TokenBucket(capacity=2, tokens_per_second=10), timeout=60
-)  # so in the children, not at the gate
+@throttle(TokenBucket(capacity=2, tokens_per_second=10), timeout=60)  # it waits in the children
 def prefork(run, value):
     note(run, value)
     time.sleep(0.25)  # so that one child alone could not run them all

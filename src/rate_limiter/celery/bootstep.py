@@ -332,9 +332,8 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             return self.engine.held_by.total()
 
     def _next_due(self) -> float:
-        due = (
-            self.engine.next_due
-        )  # asked several times for each job, so without min() in the usual case
+        # Asked several times for each job, so without min() in the usual case.
+        due = self.engine.next_due
         return min(due, self.unended.due) if self.unended else due
 
     def _work(self) -> None:
