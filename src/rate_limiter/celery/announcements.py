@@ -9,6 +9,7 @@ from ..gating.declared import Declared
 from ..gating.engine import warn_of_unused
 from ..gating.limit import Limit
 from ..gating.record import record_of
+from .declarations import own_tasks
 
 __all__ = ["Announcements"]
 
@@ -38,7 +39,7 @@ class Announcements:
         """Log each limit, and what keeps tasks from it."""
         app = self._app
         consumed = app.amqp.queues.consume_from
-        registered = [name for name in sorted(app.tasks) if not name.startswith("celery.")]
+        registered = list(own_tasks(app))
         for limit, names in self._tasks_of.items():
             queue = self.queue_of(limit)
             if not names:

@@ -4,7 +4,7 @@ from celery import Celery, Task
 from celery.exceptions import ImproperlyConfigured
 
 from ..gating.record import listed, record_of
-from .declarations import gates, limits_of, name_limits
+from .declarations import gates, limits_of, name_limits, own_tasks
 from .division import DividedBucket, why_no_share
 from .parkable import parked_limits
 from .prefork import why_not_shared
@@ -44,7 +44,7 @@ def problems(app: Celery) -> list[str]:
     with app.connection_for_read() as connection:  # it is not opened
         broker = connection.transport.driver_type
     declared = {each.limit: each for each in gate.declared}
-    there = [name for name in sorted(app.tasks) if not name.startswith("celery.")]
+    there = list(own_tasks(app))
     for limit, tasks in tasks_of.items():
         # A task that has a problem of its own is not among them.
         if not tasks and not any(declared[limit].covers(name) for name in there):

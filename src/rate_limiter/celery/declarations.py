@@ -12,6 +12,7 @@ from ..gating.limit import Limit
 from ..gating.parameters import Parameters
 
 __all__ = [
+    "CELERYS",
     "LIMITS",
     "adopt_gate",
     "at_gate",
@@ -22,9 +23,13 @@ __all__ = [
     "limits_of",
     "name_limits",
     "names_of",
+    "own_tasks",
     "parameters_of",
     "refuse_async",
 ]
+
+#: The prefix of the names of Celery's own tasks, which cannot be limited.
+CELERYS: Final = "celery."
 
 #: The attribute of a decorated function that holds its limits.
 LIMITS: Final = "__rate_limits__"
@@ -41,6 +46,11 @@ at_gate: WeakKeyDictionary[Task, tuple[Limit, ...]] = WeakKeyDictionary()
 
 _names: WeakKeyDictionary[Celery, Names] = WeakKeyDictionary()
 _parameters: WeakKeyDictionary[Task, Parameters] = WeakKeyDictionary()
+
+
+def own_tasks(app: Celery) -> dict[str, Task]:
+    """Return the tasks of an app by name, in order, without those of Celery itself."""
+    return {name: task for name, task in sorted(app.tasks.items()) if not name.startswith(CELERYS)}
 
 
 def adopt_gate(app: Celery) -> Any:

@@ -4,7 +4,7 @@ This module declares and finds limits; `bootstep` holds the jobs.
 """
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any
 
 from celery import Celery, Task
 from celery.exceptions import ImproperlyConfigured
@@ -17,12 +17,14 @@ from ..gating.limit import AnyBucket, AnyCost, AnyKey, Limit, refuse_to_pay_twic
 from .bootstep import GateStep
 from .declarations import (
     ATTRIBUTE,
+    CELERYS,
     check_task,
     gates,
     held_at_gate,
     limits_of,
     name_limits,
     names_of,
+    own_tasks,
     parameters_of,
     refuse_async,
 )
@@ -30,9 +32,6 @@ from .settings import declare_settings, limit_from
 from .startup import has_started
 
 __all__ = ["Gate"]
-
-#: The prefix of the names of Celery's own tasks, which cannot be limited.
-_CELERYS: Final = "celery."
 
 
 class Gate:
@@ -83,7 +82,7 @@ class Gate:
             )
         self.app = app
         self.max_held = max_held
-        self._declarations = Declarations("tasks", reserved=_CELERYS, names=names_of(app))
+        self._declarations = Declarations("tasks", reserved=CELERYS, names=names_of(app))
         self._has_settings = False
         self._attributes: dict[str, Limit] = {}
         gates[app] = gate = self
@@ -197,7 +196,7 @@ class Gate:
                 task's attribute is wrong.
 
         """
-        if task.name.startswith(_CELERYS):
+        if task.name.startswith(CELERYS):
             return ()
         name_limits(task)
         limits = self.declared.of(task.name, queue)
@@ -229,9 +228,7 @@ class Gate:
         tasks_of: dict[Limit, list[str]] = {declared.limit: [] for declared in self.declared}
         # The tasks of a queue are not known before its jobs arrive. A job that lacks the argument fails then.
         of_queues = {declared.limit for declared in self.declared if not declared.patterns}
-        for name, task in sorted(self.app.tasks.items()):
-            if name.startswith(_CELERYS):
-                continue
+        for name, task in own_tasks(self.app).items():
             try:
                 for limit in self._limits_of(task, of_queues):
                     tasks_of.setdefault(limit, []).append(name)

@@ -14,7 +14,15 @@ from celery.app.trace import build_tracer
 from ..gating.limit import Limit
 from ..gating.record import listed, record_of
 from . import receipt
-from .declarations import adopt_gate, attributes_of, gates, held_at_gate, limits_of, name_limits
+from .declarations import (
+    adopt_gate,
+    attributes_of,
+    gates,
+    held_at_gate,
+    limits_of,
+    name_limits,
+    own_tasks,
+)
 from .prefork import share_before_fork
 from .settings import enabled, settings_of
 from .throttle import watch, watch_all
@@ -121,7 +129,7 @@ def _on_pool_process(sender: Any, **_: Any) -> None:
             "pay its limits. Construct it in a module that pool processes import, too",
             app,
         )
-        tasks = [task for task in app.tasks.values() if not task.name.startswith("celery.")]
+        tasks = list(own_tasks(app).values())
         for task in tasks:
             watch(task)
     else:
