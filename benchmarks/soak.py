@@ -25,7 +25,7 @@ are closed, and limits are changed by remote control. What has to hold, or the e
   away, also without a gate; such a worker counts as killed.
 - The memory of a worker's processes grows by 5 % at most: in each half of the run one of the two workers is
   spared, and a line is fitted to its memory after the first third of that time. On Redis kombu keeps a part of
-  each lost connection, with or without a gate (its poller stays in the event loop's ``on_tick``): so much more.
+  each lost connection, with or without a gate (its poller stays in the event loop, kombu #2492): so much more.
 """
 
 import argparse
