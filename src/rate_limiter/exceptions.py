@@ -35,8 +35,8 @@ class RetryAfter(RateLimitExceeded):
     """The remote asks for a pause: raise it in a task when an API answers 429.
 
     For the time of the pause, all buckets that the job was paid from grant nothing to any job; then
-    they start from empty. The job itself runs again after the pause. This does not count as one of its
-    retries. It may happen ten times for a job, and not after the job has expired.
+    they start from empty. The job itself runs again after the pause, unless it has expired. This does not
+    count as one of its retries. It may happen ten times for a job: the next time this error is its result.
 
     Args:
         seconds: How long the pause is, from now. 0 or more; 0 empties the buckets, and the job runs

@@ -69,8 +69,8 @@ class RateLimits:
     def refuse(self, retry_after: float = 60.0) -> None:
         """Let no job go: each ends as its ``when_limited`` says, until the test ends.
 
-        With ``"wait"`` a gate holds the job, and the decorator raises `RateLimitExceeded` at once: a test
-        is not to hang.
+        With ``"wait"`` a gate holds the job, and the decorator raises `RateLimitExceeded` at once, so that no
+        test hangs.
 
         Args:
             retry_after: The seconds until each bucket has tokens, as tasks and callbacks are told. Above 0.

@@ -205,7 +205,9 @@ class Division:
 
     def _announce(self, name: str, bucket: DividedBucket) -> None:
         if self._is_alone:
-            logger.info("Limit %s is for this worker alone, as its broker is", name)
+            logger.info(
+                "Limit %s is for this worker alone: no other process uses a broker in memory", name
+            )
             return
         capacity, rate = bucket.whole
         logger.warning(

@@ -22,7 +22,7 @@ A value is a rate, or a mapping with a ``rate`` and any of these:
   all limits that do not say their own; with ``"park"``, of those that can be parked.
 - ``per``: ``"worker"``, or ``"cluster"``: one rate for all workers, in a `RedisTokenBucket` of the Redis at
   ``app.conf.rate_limiter_redis``. By default that is the broker or the result backend, if it is a Redis. Without a
-  Redis each worker has an equal share of the rate, see `division`.
+  Redis each worker has an equal share of the rate.
   ``celery report`` shows settings: name an environment variable instead of a URL with a password.
   ``app.conf.rate_limiter_per`` is the default for all limits of the settings and of task attributes.
 - ``on_outage``: with ``per="cluster"`` and a Redis: as in `RedisTokenBucket`.
