@@ -10,8 +10,8 @@ from .checks import zero_or_more
 class RateLimitExceeded(Exception):  # noqa: N818 - the documented name
     """A rate limit does not let this happen now.
 
-    Raised by ``wait(timeout=…)`` of a bucket and by tasks with ``when_limited="raise"``; raise it in
-    your own code where that fits.
+    Raised by ``wait(timeout=…)`` of a bucket, and by tasks that a limit refuses (``when_limited="raise"``,
+    ``timeout``, ``max_wait``). Raise it in your own code where that fits.
 
     Args:
         message: The text of the exception, as ``str()`` gives it.

@@ -198,7 +198,7 @@ class RedisTokenBucket:
         self._state.configure(size, rate, reason, somebody() if who is None else who)
 
     def restore(self) -> None:
-        """Let the numbers count again that the code has. See `configure`.
+        """Let the numbers of the code count again. See `configure`.
 
         Raises:
             redis.RedisError: The server does not answer, or refuses.

@@ -201,7 +201,7 @@ class TokenBucket:
         return capacity - max(0.0, used - max(0.0, now - full_at) * rate)
 
     def allow(self, tokens: float = 1.0) -> bool:
-        """Take tokens now, all or nothing, without blocking.
+        """Take tokens now, all or nothing, without blocking. ``try_consume`` is another name of it.
 
         Args:
             tokens: How many to take. Above 0. Any real number, as everywhere: ``int``, ``float``,

@@ -114,8 +114,8 @@ class Gate:
         """Declare a limit for tasks by their names, for a queue, or for tasks in a queue.
 
         Args:
-            tasks: Names of tasks, or shell patterns for them (``"jobs.send_*"``). None: all tasks. A
-                pattern never matches Celery's own tasks (``celery.*``).
+            tasks: Names of tasks, or shell patterns for them (``"jobs.send_*"``). Without any: all tasks of the
+                queue. A pattern never matches Celery's own tasks (``celery.*``).
             queue: Only jobs that the worker consumes from this queue. Inline calls of a task, and elements of
                 ``chunks``, ``map`` and ``starmap``, do not pay such a limit: they come from no queue.
             bucket: As in `throttle`. All the tasks share it.
