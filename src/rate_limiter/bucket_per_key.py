@@ -54,8 +54,8 @@ class BucketPerKey:
         per_tenant["acme"].allow()
 
     Each new key makes it check a few buckets and forget those that are full, for a full bucket is the
-    same as a new one. It never forgets a bucket that is not full, that somebody holds a reference to, or
-    that was configured; nor, with ``initial``, as long as a new one would not be full. So nobody gets more
+    same as a new one. It keeps a bucket that is not full, that somebody holds a reference to, or that was
+    configured; and, with ``initial``, all buckets as long as a new one would not be full. So nobody gets more
     tokens by using many keys in turn, or fewer by coming back.
 
     Args:
@@ -63,8 +63,7 @@ class BucketPerKey:
         tokens_per_second: The rate of each bucket. Above 0.
         initial: The tokens that each key has when this object is made, from 0 to ``capacity``. ``None``: all
             are full. Tokens come from then on, also for keys that have no bucket yet: a bucket is made with
-            ``initial`` tokens and what its rate has brought since. A key with a smaller capacity of its own
-            has that at most.
+            ``initial`` tokens and those that its rate has brought since, up to the capacity of its key.
         max_keys: The most buckets that are kept. Until one of them is full, all further keys share one
             more bucket of the capacity and rate above. The first time it logs a warning.
         limits: Called with a key when its bucket is made. Returns the key's own ``(capacity,
@@ -72,8 +71,8 @@ class BucketPerKey:
             called again for the same key.
         clock: As in `TokenBucket`.
         redis: The URL of a Redis, or a ``redis.Redis``: each key has a `RedisTokenBucket` there, one for all
-            processes. ``max_keys`` then only bounds what this process keeps in memory, ``initial`` is as there,
-            and ``clock`` has no meaning.
+            processes. Then ``max_keys`` only bounds what this process keeps in memory, ``initial`` is as in
+            `RedisTokenBucket`, and ``clock`` is not used.
         name: With ``redis``: names the buckets there. The bucket of a key is named ``<name>:<key>``.
         on_outage: With ``redis``: as in `RedisTokenBucket`.
 

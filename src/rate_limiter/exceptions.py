@@ -10,8 +10,8 @@ from .checks import zero_or_more
 class RateLimitExceeded(Exception):  # noqa: N818 - the documented name
     """A rate limit does not let this happen now.
 
-    Raised by ``wait(timeout=…)`` of a bucket and by tasks with ``when_limited="raise"``; raise it in
-    your own code where that fits.
+    Raised by ``wait(timeout=…)`` of a bucket, and by tasks that a limit refuses (``when_limited="raise"``,
+    ``timeout``, ``max_wait``). Raise it in your own code where that fits.
 
     Args:
         message: The text of the exception, as ``str()`` gives it.
@@ -35,8 +35,8 @@ class RetryAfter(RateLimitExceeded):
     """The remote asks for a pause: raise it in a task when an API answers 429.
 
     For the time of the pause, all buckets that the job was paid from grant nothing to any job; then
-    they start from empty. The job itself runs again after the pause. This does not count as one of its
-    retries. It may happen ten times for a job, and not after the job has expired.
+    they start from empty. The job itself runs again after the pause, unless it has expired. This does not
+    count as one of its retries. It may happen ten times for a job: the next time this error is its result.
 
     Args:
         seconds: How long the pause is, from now. 0 or more; 0 empties the buckets, and the job runs

@@ -53,7 +53,7 @@ class _Refusing(TokenBucket):
 
 
 class RateLimits:
-    """All limits of this process: of the decorator and of both gates. Buckets that you ask yourself stay.
+    """All limits of this process: of the decorator and of both gates. Buckets that your code asks itself do not change.
 
     Processes that a worker forks while limits are lifted, or made to refuse, keep that.
     """
@@ -69,8 +69,8 @@ class RateLimits:
     def refuse(self, retry_after: float = 60.0) -> None:
         """Let no job go: each ends as its ``when_limited`` says, until the test ends.
 
-        With ``"wait"`` a gate holds the job, and the decorator raises `RateLimitExceeded` at once: a test
-        is not to hang.
+        With ``"wait"`` a gate holds the job, and the decorator raises `RateLimitExceeded` at once, so that no
+        test hangs.
 
         Args:
             retry_after: The seconds until each bucket has tokens, as tasks and callbacks are told. Above 0.
@@ -91,7 +91,7 @@ class RateLimits:
         limit.stand_in = refusing
 
     def restore(self) -> None:
-        """Let the limits do again what they say. Jobs that were held because of `refuse` go."""
+        """Put the limits in force again. Jobs that were held because of `refuse` go."""
         limit.stand_in = None
         for bucket in list(self._refusing):
             bucket.grant()

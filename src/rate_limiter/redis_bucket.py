@@ -35,12 +35,12 @@ _TAG: Final = re.compile(r"\{([^}]+)\}")
 
 
 class RedisTokenBucket:
-    """A bucket that all processes share which name it, on one Redis or Valkey.
+    """One bucket for all processes, on all machines, that name it: its level is in a Redis or Valkey.
 
         bucket = RedisTokenBucket("partner", capacity=10, tokens_per_second=5, url="redis://localhost/0")
 
     It does what a `TokenBucket` does. ``wait`` serves the callers of all processes first come, first served.
-    Two objects of one name and server are equal, and are one bucket. Making one speaks to no server.
+    Two objects of one name and server are equal, and are one bucket. The constructor does not contact the server.
 
     Args:
         name: Names the bucket in Redis, under ``rate_limiter:bucket:``. 1 to 200 characters.
@@ -54,7 +54,8 @@ class RedisTokenBucket:
             capacity (``"open"``: up to the capacity).
         timeout: With ``url``, the most seconds for which a call waits for the server. Above 0.
         initial: The tokens of a bucket that Redis does not know yet: 0 to the capacity. ``None``: it is
-            full. One with fewer is known until it was full, and not used, for a day.
+            full. If it is less than the capacity, Redis keeps the bucket until it has been full, and not
+            used, for a day.
 
     Raises:
         ValueError: A number is out of its range or not finite, the name or the URL is wrong, or this
@@ -88,7 +89,7 @@ class RedisTokenBucket:
         try:
             name.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"name must be text that UTF-8 has, not {name!r}") from None
+            raise ValueError(f"name must be text that UTF-8 can encode, not {name!r}") from None
         check_policy(on_outage)
         size, rate = positive("capacity", capacity), positive("tokens_per_second", tokens_per_second)
         numbers = size, rate, initial_tokens(initial, size)
@@ -197,7 +198,7 @@ class RedisTokenBucket:
         self._state.configure(size, rate, reason, somebody() if who is None else who)
 
     def restore(self) -> None:
-        """Let the numbers count again that the code has. See `configure`.
+        """Let the numbers of the code count again. See `configure`.
 
         Raises:
             redis.RedisError: The server does not answer, or refuses.

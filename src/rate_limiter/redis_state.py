@@ -242,7 +242,7 @@ class State:
             self.server.told.add(told)
             logger.warning(
                 "%s: the code says capacity %g, %g tokens_per_second now. But capacity %g, %g tokens_per_second "
-                "count, which %s has set at %s%s, until they are cleared",
+                "count, which %s has set at %s%s, until bucket.restore() or `celery limits restore`",
                 self.key,
                 *self.numbers[:2],
                 *self.stored[:2],

@@ -10,7 +10,7 @@
     (charge,) = charged(upload.s("a.bin", megabytes=12))
     assert charge.tokens == 12
 
-The pytest fixture ``rate_limits`` is in `pytest_plugin`.
+The pytest fixture ``rate_limits`` is in `rate_limiter.pytest_plugin`; pytest finds it by itself.
 """
 
 import contextlib

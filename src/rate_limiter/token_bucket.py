@@ -102,9 +102,9 @@ class TokenBucket:
         capacity: The most tokens it can hold, which is the largest burst. Above 0.
         tokens_per_second: The rate at which tokens come back. Above 0.
         initial: The tokens that it starts with, from 0 to ``capacity``. ``None``: it starts full. A process
-            that starts with a full bucket brings a burst; with 0, nothing but the rate.
-        clock: Returns the time in seconds. A clock that is set back mints nothing: the bucket stands
-            still until the clock has caught up. Tests pass `rate_limiter.testing.ManualClock`.
+            that starts with a full bucket brings a burst; with 0 it brings none.
+        clock: Returns the time in seconds. If the clock is set back, no tokens come until it has caught up.
+            Tests pass `rate_limiter.testing.ManualClock`.
 
     Raises:
         ValueError: The capacity or the rate is not above 0, ``initial`` is below 0 or above the capacity, or
@@ -201,7 +201,7 @@ class TokenBucket:
         return capacity - max(0.0, used - max(0.0, now - full_at) * rate)
 
     def allow(self, tokens: float = 1.0) -> bool:
-        """Take tokens now, all or nothing, without blocking.
+        """Take tokens now, all or nothing, without blocking. ``try_consume`` is another name of it.
 
         Args:
             tokens: How many to take. Above 0. Any real number, as everywhere: ``int``, ``float``,

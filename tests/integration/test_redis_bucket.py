@@ -217,7 +217,7 @@ def test_numbers_are_changed_for_all(url):
         ({"name": ""}, ValueError, "name must have 1 to 200 characters, not 0"),
         ({"name": "x" * 201}, ValueError, "name must have 1 to 200 characters, not 201"),
         ({"name": 5}, TypeError, "name must be text, not 5"),
-        ({"name": "\ud800"}, ValueError, "name must be text that UTF-8 has"),
+        ({"name": "\ud800"}, ValueError, "name must be text that UTF-8 can encode"),
         ({"capacity": 0}, ValueError, "capacity must be positive, not 0"),
         ({"tokens_per_second": math.nan}, ValueError, "tokens_per_second must be a finite number"),
         ({"on_outage": "wait"}, ValueError, "on_outage must be one of 'open', 'closed', 'local'"),

@@ -377,7 +377,7 @@ def test_what_the_log_says(caplog):
     fleet.start()
     (start,) = caplog.records
     assert start.levelname == "WARNING"
-    assert "Limit mail is divided, for want of a Redis" in start.getMessage()
+    assert "Limit mail is divided, because there is no Redis" in start.getMessage()
     assert "of 20 tokens per second and of the capacity 6" in start.getMessage()
     assert "in its first 3 s" in start.getMessage()
     assert "within 8 s when one is killed" in start.getMessage()

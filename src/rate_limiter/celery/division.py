@@ -205,13 +205,15 @@ class Division:
 
     def _announce(self, name: str, bucket: DividedBucket) -> None:
         if self._is_alone:
-            logger.info("Limit %s is for this worker alone, as its broker is", name)
+            logger.info(
+                "Limit %s is for this worker alone: no other process uses a broker in memory", name
+            )
             return
         capacity, rate = bucket.whole
         logger.warning(
-            "Limit %s is divided, for want of a Redis: each worker has an equal share of %g tokens per second and "
-            "of the capacity %g, by the workers that Celery's gossip knows. What a worker does not use, no other "
-            "one gets. This worker lets none of these jobs go in its first %g s. The shares follow at once when "
+            "Limit %s is divided, because there is no Redis: each worker that Celery's gossip knows has an equal share "
+            "of %g tokens per second and of the capacity %g. What one worker does not use, no other one gets. "
+            "This worker lets none of these jobs go in its first %g s. The shares follow at once when "
             "a worker joins or stops, and within %g s when one is killed. For one exact rate set "
             "rate_limiter_redis",
             name,

@@ -113,8 +113,8 @@ class Gate:
         """Declare a limit for tasks by their names, for a queue, or for tasks in a queue.
 
         Args:
-            tasks: Names of tasks, or shell patterns for them (``"jobs.send_*"``). None: all tasks. A
-                pattern never matches Celery's own tasks (``celery.*``).
+            tasks: Names of tasks, or shell patterns for them (``"jobs.send_*"``). Without any: all tasks of the
+                queue. A pattern never matches Celery's own tasks (``celery.*``).
             queue: Only jobs that the worker consumes from this queue. Inline calls of a task, and elements of
                 ``chunks``, ``map`` and ``starmap``, do not pay such a limit: they come from no queue.
             bucket: As in `throttle`. All the tasks share it.
@@ -127,17 +127,19 @@ class Gate:
             shadow: As in `throttle`.
             name: As in `throttle`. By default the names or patterns of the tasks, or the queue.
             max_held: For this limit, instead of the gate's.
-            overflow: What happens when ``max_held`` jobs are held. ``"hold"``, the default: the broker
-                keeps the others, and all jobs that stand behind them in the queue. ``"pause"``: the worker
-                stops consuming the queue for a while. This is for a queue whose jobs all have the same
-                limit, and for several workers that share a backlog. On Redis it takes up to a second until
-                the queue is consumed again: hold the jobs of at least two seconds there. Where prefetch
-                counts are static (quorum queues, RabbitMQ 4), up to a prefetch window more is held. ``"park"``:
-                the worker holds a second's worth, half a prefetch window at most, and moves the other jobs
-                aside in the broker, to ``<queue>.parked.<name>``, until their tokens come. For Redis and
-                RabbitMQ; see the page on parking for what it does to purging, scaling and permissions. The
-                worker does not start if the limit cannot be parked. By default
-                ``app.conf.rate_limiter_overflow`` decides.
+            overflow: What happens when ``max_held`` jobs are held. By default
+                ``app.conf.rate_limiter_overflow`` decides, which is ``"hold"`` unless you set it.
+
+                - ``"hold"``: the broker keeps the others, and all jobs that stand behind them in the queue.
+                - ``"pause"``: the worker stops consuming the queue for a while. This is for a queue whose jobs
+                  all have the same limit, and for several workers that share a backlog. On Redis it takes up
+                  to a second until the queue is consumed again: hold the jobs of at least two seconds there.
+                  Where prefetch counts are static (quorum queues, RabbitMQ 4), up to a prefetch window more is
+                  held.
+                - ``"park"``: the worker holds the jobs of one second, half a prefetch window at most, and moves
+                  the others aside in the broker, to ``<queue>.parked.<name>``, until their tokens come. For
+                  Redis and RabbitMQ; read the page on parking for what it does to purging, scaling and
+                  permissions. The worker does not start if the limit cannot be parked.
             buckets: As in `throttle`. The gate needs them only if tasks in a prefork pool settle their
                 charge or raise `RetryAfter`.
 

@@ -18,16 +18,15 @@ A value is a rate, or a mapping with a ``rate`` and any of these:
 - ``limits``: other rates for some keys: a mapping from a key to its rate, or to a mapping with ``rate`` and
   ``burst``. Or ``"module:callable"``, which is called with a key, as in `BucketPerKey`.
 - ``when_limited``, ``max_wait``, ``shadow``, ``name``, ``max_held``, ``overflow``: as in ``Gate.limit``.
-- ``queue``: as in ``Gate.limit``; in the settings only. ``app.conf.rate_limiter_overflow`` is the ``overflow`` of
-  all limits that do not say their own; with ``"park"``, of those that can be parked.
+- ``queue``: as in ``Gate.limit``; in the settings only.
 - ``per``: ``"worker"``, or ``"cluster"``: one rate for all workers, in a `RedisTokenBucket` of the Redis at
   ``app.conf.rate_limiter_redis``. By default that is the broker or the result backend, if it is a Redis. Without a
-  Redis each worker has an equal share of the rate, see `division`.
+  Redis each worker has an equal share of the rate.
   ``celery report`` shows settings: name an environment variable instead of a URL with a password.
   ``app.conf.rate_limiter_per`` is the default for all limits of the settings and of task attributes.
 - ``on_outage``: with ``per="cluster"`` and a Redis: as in `RedisTokenBucket`.
 
-A callable is given the job's arguments.
+A callable for ``tokens`` or ``key`` is given the arguments that the producer sent.
 """
 
 import math

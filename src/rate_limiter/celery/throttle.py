@@ -117,11 +117,12 @@ def throttle(
             come later, it ends as ``when_limited`` says, with ``"wait"`` as with ``"raise"``; at once if
             the forecast says so. It then costs nothing. With a policy other than ``"wait"`` jobs do not
             wait at all unless ``max_wait`` is given.
-        shadow: With ``True`` the limit makes no job wait and refuses none. It only counts, shows and signals the
-            jobs that it would have made wait, or refused: to try a limit in production. Its bucket must
-            not be that of a limit without ``shadow``: the jobs of that limit would wait for its debt.
-        name: The name of the limit in logs and errors. Each limit of an app needs another. By default the
-            name of the task.
+        shadow: To try a limit in production. With ``True`` it makes no job wait and refuses none. It only
+            counts, shows and signals the jobs that it would have made wait, or refused. It needs a bucket of
+            its own: with the bucket of a limit without ``shadow``, jobs of that limit would wait for tokens
+            that the trial took.
+        name: The name of the limit in logs, commands and errors. Each limit of an app needs another. By default
+            the name of the task.
         buckets: All buckets that a callable for ``bucket`` may return. A prefork pool needs them if there
             is no `Gate`.
 
@@ -138,8 +139,8 @@ def throttle(
 
     The limit is one rate for the worker, in every pool: before a prefork pool forks, the bucket moves to
     shared memory. Two kinds of buckets cannot be shared, and need a `Gate` in a prefork pool: a
-    `BucketPerKey`, and a bucket that a callable returns and ``buckets`` does not name. If pool processes
-    are spawned, every limit needs a `Gate`. Without it the worker refuses to start.
+    `BucketPerKey` in memory, and a bucket that a callable returns and ``buckets`` does not name. If pool
+    processes are spawned, every limit needs a `Gate`. Without it the worker refuses to start.
 
     """
     _refuse_what_is_decorated(bucket, sys._getframe(1))

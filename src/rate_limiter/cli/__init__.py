@@ -36,7 +36,10 @@ def _common(command: Any) -> Any:
 
 
 _queues = click.option(
-    "-Q", "--queues", metavar="QUEUE,…", help="Lanes of these queues. Default: all queues of the app."
+    "-Q",
+    "--queues",
+    metavar="QUEUE,…",
+    help="Look at the lanes of these queues. Default: all queues of the app.",
 )
 
 
@@ -96,7 +99,7 @@ def explain(ctx: click.Context, /, task_id: str, queues: str | None, **_: Any) -
 @limits.command(name="set")
 @click.argument("name")
 @click.option("--rate", metavar="RATE", help="Tokens per time: 10/m, 5/s, or a number per second.")
-@click.option("--capacity", metavar="TOKENS", help="The largest burst.")
+@click.option("--capacity", metavar="TOKENS", help="The most tokens in the bucket: the largest burst.")
 @click.option("--key", help="Change the bucket of this key only.")
 @click.option("--reason", default="", help="Shown with the limit.")
 @_common
@@ -104,7 +107,7 @@ def explain(ctx: click.Context, /, task_id: str, queues: str | None, **_: Any) -
 def set_(ctx: click.Context, /, name: str, **order: Any) -> None:
     """Change the rate or the capacity of the limit NAME in all workers.
 
-    That lasts until the worker ends. For a limit in Redis it lasts until `restore`.
+    The change lasts until the worker ends; for a limit in Redis, until `restore`.
     """
     _change(ctx, name, order)
 
@@ -145,7 +148,10 @@ def restore(ctx: click.Context, /, name: str, **order: Any) -> None:
 @limits.command()
 @click.pass_context
 def check(ctx: click.Context) -> None:
-    """Check all declarations of the app without a broker. Prints a line for each problem, and exits with 1."""
+    """Check all declarations of the app without a broker.
+
+    Prints a line for each problem. Exits with 1 if there is one.
+    """
     from ..celery.check import count, problems  # noqa: PLC0415 - see above
 
     found = problems(ctx.obj.app)

@@ -218,7 +218,7 @@ class Gate:
         return self._own_session().poll()
 
     def timeout(self, most: float = 1.0) -> float:
-        """Return for how many seconds, of at most ``most``, the loop may wait before `poll`."""
+        """Return the seconds that the loop may wait before the next `poll`: at most ``most``."""
         return self._own_session().timeout(most)
 
     def forget(self) -> int:

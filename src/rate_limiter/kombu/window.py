@@ -70,8 +70,8 @@ class Window:
             count = count or self.channel.qos.prefetch_count  # it may have been set on the channel
         if not count and not self._counts:
             logger.info(
-                "The consumer of %s sets no prefetch_count: it gets %d, or nothing would bound what is "
-                "held",
+                "The consumer of %s sets no prefetch_count: it gets %d, because without one any number of messages "
+                "would be held",
                 ", ".join(sorted(queue.name for queue in consumer.queues)),
                 DEFAULT_COUNT,
             )
