@@ -116,7 +116,7 @@ def broker(request):
 @pytest.fixture
 def filesystem_lab(tmp_path):
     """Yield a lab without servers. Its workers have no event loop."""
-    for name in ("jobs", "control"):
+    for name in ("jobs", "sent", "control"):
         (tmp_path / name).mkdir()
     options = {
         "data_folder_in": str(tmp_path / "jobs"),
@@ -125,6 +125,17 @@ def filesystem_lab(tmp_path):
         "polling_interval": 0.02,
     }
     lab = Lab(tmp_path, "filesystem://", broker_transport_options=options)
+    # kombu would let a worker read a file that is not all written, which ends the worker.
+    lab.app.conf.broker_transport_options = options | {"data_folder_out": str(tmp_path / "sent")}
+    send = lab.send
+
+    def send_whole(*args, **options):
+        result = send(*args, **options)
+        for file in (tmp_path / "sent").iterdir():
+            file.rename(tmp_path / "jobs" / file.name)
+        return result
+
+    lab.send = send_whole
     yield lab
     lab.close()
 
