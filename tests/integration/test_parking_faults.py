@@ -12,7 +12,16 @@ import redis
 from conftest import KEEPS_DATA, REDIS, answers
 from harness import DEADLINE, wait_for
 from lanes_lab import PARKED, is_redis, lanes, parked, place_in, run, send
-from limits import SHORT_LEASE, break_connections, control, declare, limit, repeated, waiting
+from limits import (
+    SHORT_LEASE,
+    break_connections,
+    control,
+    declare,
+    limit,
+    repeated,
+    unacknowledged,
+    waiting,
+)
 from port_for import get_port
 
 
@@ -346,6 +355,16 @@ def test_one_slot_of_a_redis_cluster_is_enough(own_redis, redis_lab):
         worker.stop()
     assert lab.runs("job") == list(range(len(lab.runs("job"))))
     assert lanes(place) == {}
+
+
+def test_a_job_that_comes_as_its_lane_is_left_alone_is_not_lost(redis_lab):
+    """Redis gives it to the worker at once: it is held there, and another worker gets it if this one is killed."""
+    lab = redis_lab
+    place = place_in(lab)
+    with run(place, limits=(limit(rate=1 / 600, overflow="park"),)):
+        time.sleep(1.5)  # until the worker waits for jobs in the lane
+        send(place, "job", *range(4))
+        wait_for(lambda: parked(place) and unacknowledged(lab) + parked(place) == 3)
 
 
 def test_a_long_pause_gives_back_what_is_in_hand(place):
