@@ -127,6 +127,10 @@ class Lane:
             read_again(self.channel)
         if not self._is_redis or not self._consumer._active_tags:
             self._consumer.consume()
+        if not self._is_redis:
+            # `rest` has left the callbacks of consumers before this one. All that was on its way to them has come.
+            for tag in self.channel.callbacks.keys() - self._consumer._active_tags.values():
+                del self.channel.callbacks[tag]
         self.consumes = True
 
     def rest(self) -> None:
