@@ -1,6 +1,9 @@
 """Connections: heartbeats while messages are held, loss, and Redis's leases."""
 
+import gc
+import logging
 import time
+from weakref import ref
 
 import pytest
 from harness import wait_for
@@ -49,6 +52,24 @@ def test_lost_producer_connection_is_replaced(rabbitmq_broker):
         assert worker.wait_for_runs(3) == [0, 1, 2]
         wait_for(lambda: rabbitmq_broker.waiting(results) == 3)
     assert worker.connects == 1
+
+
+def test_nothing_of_lost_connections_is_kept(broker, monkeypatch):
+    """However many are lost while messages are held, what is in memory is of the last one."""
+    # pytest keeps what is logged of a lost connection: the error, and all that its traceback leads to.
+    monkeypatch.setattr(logging.getLogger("kombu.mixins"), "disabled", True)
+    queue, seen = broker.queue(), []
+    broker.send(queue, *range(6))
+    gate = gate_for(queue, TokenBucket(1, 1e-6))
+    with running(Worker(broker, gate, queue)) as worker:
+        for count in range(1, 5):
+            wait_for(lambda: worker.connects == count and sum(gate.held.values()) == 5)  # noqa: B023
+            worker.messages.clear()
+            seen += map(ref, (worker.consumers[0], *worker._session._windows.values()))
+            if count < 4:
+                broker.break_connections()
+        gc.collect()
+        assert len([each for each in seen if each()]) == 2
 
 
 def test_lost_connection_forgets_what_is_held(broker):

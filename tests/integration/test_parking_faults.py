@@ -6,14 +6,30 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import redis
+from celery.app.task import Context
 from conftest import KEEPS_DATA, REDIS, answers
 from harness import DEADLINE, wait_for
 from lanes_lab import PARKED, is_redis, lanes, parked, place_in, run, send
-from limits import SHORT_LEASE, break_connections, control, declare, limit, repeated, waiting
+from limits import (
+    SHORT_LEASE,
+    break_connections,
+    control,
+    declare,
+    limit,
+    repeated,
+    unacknowledged,
+    waiting,
+)
 from port_for import get_port
+
+from rate_limiter.broker.lane import Lane, lane_entity
+from rate_limiter.broker.relay import Relay
+from rate_limiter.celery.outbox import Outbox
+from rate_limiter.celery.parked import Parked
 
 
 def test_parked_jobs_run_after_a_crash(place):
@@ -346,6 +362,58 @@ def test_one_slot_of_a_redis_cluster_is_enough(own_redis, redis_lab):
         worker.stop()
     assert lab.runs("job") == list(range(len(lab.runs("job"))))
     assert lanes(place) == {}
+
+
+def test_a_job_that_comes_as_its_lane_is_left_alone_is_not_lost(redis_lab):
+    """Redis gives it to the worker at once: it is held there, and another worker gets it if this one is killed."""
+    lab = redis_lab
+    place = place_in(lab)
+    with run(place, limits=(limit(rate=1 / 600, overflow="park"),)):
+        time.sleep(1.5)  # until the worker waits for jobs in the lane
+        send(place, "job", *range(4))
+        wait_for(lambda: parked(place) and unacknowledged(lab) + parked(place) == 3)
+
+
+def test_however_many_jobs_wait_for_the_broker_they_are_parked(rabbitmq_broker, monkeypatch):
+    """Green pools: RabbitMQ confirms nothing for a while, then all that has piled up is sent, one after another."""
+    queue, lane = rabbitmq_broker.queue(), rabbitmq_broker.queue("lane")
+    rabbitmq_broker.declare(lane)
+    rabbitmq_broker.send(queue, *range(300))
+    refused = []
+    with rabbitmq_broker.connection() as connection:
+        consumer = SimpleNamespace(
+            hub=None, connection=connection, connection_errors=connection.connection_errors
+        )
+        outbox = Outbox(consumer, lambda *args: refused.append(args), lambda: None)
+        plan = SimpleNamespace(limits=())
+        target = Parked(plan, lane, queue.name)
+        with monkeypatch.context() as patch:
+            patch.setattr(Relay, "full", True)
+            for number in range(300):
+                message = queue(connection.default_channel).get()
+                outbox.put(target, Context(id=number, message=message))
+        outbox.tend()
+        wait_for(lambda: outbox.tend() or not target.leaving)
+        outbox.stop()
+    assert not refused
+    assert rabbitmq_broker.waiting(lane) == 300
+
+
+def test_a_lane_that_rests_often_keeps_nothing_of_it(rabbitmq_broker):
+    """RabbitMQ: each time it is consumed by another consumer, and the ones before are forgotten."""
+    queue, came = rabbitmq_broker.queue(), []
+    entity = lane_entity(queue, f"{queue.name}.parked.job")
+    rabbitmq_broker.declare(entity)
+    with rabbitmq_broker.connection() as connection:
+        lane = Lane(connection, entity, queue.name, came.append)
+        for number in range(5):
+            lane.consume(10)
+            rabbitmq_broker.send(entity, number)
+            lane.rest()
+        lane.consume(10)
+        while len(came) < 5:
+            connection.drain_events(timeout=5)
+        assert len(lane.channel.callbacks) == 1
 
 
 def test_a_long_pause_gives_back_what_is_in_hand(place):

@@ -11,7 +11,10 @@ from harness import app_here, wait_for
 from limits import SHORT_LEASE, break_connections, held, limit, start, unacknowledged, waiting
 
 from rate_limiter import BucketPerKey
+from rate_limiter.broker.redis_channel import stop_reading
+from rate_limiter.broker.restore import requeue
 from rate_limiter.celery import Gate
+from rate_limiter.kombu.window import Window
 
 #: Nothing of it comes back while a test runs.
 ONCE = limit("job", 1, 1e-4, max_held=50)
@@ -81,6 +84,46 @@ def test_jobs_go_back_in_order_with_the_connection(redis_lab):
         wait_for(lambda: "held jobs back to the broker" in worker.output)
         lab.wait_for_runs("job", 12)
     assert lab.runs("job") == list(range(12))
+
+
+def test_jobs_for_another_worker_go_back_to_their_place(broker):
+    """What is given back while the worker runs goes before what waits in the queue, in order."""
+    queue = broker.queue()
+    broker.send(queue, *range(6))
+    with broker.connection() as connection:
+        bound = queue(connection.default_channel)
+        messages = [bound.get() for _ in range(4)]
+        for message in reversed(messages[1:]):
+            requeue(message)
+        assert [bound.get().payload for _ in range(5)] == [1, 2, 3, 4, 5]
+
+
+def lower(channel) -> None:
+    """Lower the prefetch count to what is in hand."""
+    channel.basic_qos(0, 1, False)
+
+
+@pytest.mark.parametrize("stop", [lower, stop_reading])
+def test_a_message_on_its_way_comes_though_no_more_are_wanted(redis_broker, stop):
+    """Redis has given it out, and nobody else would get it if the worker were killed; no other one comes."""
+    queue, came = redis_broker.queue(), []
+    with redis_broker.connection() as connection:
+        channel = connection.default_channel
+        window, consumer = Window(channel, static=False), connection.Consumer([queue], prefetch_count=2)
+        window.add(consumer)
+        consumer.register_callback(lambda body, _message: came.append(body))
+        consumer.consume()
+        redis_broker.send(queue, 0)
+        connection.drain_events(timeout=5)
+        with pytest.raises(TimeoutError):
+            connection.drain_events(timeout=0.05)  # it has asked for the next one
+        stop(channel)
+        redis_broker.send(queue, 1, 2)
+        connection.drain_events(timeout=5)
+        with pytest.raises(TimeoutError):
+            connection.drain_events(timeout=0.2)
+        assert came == [0, 1]
+        assert redis_broker.waiting(queue) == 1
 
 
 def test_memory_gets_held_jobs_back():

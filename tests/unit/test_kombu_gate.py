@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from kombu import Connection, Queue
+from kombu import Connection, Exchange, Queue
 from kombu.mixins import ConsumerMixin, ConsumerProducerMixin
 
 from rate_limiter import AllOf, TokenBucket
@@ -85,6 +85,23 @@ def test_a_rate_and_the_fields_of_a_body(caplog):
         "queue uploads, limit uploads: tokens='size': the body has no such field",
         "queue uploads, limit uploads: key='tenant': the body is not a mapping",
     ]
+
+
+def test_routing_keys_do_not_pile_up():
+    """The name of a queue that nobody knows is a routing key, of which there is no end: none is kept."""
+    gate = Gate()
+    gate.limit(bucket=TokenBucket(1, 1e-6))
+    with Connection("memory://", transport_options={"polling_interval": 0}) as connection:
+        exchange = Exchange("users", "topic")
+        queue = Queue("users", exchange, routing_key="#")
+        consumer = connection.Consumer([queue], callbacks=[gate.wrap(lambda _, message: message.ack())])
+        with consumer, connection.Producer() as producer:
+            for number in range(5):
+                producer.publish(number, exchange=exchange, routing_key=f"user.{number}")
+                connection.drain_events(timeout=1)
+    (session,) = gate.sessions
+    assert sum(gate.held.values()) == 4
+    assert not session._engine._limits_of
 
 
 def test_limits_come_before_the_start():

@@ -14,8 +14,8 @@ from kombu.entity import Queue
 from kombu.messaging import Consumer
 
 from .origin import MARK, restore_origin
-from .redis_channel import forget, is_redis, read_again, stop_reading
-from .restore import restore_in_order
+from .redis_channel import is_redis, read_again, stop_reading
+from .restore import requeue, restore_in_order
 from .static import StaticCounts
 
 __all__ = ["SIGN", "Lane", "lane_entity", "lane_name"]
@@ -127,6 +127,10 @@ class Lane:
             read_again(self.channel)
         if not self._is_redis or not self._consumer._active_tags:
             self._consumer.consume()
+        if not self._is_redis:
+            # `rest` has left the callbacks of consumers before this one. All that was on its way to them has come.
+            for tag in self.channel.callbacks.keys() - self._consumer._active_tags.values():
+                del self.channel.callbacks[tag]
         self.consumes = True
 
     def rest(self) -> None:
@@ -151,11 +155,7 @@ class Lane:
         for message in messages if self._is_redis else reversed(messages):
             if message.acknowledged or message.channel is not self.channel:
                 continue
-            if self._is_redis:
-                self.channel.qos.restore_by_tag(message.delivery_tag)
-                forget(message, "REQUEUED")
-            else:
-                message.requeue()
+            requeue(message)
 
     def close(self) -> None:
         """Close the channel. What is not acknowledged goes back to the lane."""

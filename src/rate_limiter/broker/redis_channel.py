@@ -1,12 +1,22 @@
 """What is done with kombu's channels of Redis that kombu has no method for."""
 
 import contextlib
+from functools import partial
 from queue import Empty
 from typing import Any
 
 from kombu.transport import virtual
 
-__all__ = ["finish_reading", "forget", "is_redis", "read_again", "redis_client", "stop_reading"]
+__all__ = [
+    "finish_reading",
+    "forget",
+    "is_redis",
+    "put_back",
+    "read_again",
+    "read_what_comes",
+    "redis_client",
+    "stop_reading",
+]
 
 
 def is_redis(channel: Any) -> bool:
@@ -22,9 +32,22 @@ def redis_client(channel: Any) -> Any:
     return Redis(connection_pool=channel.pool)
 
 
+def read_what_comes(channel: Any) -> None:
+    """Have a channel read a message that is on its way when its prefetch count is lowered. Only Redis needs it.
+
+    The message has left its list. A channel that read it only when it has room again would lose it if its
+    worker were killed before.
+    """
+    if not is_redis(channel):
+        return
+    if "can_consume" not in vars(channel.qos):  # worker_disable_prefetch has its own
+        has_room = channel.qos.can_consume
+        channel.qos.can_consume = lambda: has_room() or _is_asked(channel)
+
+
 def stop_reading(channel: Any) -> None:
-    """Have a channel ask for no more messages. A message that is on its way still comes."""
-    channel.qos.can_consume = _never
+    """Have a channel ask for no more messages. A message that is on its way still comes: see `read_what_comes`."""
+    channel.qos.can_consume = partial(_is_asked, channel)
 
 
 def finish_reading(channel: Any) -> None:
@@ -56,5 +79,12 @@ def forget(message: Any, state: str) -> None:
     message._state = state
 
 
-def _never() -> bool:
-    return False
+def put_back(message: Any) -> None:
+    """Put a message back to the head of its list, from where it came. kombu's ``requeue`` puts it to the end."""
+    message.channel.qos.restore_by_tag(message.delivery_tag)
+    forget(message, "REQUEUED")
+
+
+def _is_asked(channel: Any) -> bool:
+    """Tell whether Redis has been asked for a message, and has not answered."""
+    return bool(channel._in_poll)

@@ -117,7 +117,7 @@ class RedisLanes:
     def _is_in_hand(self, lane: str) -> bool:
         """Tell whether messages of a lane are unacknowledged. Those of a killed worker come back to the lane."""
         # An entry is a JSON list: the message, its exchange, its routing key.
-        end = f'"{lane}"]'.encode()
+        end = f"{json.dumps(lane)}]".encode()
         entries = self._client.hscan_iter(self._key(self._channel.unacked_key), count=_AT_ONCE)
         return any(entry.endswith(end) for _, entry in entries)
 

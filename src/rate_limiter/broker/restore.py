@@ -18,9 +18,9 @@ from typing import Any, Final, NamedTuple
 
 from kombu.transport import memory, virtual
 
-from .redis_channel import finish_reading, is_redis, redis_client
+from .redis_channel import finish_reading, is_redis, put_back, redis_client
 
-__all__ = ["Leftovers", "give_back", "give_back_at_once", "restore_in_order"]
+__all__ = ["Leftovers", "give_back", "give_back_at_once", "requeue", "restore_in_order"]
 
 logger = logging.getLogger("rate_limiter")
 
@@ -42,6 +42,14 @@ def restore_in_order(channel: Any) -> None:
         if not isinstance(qos.restore_unacked, functools.partial):
             restore = _restore_redis if is_redis(channel) else _restore
             qos.restore_unacked = functools.partial(restore, qos, qos.restore_unacked)
+
+
+def requeue(message: Any) -> None:
+    """Let the broker have a message back, to where it was in its queue. Of several the latest goes first on Redis."""
+    if is_redis(message.channel):
+        put_back(message)
+    else:
+        message.requeue()
 
 
 def give_back(channel: Any, messages: Iterable[Any]) -> None:

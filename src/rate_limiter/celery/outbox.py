@@ -51,6 +51,7 @@ class Outbox:
         self._waiting: deque[tuple[Parked, Any]] = deque()
         #: The lanes of the last jobs that were parked, by their ids.
         self._lane_of: OrderedDict[str, str] = OrderedDict()
+        self._flushing = False
         self._stopping = False
 
     def put(self, parked: Parked, request: Any) -> bool:
@@ -100,8 +101,14 @@ class Outbox:
             self._relay.wait(_CONFIRM)
 
     def _flush(self) -> None:
-        while self._waiting and not self._relay.full:
-            self._send(*self._waiting.popleft())
+        if self._flushing:  # on green pools `_send` waits for a confirmation, which calls this
+            return
+        self._flushing = True
+        try:
+            while self._waiting and not self._relay.full:
+                self._send(*self._waiting.popleft())
+        finally:
+            self._flushing = False
 
     def _moved(self, job: tuple[Parked, Any]) -> None:
         parked, request = job

@@ -25,7 +25,8 @@ from celery.worker.request import Request
 
 from ..broker.lease import Lease
 from ..broker.prefetch import Prefetch
-from ..broker.restore import give_back, give_back_at_once, restore_in_order
+from ..broker.redis_channel import read_what_comes
+from ..broker.restore import give_back, give_back_at_once, requeue, restore_in_order
 from ..broker.static import StaticCounts
 from .loop import while_in_use
 from .pausing import Queues
@@ -81,6 +82,7 @@ class Window:
             renew = while_in_use(self._renew)
             self._lease_timer = consumer.timer.call_repeatedly(self._lease.interval, renew)
         restore_in_order(self._channel)
+        read_what_comes(self._channel)
         consumer._restore_prefetch_count_after_connection_restart = _nothing
 
     def restore_with(self, request: Any) -> None:
@@ -124,7 +126,7 @@ class Window:
         """
         self.update()  # before that: what there is room for would come again at once
         for request in held:
-            request.message.requeue()
+            requeue(request.message)
             request.acknowledged = True
             state.task_ready(request)
 

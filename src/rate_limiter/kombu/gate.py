@@ -225,7 +225,7 @@ class Gate:
         """Forget the held messages, because their connection was lost or their consumer stops.
 
         Nothing is lost: they were not acknowledged, and the broker delivers them again once the channel is
-        closed (on Redis kombu puts them back in reverse order; `GateMixin` keeps the order).
+        closed, on Redis too in the order in which they came.
 
         Returns:
             How many messages they were.

@@ -239,8 +239,11 @@ class Session(Host[_Job]):
         if not self.open:
             return  # the consumers are stopping; the broker has the message
         with self._occupied():
-            steps = self._priorities.steps_behind(job.message, job.queue)
-            decision, _ = self._engine.offer(job, plan, job.queue, steps)
+            # Only the queues of attached consumers are paused, or consumed anew. The name of another one may be a
+            # routing key, of which there is no end.
+            queue = job.queue if job.queue in self._queues else None
+            steps = self._priorities.steps_behind(job.message, queue)
+            decision, _ = self._engine.offer(job, plan, queue, steps)
             if decision == "held":
                 self._enter(job)
         if decision == "go":

@@ -15,6 +15,7 @@ from kombu.common import QoS
 
 from ..broker.lease import Lease
 from ..broker.prefetch import HIGHEST_COUNT, STATIC_QUEUE_TYPES, Prefetch
+from ..broker.redis_channel import read_what_comes
 from ..broker.restore import give_back, restore_in_order
 from ..broker.static import StaticCounts
 
@@ -54,6 +55,7 @@ class Window:
         #: The moment, by the monotonic clock, for the next `renew`. Infinite: there are no leases.
         self.renewal = math.inf if self._lease.interval is None else 0.0
         restore_in_order(channel)
+        read_what_comes(channel)
 
     def add(self, consumer: Any) -> int:
         """Take over the prefetch count of a consumer that is about to consume.
