@@ -104,6 +104,19 @@ def test_two_workers_share_a_lane(place):
     assert min(shares) >= 25
 
 
+@pytest.mark.parametrize("place", ["quorum"], indirect=True)
+def test_notes_and_signs_are_in_classic_queues(place, rabbitmq):
+    """Whatever kind RabbitMQ makes by default: a quorum queue would drop a note that was read 20 times."""
+    name = place[1][0]
+    with run(place, limits=(limit(rate=20, overflow="park"),)):
+        rows = rabbitmq.rabbitctl_output("-q", "list_queues", "name", "arguments")
+    kinds = dict(row.split("\t") for row in rows.splitlines() if row.startswith(f"{name}.parked"))
+    lane = kinds.pop(f"{name}.parked.job")
+    assert len(kinds) == 3
+    assert all("classic" in kind for kind in kinds.values())
+    assert "quorum" in lane
+
+
 def test_parked_jobs_keep_their_lease(redis_lab):
     """Redis: jobs that wait in hand for three times visibility_timeout run once."""
     lab = redis_lab

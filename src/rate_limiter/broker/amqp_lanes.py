@@ -27,6 +27,10 @@ _SETTLE: Final = 0.5
 #: Seconds without a message after which to look whether a lane is empty.
 _NOTHING_MORE: Final = 0.2
 
+#: Of the queues of notes and signs. A quorum queue, which a RabbitMQ may make by default, would drop a note that was
+#: read 20 times.
+_CLASSIC: Final = {"x-queue-type": "classic"}
+
 #: RabbitMQ's error for a queue that exists with other arguments than those it is declared with.
 _OF_ANOTHER_KIND: Final = 406
 
@@ -63,7 +67,8 @@ class AmqpLanes:
         with self._channel() as channel:
             missing = {lane: limits for lane, limits in lanes.items() if lane not in known}
             if missing:
-                channel.queue_declare(f"{queue}.parked", durable=True, auto_delete=False)
+                notes = f"{queue}.parked"
+                channel.queue_declare(notes, durable=True, auto_delete=False, arguments=_CLASSIC)
             for lane, limits in missing.items():
                 note = channel.prepare_message(
                     json.dumps([lane, list(limits)]),
@@ -86,7 +91,7 @@ class AmqpLanes:
         # A lane may have no consumer for a while, so each has a sign of its own too.
         signs = {_sign(f"{queue}.parked"), *map(_sign, lanes)}
         for sign in signs - there:
-            channel.queue_declare(sign, durable=True, auto_delete=True)
+            channel.queue_declare(sign, durable=True, auto_delete=True, arguments=_CLASSIC)
             channel.basic_consume(sign, no_ack=True, callback=_ignore)
         self._signs[queue] = channel, there | signs
 
