@@ -10,6 +10,7 @@ unacknowledged ones until ``visibility_timeout`` has passed. `Leftovers` puts th
 channel.
 """
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Collection, Iterable
@@ -128,9 +129,13 @@ class Leftovers:
             url, qos = self._urls.pop(channel), channel.qos
             qos._flush()
             tags = [tag for tag in qos._delivered if tag not in running]
+            none_runs = len(tags) == len(qos._delivered)
             # Each tag is used once only: a job that is put back keeps its tag, and to put it back once
             # more would take it from the worker that has it by then.
             qos._delivered.clear()
+            # One that runs may be acknowledged yet, where kombu has not come to close the channel.
+            if none_runs:
+                _take_apart(channel)
             if tags:
                 self._left.append(_Left(url, tags, getattr(qos, _CLOSED_AT, time())))
         return sum(len(left.tags) for left in self._left)
@@ -171,6 +176,18 @@ class Leftovers:
 def _is_lost(channel: Any) -> bool:
     transport = channel.connection
     return channel.closed or transport is None or transport.client is None
+
+
+def _take_apart(channel: Any) -> None:
+    """Let go of what a lost channel has. It does not speak to Redis.
+
+    To close a connection kombu closes its channels, and stops at the first one that cannot tell Redis. Python would
+    keep the others in memory until the process ends, for what they do at its exit.
+    """
+    channel.qos._on_collect.cancel()
+    with contextlib.suppress(Exception):  # half of it is done already
+        channel._disconnect_pools()
+        virtual.Channel.close(channel)  # type: ignore[no-untyped-call]
 
 
 def _put_back(channel: Any, left: _Left) -> int:
