@@ -12,7 +12,9 @@ are closed, and limits are changed by remote control. What has to hold, or the e
   a gate, and loses it with its worker: there one job for each fault may be missing. It is one that no worker
   has received, or one that may have been moved and has not run: moved jobs are new ones for kombu.
 - A job runs again only if a fault hit while a worker had it, from its receipt to `SAFE` seconds after its end:
-  that worker was killed, or the broker was restarted or cut off. A warm restart of a worker explains nothing.
+  that worker was killed, or the broker was restarted or cut off. A warm restart explains a job of a prefork worker
+  that began within `SAFE` seconds of it: Celery forgets what a pool process has got and not confirmed, and that runs
+  again (docs/what_happens.md).
   A job that was moved has been in two places for a moment: there a fault while an earlier worker had it counts
   too, until it was received again. On Redis jobs are parked, and put back, in one step: there this is for `back`.
 - Jobs are parked, and when both workers have stopped warm, nothing of parking is left in the broker.
@@ -423,6 +425,13 @@ class Soak:
                     and fault.worker in ("", worker)
                     and since <= fault.ended
                     and fault.began <= until + SAFE
+                ]
+                found += [
+                    f"{fault.what} (prefork)"
+                    for fault in self.faults
+                    if (fault.what, fault.worker) == ("restart worker", first.worker)
+                    and fault.worker.startswith("w0-")
+                    and abs(first.began - fault.began) <= SAFE
                 ]
                 why[found[0] if found else "UNEXPLAINED"] += 1
                 if not found:
