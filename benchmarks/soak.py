@@ -423,7 +423,7 @@ class Soak:
                     for fault, (worker, since, until) in itertools.product(self.faults, hands)
                     if fault.what in BREAKING
                     and fault.worker in ("", worker)
-                    and since <= fault.ended
+                    and since <= fault.ended + SAFE  # it was read already when the connection broke
                     and fault.began <= until + SAFE
                 ]
                 found += [

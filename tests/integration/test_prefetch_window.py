@@ -12,7 +12,8 @@ from limits import SHORT_LEASE, break_connections, held, limit, start, unacknowl
 
 from rate_limiter import BucketPerKey
 from rate_limiter.broker.redis_channel import stop_reading
-from rate_limiter.broker.restore import requeue
+from rate_limiter.broker.relay import Relay
+from rate_limiter.broker.restore import give_back_at_once, requeue
 from rate_limiter.celery import Gate
 from rate_limiter.kombu.window import Window
 
@@ -96,6 +97,19 @@ def test_jobs_for_another_worker_go_back_to_their_place(broker):
         for message in reversed(messages[1:]):
             requeue(message)
         assert [bound.get().payload for _ in range(5)] == [1, 2, 3, 4, 5]
+
+
+def test_a_job_that_was_moved_stays_with_the_worker_that_has_it(redis_broker):
+    """Redis: it keeps its delivery tag, and the worker that moved it as its last one gives nothing of it back."""
+    queue, lane = redis_broker.queue(), redis_broker.queue()
+    redis_broker.send(queue, 0)
+    with redis_broker.connection() as mine, redis_broker.connection() as other:
+        message = queue(mine.default_channel).get()
+        Relay(lambda _job: None, lambda _job: None, None).send(0, message, lane.name, as_it_came=True)
+        assert lane(other.default_channel).get().delivery_tag == message.delivery_tag
+        give_back_at_once(mine.default_channel, lambda _tag: True)
+        assert redis_broker.waiting(queue) == redis_broker.waiting(lane) == 0
+        assert redis_broker.unacknowledged()
 
 
 def lower(channel) -> None:

@@ -83,6 +83,9 @@ def give_back_at_once(channel: Any, may_go: Callable[[str], bool]) -> None:
         return
     try:
         finish_reading(channel)
+        # Else those that were acknowledged last are among them. A job that was moved keeps its tag: it would be taken
+        # from the worker that has it by now.
+        channel.qos._flush()
         with channel.conn_or_acquire() as client:
             _restore_tags(channel.qos, [tag for tag in channel.qos._delivered if may_go(tag)], client)
     except Exception:
