@@ -146,7 +146,7 @@ def test_waiters_are_served_in_turn(make):
     with ThreadPoolExecutor(8) as threads:
         for name, tokens in ("a", 1), ("heavy", 4), ("b", 1), ("c", 1):
             threads.submit(wait, name, tokens)
-            time.sleep(0.05)
+            time.sleep(0.15)
     assert order == ["a", "heavy", "b", "c"]
 
 
@@ -457,7 +457,7 @@ def test_long_waits_keep_their_order(make, monkeypatch):
     with ThreadPoolExecutor(5) as threads:
         for name in range(5):
             threads.submit(wait, name)
-            time.sleep(0.05)
+            time.sleep(0.2)
     assert order == list(range(5))
 
 
