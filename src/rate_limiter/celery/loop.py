@@ -57,6 +57,8 @@ class Loop:
         self._thread = threading.get_ident()
         self._timer: Any = None
         self._timer_at = math.inf
+        #: What the timer calls. Made once: a timer is set for each job that is held.
+        self._fire = while_in_use(self._on_timer)
         #: Whether `work` may be called by a timer.
         self._is_green = getattr(consumer.pool, "is_green", False)
         self.has_timer = consumer.hub is not None or self._is_green
@@ -84,7 +86,7 @@ class Loop:
                 break
             self._cancel()
             self._timer_at = moment
-            self._timer = self._consumer.timer.call_at(moment, while_in_use(self._on_timer))
+            self._timer = self._consumer.timer.call_at(moment, self._fire)
 
     def wake(self) -> None:
         """See that `work` is called soon. For any thread."""
