@@ -52,7 +52,8 @@ from gate_park import QUEUES, park, parked_kills, parked_memory, parked_waits
 from rate_limiter import TokenBucket
 from rate_limiter.celery import Gate, throttle
 from rate_limiter.celery.bootstep import GateStep
-from rate_limiter.gating.engine import Engine, Host
+from rate_limiter.gating.engine import Engine
+from rate_limiter.gating.host import Host
 from rate_limiter.gating.limit import Limit
 from rate_limiter.testing import ManualClock
 
@@ -331,7 +332,7 @@ def asks_on_manual_clock(rate: float, jobs: int) -> float:
     engine: Engine[int] = Engine(Host(), lambda: (limit,), clock=clock)
     for job in range(jobs):
         engine.offer(job, engine.plan())
-    while engine.held_by:
+    while engine.room.held_by:
         clock.now = max(clock.now, engine.next_due)
         engine.release()
         engine.settle()
@@ -769,7 +770,7 @@ def alone(bench: Bench) -> None:
     def hold_and_release() -> None:
         for job in jobs:
             handle(job)
-        while step.engine.held_by:
+        while step.engine.room.held_by:
             clock.now += 1.5e-7  # never two at once: the capacity is 1
             step.loop._on_timer()
 

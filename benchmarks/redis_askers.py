@@ -14,7 +14,8 @@ import time
 from typing import Any
 
 from rate_limiter import AllOf, Bucket, TokenBucket
-from rate_limiter.gating.engine import Engine, Host
+from rate_limiter.gating.engine import Engine
+from rate_limiter.gating.host import Host
 from rate_limiter.gating.limit import Limit
 from rate_limiter.redis_bucket import RedisTokenBucket
 from rate_limiter.redis_gate_bucket import GateBucket

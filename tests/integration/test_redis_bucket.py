@@ -28,7 +28,7 @@ from rate_limiter import (
 )
 from rate_limiter.all_of import take_all_or_longest_delay
 from rate_limiter.celery import throttle
-from rate_limiter.gating import engine as engine_module
+from rate_limiter.gating import host
 from rate_limiter.gating.declared import new_limit
 from rate_limiter.gating.engine import Engine
 from rate_limiter.gating.limit import Call, Demand, Limit
@@ -544,7 +544,7 @@ def test_jobs_of_different_costs(make, url):
     assert calls < 4 * 32
 
 
-class Host(engine_module.Host):
+class Host(host.Host):
     """A gate of the engine, without a worker."""
 
     def call_of(self, job, asks_headers):

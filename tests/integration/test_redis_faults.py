@@ -24,7 +24,7 @@ from harness import DEADLINE, ROOT, Lab, wait_for
 from limits import fail_at_start, start
 
 from rate_limiter import AllOf, RateLimitExceeded, outage, redis_bucket, redis_server
-from rate_limiter.gating import engine as engine_module
+from rate_limiter.gating import host
 from rate_limiter.gating.engine import Engine
 from rate_limiter.gating.limit import Call, Limit
 from rate_limiter.redis_bucket import RedisTokenBucket
@@ -553,7 +553,7 @@ def test_amounts_beyond_all_bounds(own, amount):
 # -- a gate ------------------------------------------------------------------------------------------
 
 
-class Host(engine_module.Host):
+class Host(host.Host):
     """A gate of the engine, without a worker."""
 
     def call_of(self, job, asks_headers):

@@ -2,7 +2,8 @@
 # ruff: noqa: D102 - the methods are documented at Host
 
 from rate_limiter import TokenBucket
-from rate_limiter.gating.engine import Engine, Host
+from rate_limiter.gating.engine import Engine
+from rate_limiter.gating.host import Host
 from rate_limiter.gating.limit import Call, Limit
 from rate_limiter.gating.tally import tally_of
 from rate_limiter.testing import ManualClock
@@ -66,7 +67,7 @@ class Lab:
         self.limit = Limit(self.bucket, name="limit", **options)
         self.gate = Gate()
         self.engine = Engine(self.gate, lambda _: (self.limit,), max_held=max_held, clock=self.clock)
-        self.engine.window = lambda _limit: 4
+        self.engine.room.window = lambda _limit: 4
 
     def offer(self, *jobs):
         """Return what the engine says of each job."""

@@ -87,7 +87,7 @@ def test_what_is_forgotten_is_told():
         assert lab.engine.clear() == []
     finally:
         observers.remove(listener)
-    assert (dict(lab.engine.held_by), lab.run(9)) == ({}, [])
+    assert (dict(lab.engine.room.held_by), lab.run(9)) == ({}, [])
 
 
 def test_a_queue_is_paused_at_the_bound_and_resumed_at_half():
@@ -105,7 +105,7 @@ def test_a_queue_is_paused_at_the_bound_and_resumed_at_half():
 def test_more_of_a_queue_may_come_until_a_bound_is_exceeded(overflow):
     """No more of the queue whose jobs exceed a bound; paused, it is left alone before that."""
     lab = Lab(overflow=overflow, max_held=4)
-    takes = lab.engine.takes_more_of
+    takes = lab.engine.room.takes_more_of
     assert takes("queue")
     lab.offer(*"abcd")
     assert takes("queue")
@@ -150,10 +150,10 @@ def test_a_limit_that_keeps_others_waiting_is_told_of_once():
 def test_jobs_that_the_host_keeps_take_room():
     """What waits to be sent back counts towards the window and the bound, as a held job does."""
     lab = Lab(max_held=2)
-    lab.engine.keep("kept", lab.limit)
+    lab.engine.room.keep("kept", lab.limit)
     lab.offer("a", "b")
     assert lab.gate.room == (2, 2)
-    assert not lab.engine.has_room(lab.limit)
+    assert not lab.engine.room.has_room(lab.limit)
 
 
 def test_jobs_that_only_wait_for_their_end_take_room_beyond_the_bound():
@@ -161,13 +161,13 @@ def test_jobs_that_only_wait_for_their_end_take_room_beyond_the_bound():
     lab = Lab(max_held=2)
     ends = [f"end {number}" for number in range(20)]
     for job in ends:
-        lab.engine.keep(job)
+        lab.engine.room.keep(job)
     lab.offer("a", "b")
     assert lab.gate.room == (21, 22)
     assert lab.engine.jobs() == ["b", *ends]
-    assert lab.engine.has_room(lab.limit)
-    assert all(lab.engine.let_go(job) for job in ends)
-    assert not lab.engine.let_go(ends[0])
+    assert lab.engine.room.has_room(lab.limit)
+    assert all(lab.engine.room.let_go(job) for job in ends)
+    assert not lab.engine.room.let_go(ends[0])
     lab.engine.settle()
     assert lab.gate.room == (1, 2)
 
@@ -221,7 +221,7 @@ def test_few_buckets_are_asked_in_one_turn():
         engine.release()
         assert sum(bucket.asked for bucket in buckets) - before <= 50
         turns += 1
-    assert (turns, len(engine.held_by)) == (20, 0)
+    assert (turns, len(engine.room.held_by)) == (20, 0)
 
 
 def test_waiting_is_told_once_and_its_end_once(caplog):
@@ -324,14 +324,14 @@ def test_a_job_costs_the_same_however_many_limits_hold_jobs(limits):
     lab = Lab()
     bounds = []
 
-    class Counted(Engine):
-        def bound(self, limit):
-            bounds.append(limit)
-            return super().bound(limit)
+    def window(limit):  # asked for each bound
+        bounds.append(limit)
+        return 4
 
     buckets = [TokenBucket(1, 0.001, clock=lab.clock) for _ in range(limits)]
     all_limits = [Limit(bucket, max_held=2) for bucket in buckets]
-    engine = Counted(lab.gate, lambda number: (all_limits[number],), clock=lab.clock)
+    engine = Engine(lab.gate, lambda number: (all_limits[number],), clock=lab.clock)
+    engine.room.window = window
     for number in range(limits):
         for job in "abcd":
             engine.offer(f"{job}{number}", engine.plan(number))
@@ -346,7 +346,7 @@ def test_a_job_costs_the_same_however_many_limits_hold_jobs(limits):
     for each in buckets:
         each.configure(capacity=5, tokens_per_second=1)
     for lab.clock.now in range(1, 100 * limits):
-        if not engine.held_by:
+        if not engine.room.held_by:
             break
         while engine.next_due <= lab.clock.now:
             engine.release()

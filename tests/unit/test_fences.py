@@ -1,4 +1,4 @@
-"""Which part of the package may import which."""
+"""Which part of the package may import which, and how long a module may be."""
 
 import ast
 import pathlib
@@ -73,6 +73,33 @@ def test_every_part_has_a_fence():
     """A new part of the package gets a fence too."""
     assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == PARTS
     assert {part for part in FENCES if part and not part.endswith(".py")} == PARTS
+
+
+def lines_of_code(source: str) -> int:
+    """Return how many lines a module has without its docstrings, comments and empty lines."""
+    tree = ast.parse(source)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docs = {
+        line
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and ast.get_docstring(node) is not None
+        for line in range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)
+    }
+    lines = [line.strip() for line in source.splitlines()]
+    return sum(
+        number not in docs and bool(line) and not line.startswith("#")
+        for number, line in enumerate(lines, 1)
+    )
+
+
+def test_a_module_can_be_read_in_one_go():
+    """No module has more than 350 lines of code; the bucket alone has, and depends on nothing."""
+    long = {
+        file.relative_to(PACKAGE).as_posix()
+        for file in PACKAGE.rglob("*.py")
+        if lines_of_code(file.read_text()) > 350
+    }
+    assert long == {"token_bucket.py"}
 
 
 @pytest.mark.parametrize("part", FENCES)

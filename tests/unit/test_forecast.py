@@ -20,7 +20,7 @@ def play(limits, jobs, clock):
             return super().call_of(job[1], asks_headers)
 
     engine = Engine(Host(), lambda kind: limits[kind], max_held=10_000, clock=clock)
-    engine.window = lambda _limit: 4
+    engine.room.window = lambda _limit: 4
     for number, (kind, value) in enumerate(jobs):
         plans[kind] = engine.plan(kind)
         engine.offer((number, value), plans[kind])

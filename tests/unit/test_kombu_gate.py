@@ -101,7 +101,7 @@ def test_routing_keys_do_not_pile_up():
                 connection.drain_events(timeout=1)
     (session,) = gate.sessions
     assert sum(gate.held.values()) == 4
-    assert not session._engine._limits_of
+    assert not session._engine.room._limits_of
 
 
 def test_limits_come_before_the_start():

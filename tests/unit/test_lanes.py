@@ -143,7 +143,7 @@ def test_a_lane_is_of_the_kind_of_its_queue():
 
 def parking_lab(**options):
     lab = Lab(**options)
-    lab.engine.parking = frozenset([lab.limit])
+    lab.engine.room.parking = frozenset([lab.limit])
     return lab
 
 
@@ -183,10 +183,10 @@ def test_a_limit_that_cannot_be_parked_any_more_holds():
     lab = parking_lab()
     offer(lab, *"abc", behind=None)
     assert lab.gate.room == (0, 0)
-    lab.engine.parking = frozenset()
+    lab.engine.room.parking = frozenset()
     assert offer(lab, "d", behind=None) == ["held"]
     assert lab.gate.room == (3, 600)
-    lab.engine.parking = frozenset([lab.limit])
+    lab.engine.room.parking = frozenset([lab.limit])
     lab.engine.settle()
     assert lab.gate.room == (0, 0)
 

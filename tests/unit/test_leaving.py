@@ -130,11 +130,11 @@ def test_a_share_goes_back_latest_first():
     assert lab.engine.share({lab.limit: 4}, 5, send_back=False) == ["i", "h", "g", "f"]
     lab.engine.settle()
     assert lab.gate.room == (4, 4)
-    assert not lab.engine.has_room(lab.limit)
+    assert not lab.engine.room.has_room(lab.limit)
     lab.offer("x")
-    assert not lab.engine.takes_more_of("queue")
+    assert not lab.engine.room.takes_more_of("queue")
     assert lab.run(5) == ["b", "c", "d", "e", "x"]
-    assert lab.engine.has_room(lab.limit)
+    assert lab.engine.room.has_room(lab.limit)
     lab.offer("y")
     assert lab.gate.room == (1, 100)
     assert lab.numbers()["returned"] == 4
@@ -195,5 +195,5 @@ def test_each_job_goes_or_goes_back(rate, gaps, takes):
     back = sent_back(lab)
     assert sorted(went + back) == list(range(len(gaps)))
     assert went == sorted(went)
-    assert lab.engine.held_by.total() == len(lab.engine) == 0
+    assert lab.engine.room.held_by.total() == len(lab.engine) == 0
     assert lab.gate.room == (0, 0)

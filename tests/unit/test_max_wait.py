@@ -63,7 +63,7 @@ def assert_ends_in_time(lab, *hasty):
     """Check that a job under these limits, behind one that waits for ever, ends after 3 s."""
     limits = {"patient": (lab.limit,), "hasty": hasty}
     engine = lab.engine = Engine(lab.gate, lambda kind: limits[kind], clock=lab.clock)
-    engine.window = lambda _limit: 4
+    engine.room.window = lambda _limit: 4
     for job, kind in ("go", "patient"), ("b", "patient"), ("c", "hasty"):
         engine.offer(job, engine.plan(kind))
     lab.bucket.pause(100)
@@ -109,7 +109,7 @@ def test_no_job_waits_for_longer(jobs, max_wait, pauses):
             return True
 
     engine = Engine(Host(), lambda _: (limit,), clock=clock)
-    engine.window = lambda _limit: 4
+    engine.room.window = lambda _limit: 4
     plan = engine.plan("job")
 
     def pass_time(until):

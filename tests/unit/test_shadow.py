@@ -58,7 +58,7 @@ def test_beside_a_real_limit():
     lab = Lab()
     lab.engine = engine = Engine(lab.gate, lambda _: (shadow, real), clock=clock)
     lab.clock = clock
-    engine.window = lambda _limit: 4
+    engine.room.window = lambda _limit: 4
     assert [engine.offer(job, engine.plan("x"))[0] for job in "abc"] == ["go", "held", "held"]
     assert lab.run(10) == ["b", "c"]
     assert numbers(real)["admitted"] == numbers(shadow)["admitted"] == 3

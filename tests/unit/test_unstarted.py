@@ -10,7 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rate_limiter import TokenBucket
-from rate_limiter.gating.engine import Engine, Host
+from rate_limiter.gating.engine import Engine
+from rate_limiter.gating.host import Host
 from rate_limiter.gating.limit import Demand, Limit
 from rate_limiter.gating.unstarted import Unstarted
 from rate_limiter.testing import ManualClock
@@ -29,7 +30,7 @@ class Pool(Host):
             for cost in costs
         ]
         self.engine = Engine(self, self._limits_for, clock=self.clock)
-        self.engine.window = lambda _limit: 1000
+        self.engine.room.window = lambda _limit: 1000
         self.first, self.others, self.started, self.refused = [], [], [], []
         self.wakes = 0
 

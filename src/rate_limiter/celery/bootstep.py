@@ -21,7 +21,8 @@ from celery.worker import state
 from ..broker.origin import mark_messages
 from ..broker.priority import Priorities
 from ..broker.restore import Leftovers
-from ..gating.engine import Engine, Host, Plan
+from ..gating.engine import Engine, Plan
+from ..gating.host import Host
 from ..gating.limit import Call, Demand, Limit
 from ..gating.record import record_of
 from ..gating.tally import tally_of
@@ -114,13 +115,13 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         """Begin with nothing held: the broker delivers again what an earlier connection held."""
         self.leftovers.put_back(consumer.task_consumer.channel, running())
         # The first is lower for a while after a connection loss, the second on the solo pool.
-        self.engine.window = lambda _limit: max(
+        self.engine.room.window = lambda _limit: max(
             consumer.initial_prefetch_count, consumer.max_prefetch_count
         )
         # RabbitMQ ends a channel whose message is unacknowledged for too long. Redis has leases.
         amqp = consumer.connection.transport.driver_type == "amqp"
         self.engine.longest_hold = self.longest_hold if amqp else math.inf
-        self.window = Window(consumer, self.engine.jobs, self.engine.takes_more_of)
+        self.window = Window(consumer, self.engine.jobs, self.engine.room.takes_more_of)
         self.queues = self.window.queues
         self.priorities = Priorities(lambda: consumer.task_consumer.queues)
         self.by_queue = self.by_queue or self.window.is_static
@@ -184,9 +185,9 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         """Return what ``celery inspect stats`` shows of the gate."""
         with self.engine.lock:
             held: Counter[str] = Counter()
-            for limit, count in self.engine.held_by.items():
+            for limit, count in self.engine.room.held_by.items():
                 held[record_of(limit).name] += count
-            paused = sorted(self.engine.paused)
+            paused = sorted(self.engine.room.paused)
         limits = {record_of(limit).name: tally_of(limit).snapshot() for limit in self.tasks_of}
         return {"rate_limiter": {"held": dict(held), "paused": paused, "limits": limits}}
 
@@ -300,7 +301,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
     def _counts(self) -> dict[str, int]:
         """Return how many jobs each limit holds, by its name."""
         with self.engine.lock:
-            held_by = self.engine.held_by
+            held_by = self.engine.room.held_by
         # Those that are parked are shared already: each worker has a few of them in hand.
         limits = set(self.tasks_of).difference(self.parked_limits)
         return {record_of(limit).name: held_by[limit] for limit in limits}
@@ -329,7 +330,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
     def _held(self) -> int:
         """Return how many of the reserved requests are not for the pool yet."""
         with self.engine.lock:
-            return self.engine.held_by.total()
+            return self.engine.room.held_by.total()
 
     def _next_due(self) -> float:
         # Asked several times for each job, so without min() in the usual case.

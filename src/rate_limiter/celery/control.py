@@ -93,7 +93,7 @@ def _limits(state: Any, **_: Any) -> dict[str, Any]:
             "tasks": each.tasks,
             "queue": each.queue,
             "enforced": each.enforced,
-            "held": 0 if each.step is None else each.step.engine.held_by[each.limit],
+            "held": 0 if each.step is None else each.step.engine.room.held_by[each.limit],
             "lanes": {} if each.step is None else each.step.lanes_of(each.limit),
             **shown(each.limit),
         }

@@ -90,7 +90,7 @@ class Parking:
         self._stopping = False
         #: Whether the last look at the lanes has failed: the log says so once.
         self._has_failed = False
-        engine.parking = self._limits
+        engine.room.parking = self._limits
 
     # -- life cycle -------------------------------------------------------------------------------
 
@@ -112,7 +112,7 @@ class Parking:
             raise
         except Exception:
             logger.exception("No job is parked")
-            self._engine.parking = frozenset()
+            self._engine.room.parking = frozenset()
         # Not now: a job that comes before the worker's loop runs would find no pool.
         self._consumer.call_soon(self._begin)
 
@@ -255,7 +255,7 @@ class Parking:
     def _break(self, parked: Parked, why: str) -> None:
         """Send nothing to a lane for a while: the broker has refused it."""
         parked.broken_until = monotonic() + _TRY_AGAIN
-        self._engine.parking = self._engine.parking.difference(parked.limits)
+        self._engine.room.parking = self._engine.room.parking.difference(parked.limits)
         if not parked.said:
             parked.said = True
             logger.warning(
@@ -354,7 +354,9 @@ class Parking:
             parked.said = False
             logger.info("Jobs are parked in %s again", parked.name)
         parked.broken_until = 0.0
-        self._engine.parking = self._engine.parking.union(self._limits.intersection(parked.limits))
+        self._engine.room.parking = self._engine.room.parking.union(
+            self._limits.intersection(parked.limits)
+        )
 
     def _follow_tokens(self, parked: Parked) -> None:
         """Consume a lane while its next token is due soon."""

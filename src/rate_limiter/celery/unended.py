@@ -65,7 +65,7 @@ class Unended:
             self.later(partial(self._end_kept, request, end))
             self._look()
         if ended and not request.acknowledged:
-            self._engine.keep(request)
+            self._engine.room.keep(request)
         return ended
 
     def later(self, end: Callable[[], Any]) -> None:
@@ -77,7 +77,7 @@ class Unended:
 
     def acknowledged(self, request: Any) -> None:
         """Make use of the room that a job took up which is acknowledged now."""
-        if self._engine.let_go(request):
+        if self._engine.room.let_go(request):
             self._engine.settle()
 
     def work(self) -> None:

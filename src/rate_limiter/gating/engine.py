@@ -2,7 +2,8 @@
 
 A gate gives each job to `Engine.offer`, sleeps until `Engine.next_due`, and then calls `Engine.release`.
 It runs the jobs that these two let go. The engine decides and tells the observers; what is to be done in
-a broker, a worker or a pool it asks of the gate, its `Host`.
+a broker, a worker or a pool it asks of the gate, its `Host`. Its parts: `Holding` keeps the jobs that wait in
+order, `Room` counts them for the prefetch count, `Leaving` knows those that leave before their turn.
 """
 
 import contextlib
@@ -11,7 +12,6 @@ import itertools
 import logging
 import math
 import threading
-from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from time import monotonic, perf_counter
 from typing import Any, Final, Generic, Literal, TypeVar
@@ -21,13 +21,16 @@ from ..all_of import members
 from ..bucket import Bucket, is_in_redis
 from . import limit as limits
 from .forecast import Forecast, forecasts
-from .holding import Held, Holding
+from .held import Held
+from .holding import Holding
+from .host import Host
 from .leaving import Leaving
 from .limit import Call, Demand, Limit, refuse_to_pay_twice, seconds_until
 from .record import listed, record_of
+from .room import Room
 from .tally import tell
 
-__all__ = ["Decision", "Engine", "Host", "Plan", "warn_of_unused"]
+__all__ = ["Decision", "Engine", "Plan", "warn_of_unused"]
 
 logger = logging.getLogger("rate_limiter")
 
@@ -47,12 +50,6 @@ _MOST_PLANS: Final = 10_000
 #: Seconds without a job that waits, after which a limit has stopped to make jobs wait.
 _QUIET: Final = 10.0
 
-#: Seconds for which a limit is beyond its bound before the host is told.
-_STUCK: Final = 10.0
-
-#: Jobs that have ended and cannot be acknowledged yet take no room from others, as long as they are at most so many.
-_MOST_KEPT: Final = 1000
-
 
 class Plan:
     """What a gate does with the jobs of one task from one queue."""
@@ -71,65 +68,6 @@ class Plan:
         if all(limit.fixed for limit in limits):
             demands = [demand for limit in self.limits for demand in limit.fixed]
             self.demands = tuple(for_gate(demands))
-
-
-class Host(Generic[Job]):
-    """What a gate does for its engine. A gate may leave out the methods that raise nothing here."""
-
-    #: Whether jobs that were let go may have to wait for a slot of a pool before they start. Then the host
-    #: tells of each start by `Engine.started`, and `unstarted` is asked.
-    has_slots = False
-
-    def call_of(self, job: Job, asks_headers: bool) -> Call:
-        """Return the arguments that a job was sent with. Headers that nobody asks for may be left out."""
-        raise NotImplementedError
-
-    def refuse(self, job: Job, demand: Demand, delay: float) -> bool:
-        """End a job as ``when_limited`` says. ``False``: that cannot be done, so hold it."""
-        raise NotImplementedError
-
-    def fail(self, job: Job, error: Exception) -> None:
-        """End a job with an error as its result."""
-        raise NotImplementedError
-
-    def gone(self, job: Job) -> bool:
-        """Tell whether a held job was revoked, has expired, or is the broker's again; end it then."""
-        return False
-
-    def send_back(self, job: Job) -> bool:
-        """Send a held job to the end of its queue, unchanged. ``False``: that cannot be done now."""
-        return False
-
-    def unstarted(self, job: Job) -> bool:
-        """Tell whether a job that was let go is still to start."""
-        return False
-
-    def follow(self, held: int, most: int) -> None:
-        """Make room for other jobs beside the held ones.
-
-        Args:
-            held: How many jobs are held now.
-            most: How many may be held at most.
-
-        """
-
-    def pause(self, queue: str, limit: Limit) -> None:
-        """Stop consuming a queue: enough of its jobs are held for the limit."""
-
-    def resume(self, queue: str) -> None:
-        """Consume a paused queue again."""
-
-    def stuck(self, limit: Limit, held: int) -> None:
-        """Take note of a limit beyond its bound for 10 s: jobs behind its jobs wait too. Called once a limit.
-
-        Args:
-            limit: The limit.
-            held: How many jobs it holds.
-
-        """
-
-    def wake(self) -> None:
-        """Call `Engine.release` soon: a bucket has changed. It may be called from any thread."""
 
 
 class Engine(Generic[Job]):
@@ -153,8 +91,9 @@ class Engine(Generic[Job]):
     ) -> None:
         self._host = host
         self._limits_for = limits_for
-        self._max_held = max_held
         self._clock = clock
+        #: Celery fires timers from a second thread while a warm shutdown waits for the pool.
+        self.lock = threading.RLock()
         self._holding: Holding[Job] = Holding(
             refuse=self._refuse,
             fail=self._fail_held,
@@ -167,27 +106,11 @@ class Engine(Generic[Job]):
         self._leaving: Leaving[Job] = Leaving(
             self._holding, self._send_back, self._on_leave, self._refuse
         )
+        #: What the gate keeps from its broker, and how much of it.
+        self.room: Room[Job] = Room(
+            host, self._holding, self._leaving, max_held=max_held, clock=clock, lock=self.lock
+        )
         self._plans: dict[Hashable, Plan] = {}
-        #: The prefetch count that the consumer of a limit's jobs has without a gate.
-        self.window: Callable[[Limit], int] = lambda _limit: 1
-        #: The jobs that the host keeps unacknowledged besides those held, see `keep`.
-        self._kept: dict[Job, Limit | None] = {}
-        self._kept_by: Counter[Limit] = Counter()
-        #: How many of them no limit holds.
-        self._loose = 0
-        #: The queues that are not consumed now, and because of which limit.
-        self.paused: dict[str, Limit] = {}
-        #: For each limit that keeps jobs: how many of them there is to be room for, and its bound. And the
-        #: sums: what a job costs is not to depend on how many limits keep others.
-        self._rooms: dict[Limit, tuple[int, int]] = {}
-        self._room = self._most = 0
-        #: Since when limits are beyond their bounds; infinite: the host was told.
-        self._beyond: dict[Limit, float] = {}
-        #: The limits whose jobs wait in the broker where there are many. Those held take no room from others:
-        #: see `bound`.
-        self._parking: frozenset[Limit] = frozenset()
-        #: The limits that jobs of a queue were held for.
-        self._limits_of: dict[str, set[Limit]] = {}
         #: The limits that make jobs wait, and since when no job waits any more.
         self._waiting: dict[Limit, float] = {}
         #: When to look next whether one of them has stopped; one entry for each.
@@ -196,8 +119,6 @@ class Engine(Generic[Job]):
         self._has_held = False
         #: For each bucket that speaks to a server: what this gate takes from instead.
         self._buckets: WeakValueDictionary[Bucket, Any] = WeakValueDictionary()
-        #: Celery fires timers from a second thread while a warm shutdown waits for the pool.
-        self.lock = threading.RLock()
 
     # -- what is there ----------------------------------------------------------------------------
 
@@ -208,34 +129,18 @@ class Engine(Generic[Job]):
     def jobs(self) -> list[Job]:
         """Return the jobs that are held, and those that the host keeps."""
         with self.lock:
-            return [*(held.job for held in self._holding.all()), *self._kept]
+            return [*(held.job for held in self._holding.all()), *self.room.kept()]
 
     def unstarted(self) -> list[Job]:
         """Return the jobs that were let go and have not started, as far as known."""
         with self.lock:
             return self._holding.unstarted()
 
-    @property
-    def held_by(self) -> Counter[Limit]:
-        """How many jobs each limit keeps in this worker or consumer."""
-        return self._holding.held_by + self._kept_by if self._kept_by else self._holding.held_by
-
     def forecasts(self) -> list[Forecast[Job]]:
         """Return when each held job will go, if nothing changes and no job comes before it."""
         with self.lock:
             held = self._holding.all()
         return list(forecasts(held))
-
-    @property
-    def parking(self) -> frozenset[Limit]:
-        """The limits whose jobs can be parked now. Set by the host."""
-        return self._parking
-
-    @parking.setter
-    def parking(self, limits: frozenset[Limit]) -> None:
-        with self.lock:
-            self._holding.changed.update(limits ^ self._parking)
-            self._parking = limits
 
     def due_in(self, plan: Plan) -> float:
         """Return the seconds until each bucket of a plan has the tokens of one job. 0.0 also if not known."""
@@ -278,22 +183,6 @@ class Engine(Generic[Job]):
             plan = self._plans[kind] = Plan(self._limits_for(*kind), self._for_gate)
         return plan
 
-    def bound(self, limit: Limit) -> int:
-        """Return how many jobs are held for a limit before the broker is to keep the rest.
-
-        Of one whose jobs can be parked at most a second's worth, and half of the prefetch count: the other half
-        is for other jobs.
-        """
-        window = self.window(limit)
-        bound = limit.bound(window, self._max_held)
-        if limit in self._parking:
-            bound = min(bound, max(1, min(math.ceil(limit.jobs_per_second), window // 2)))
-        return int(min(bound, self._leaving.share_of(limit)))
-
-    def has_room(self, limit: Limit) -> bool:
-        """Tell whether one more job may be held for a limit."""
-        return self._number(limit) < self.bound(limit)
-
     def can_hold(self, limit: Limit, delay: float) -> bool:
         """Tell whether a job that was sent back before may be held for the tokens that it still lacks.
 
@@ -302,14 +191,7 @@ class Engine(Generic[Job]):
             delay: The seconds until the tokens are there.
 
         """
-        return limit.max_wait is None and delay <= self.longest_hold and self.has_room(limit)
-
-    def takes_more_of(self, queue: str) -> bool:
-        """Tell whether more jobs of a queue may come: it is not paused, and no bound is exceeded."""
-        with self.lock:
-            limits = self._limits_of.get(queue, set()) - self._parking
-            over = any(self._number(limit) > self.bound(limit) for limit in limits)
-            return not over and queue not in self.paused
+        return limit.max_wait is None and delay <= self.longest_hold and self.room.has_room(limit)
 
     # -- the way of a job -------------------------------------------------------------------------
 
@@ -327,7 +209,7 @@ class Engine(Generic[Job]):
         Args:
             job: The job.
             plan: What `plan` returned for its kind. It has limits.
-            queue: The name of the queue that it came from, if `takes_more_of` is asked of it or it may
+            queue: The name of the queue that it came from, if `Room.takes_more_of` is asked of it or it may
                 be paused.
             steps_behind: How many steps of priority it stands behind most jobs. Below 0: in front.
             behind: Whether jobs of its kind are parked already: it goes behind them. ``None``: it cannot be
@@ -339,7 +221,7 @@ class Engine(Generic[Job]):
             it comes back. And what it has paid, or is to pay.
 
         """
-        if behind is not None and (behind or self._is_at_bound(plan)):
+        if behind is not None and (behind or self.room.is_for_parking(plan.limits)):
             return "park", ()
         demands: Sequence[Demand] = plan.demands if limits.stand_in is None else ()
         limit = plan.limits[0]
@@ -364,8 +246,7 @@ class Engine(Generic[Job]):
         if not held:
             return "ended", demands
         if queue is not None:
-            self._limits_of.setdefault(queue, set()).update(plan.limits)
-            self._pause(queue, plan)
+            self.room.held_from(queue, plan.limits)
         return "held", demands
 
     def release(self, most: float = math.inf, now: float | None = None) -> list[Held[Job]]:
@@ -404,8 +285,8 @@ class Engine(Generic[Job]):
     def settle(self) -> None:
         """Follow what `release` has changed: make room for as many as are held, and resume queues."""
         self._follow()
-        if self.paused:
-            self._resume()
+        if self.room.paused:
+            self.room.resume()
 
     def share(self, most: Mapping[Limit, int], seconds: float, *, send_back: bool) -> list[Job]:
         """Let limits hold no more than so many jobs for some seconds; those beyond that leave.
@@ -448,51 +329,12 @@ class Engine(Generic[Job]):
             tell("returned", held.job, held.limit)
         return [held.job for held in leaving]
 
-    def keep(self, job: Job, limit: Limit | None = None) -> None:
-        """Count a job that is not held, but takes up the window: it is not acknowledged yet.
-
-        Args:
-            job: The job.
-            limit: Counts it among those that it holds. ``None``: it has ended but for its
-                acknowledgement, so no bound of a limit is for it.
-
-        """
-        with self.lock:
-            if job not in self._kept:
-                self._kept[job] = limit
-                if limit is None:
-                    self._loose += 1
-                else:
-                    self._kept_by[limit] += 1
-                    self._holding.changed.add(limit)
-
-    def let_go(self, job: Job) -> bool:
-        """Count a job no more. Return whether it was kept: `settle` then makes use of the room."""
-        with self.lock:
-            kept = job in self._kept
-            limit = self._kept.pop(job, None)
-            if limit is not None:
-                self._kept_by[limit] -= 1
-                self._holding.changed.add(limit)
-            elif kept:
-                self._loose -= 1
-        return kept
-
     def clear(self) -> list[Job]:
         """Forget every job that is held or kept; return those held. They are the broker's again."""
         with self.lock:
             jobs = [held.job for held in self._holding.clear()]
             self._leaving.clear()
-            self._kept.clear()
-            self._kept_by.clear()
-            self._loose = 0
-            self.paused.clear()
-            self._rooms.clear()
-            self._room = self._most = 0
-            self._beyond = {
-                limit: moment for limit, moment in self._beyond.items() if moment == math.inf
-            }
-            self._limits_of.clear()
+            self.room.clear()
             self._waiting.clear()
             self._checks.clear()
         if jobs:
@@ -616,13 +458,15 @@ class Engine(Generic[Job]):
                 self._check_at(_QUIET + min(since, now), limit)
 
     def _follow(self) -> None:
-        """Tell the host for how many jobs there is to be room."""
+        """Tell the host for how many jobs there is to be room, and note which limits make none wait any more."""
         with self.lock:
             changed = self._holding.changed
             while changed:
-                self._count_room(changed.pop())
-            loose = min(_MOST_KEPT, self._loose)
-            self._host.follow(self._room + loose, self._most + loose)
+                limit = changed.pop()
+                self.room.count(limit)
+                if limit not in self._holding.held_by and self._waiting.get(limit) == math.inf:
+                    self._waiting[limit] = self._clock()
+            self.room.follow()
 
     def _due_in(self, demand: Demand) -> float:
         bucket: Any = demand.bucket
@@ -630,60 +474,6 @@ class Engine(Generic[Job]):
             moment: float = self._holding.due_of(bucket)
             return max(0.0, moment - self._clock())
         return seconds_until(bucket, demand.tokens)
-
-    def _is_at_bound(self, plan: Plan) -> bool:
-        with self.lock:
-            return any(
-                limit in self._parking and not self.has_room(limit)
-                for limit in plan.limits  # one behind another makes the job wait for sure
-            )
-
-    def _count_room(self, limit: Limit) -> None:
-        room, bound = self._rooms.pop(limit, (0, 0))
-        self._room -= room
-        self._most -= bound
-        number, beyond = self._number(limit), False
-        if limit not in self._parking and number:
-            bound = self.bound(limit)
-            room = min(number, bound)
-            self._rooms[limit] = room, bound
-            self._room += room
-            self._most += bound
-            beyond = number > bound
-        self._note_bound(limit, number, beyond=beyond)
-        if limit not in self._holding.held_by and self._waiting.get(limit) == math.inf:
-            self._waiting[limit] = self._clock()
-
-    def _note_bound(self, limit: Limit, number: int, *, beyond: bool) -> None:
-        """Tell the host once of a limit whose jobs fill the window itself, so that no others come."""
-        since = self._beyond.get(limit)
-        if not beyond:
-            if since is not None and since < math.inf:
-                del self._beyond[limit]
-        elif since is None:
-            self._beyond[limit] = self._clock()
-        elif since + _STUCK <= self._clock():
-            self._beyond[limit] = math.inf
-            self._host.stuck(limit, number)
-
-    def _number(self, limit: Limit) -> int:
-        return self._holding.held_by.get(limit, 0) + self._kept_by.get(limit, 0)
-
-    def _pause(self, queue: str, plan: Plan) -> None:
-        """Stop consuming a queue that has brought enough for one of its limits."""
-        with self.lock:
-            for limit in plan.limits:
-                if limit.overflow == "pause" and queue not in self.paused and not self.has_room(limit):
-                    self.paused[queue] = limit
-                    self._host.pause(queue, limit)
-
-    def _resume(self) -> None:
-        """Consume a paused queue again once half of its limit's jobs are gone."""
-        with self.lock:
-            for queue, limit in list(self.paused.items()):
-                if self._number(limit) <= self.bound(limit) // 2:
-                    del self.paused[queue]
-                    self._host.resume(queue)
 
 
 def _blamed(demands: Sequence[Demand], limit: Limit) -> Limit:

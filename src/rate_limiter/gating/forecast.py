@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from .holding import Held
+from .held import Held
 from .limit import Limit, rate_here, seconds_until
 
 __all__ = ["Forecast", "forecasts"]

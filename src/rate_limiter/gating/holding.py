@@ -28,11 +28,11 @@ from typing import Any, Final, Generic, TypeVar
 
 from ..all_of import take_all_or_delay
 from ..bucket import Bucket
-from ..shared_bucket import is_shared
+from .held import Arrival, Held, Queue, changes_of
 from .limit import Demand, Limit
 from .unstarted import Unstarted
 
-__all__ = ["Held", "Holding"]
+__all__ = ["Holding"]
 
 Job = TypeVar("Job")
 
@@ -54,137 +54,6 @@ _STEP: Final = 30.0
 
 #: Two numbers of tokens whose ratio is below this are the same but for rounding.
 _EVEN: Final = 1.000001
-
-
-#: The moment at which a job counts as come, and a number that orders jobs of the same moment.
-Arrival = tuple[float, int]
-
-
-class Held(Generic[Job]):
-    """A job that waits."""
-
-    __slots__ = (
-        *("arrival", "asked", "claims", "demands", "job"),
-        *("left", "limit", "queue", "since", "told"),
-    )
-
-    queue: "_Queue[Job]"
-
-    def __init__(self, arrival: Arrival, job: Job, demands: Sequence[Demand], since: float) -> None:
-        #: Jobs wait in the order of their arrivals.
-        self.arrival = arrival
-        self.job = job
-        self.demands = demands
-        #: When it came, by the caller's clock.
-        self.since = since
-        #: The queues that it has claimed.
-        self.claims: list[_Queue[Job]] = []
-        #: The limit that makes it wait now.
-        self.limit: Limit = demands[0].limit
-        #: Whether a bucket was asked for it. If not, it is refused in its turn, as ``when_limited`` says.
-        self.asked = True
-        #: Whether it waits no more.
-        self.left = False
-        #: Whether the delay was known when ``hold`` or ``known`` was called for it. See `Holding`.
-        self.told = True
-
-
-class _Queue(Generic[Job]):
-    """The jobs that one bucket makes wait, by arrival."""
-
-    __slots__ = (
-        "bucket",
-        "changes",
-        "claimant",
-        "due",
-        "jobs",
-        "look",
-        "sees_all",
-        "shared",
-        "stopped",
-        "tells",
-        "tokens",
-    )
-
-    def __init__(self, bucket: Bucket) -> None:
-        self.bucket = bucket
-        self.jobs: deque[Held[Job]] = deque()
-        #: What its jobs take from the bucket.
-        self.tokens = 0.0
-        #: When its first job may go, as the bucket has forecast, and when to look at it.
-        self.due = self.look = 0.0
-        #: The job, in another queue, that has claimed this bucket.
-        self.claimant: Held[Job] | None = None
-        self.shared = is_shared(bucket)
-        #: Whether the bucket tells this process of every change.
-        self.sees_all = hasattr(bucket, "subscribe") and not self.shared
-        #: What the bucket wants to be told of: how many tokens all its jobs take, and what the first one
-        #: takes from all buckets.
-        self.tells: Callable[[float, Sequence[Demand]], None] | None
-        self.tells = getattr(bucket, "jobs_wait", None)
-        #: Whether its first job waits for the start of one that was let go. Then ``due`` is when to ask
-        #: whether that has ended; minus infinity: it has started.
-        self.stopped = False
-        #: The bucket's counter of changes just before it gave the forecast.
-        self.changes = math.nan
-
-    def insert(self, held: Held[Job]) -> None:
-        later = []
-        while self.jobs and self.jobs[-1].arrival > held.arrival:
-            later.append(self.jobs.pop())
-        self.jobs.append(held)
-        self.jobs.extend(reversed(later))
-        self.tokens += self.takes(held)
-        held.queue, held.left = self, False
-        self._tell()
-
-    def remove(self, held: Held[Job]) -> None:
-        if self.jobs[0] is held:
-            self.jobs.popleft()
-        else:
-            self.jobs.remove(held)
-        self.tokens = self.tokens - self.takes(held) if self.jobs else 0.0
-        held.left = True
-        self._tell()
-
-    def _tell(self) -> None:
-        if self.tells is not None:
-            self.tells(self.tokens, self.jobs[0].demands if self.jobs else ())
-
-    def takes(self, held: Held[Job]) -> float:
-        """Return the tokens that a job takes from the bucket."""
-        if len(held.demands) == 1:
-            return held.demands[0].tokens
-        return sum(demand.tokens for demand in held.demands if demand.bucket is self.bucket)
-
-    def turn(self, tokens: float, arrival: Arrival) -> float:
-        """Return the moment at which a job goes that comes now, if no other job comes before it."""
-        before = self.tokens - self.takes(self.jobs[0]) if self.jobs else 0.0
-        for held in reversed(self.jobs):
-            if held.arrival < arrival:
-                break
-            before -= self.takes(held)
-        return self.forecast() + (max(0.0, before) + tokens) / self.bucket.tokens_per_second
-
-    def serves(self, arrival: Arrival, held: Held[Job] | None = None) -> bool:
-        """Tell whether a job may ask the bucket: no other job has claimed it, or came before.
-
-        Args:
-            arrival: When the job came.
-            held: The job, if it is held.
-
-        """
-        if self.claimant is not None and self.claimant is not held:
-            return False
-        return not self.jobs or self.jobs[0].arrival >= arrival
-
-    def forecast(self) -> float:
-        """Return the moment at which the bucket serves again."""
-        return self.due if self.claimant is None else self.claimant.queue.due
-
-    def has_changed(self) -> bool:
-        """Tell whether another process may have changed the bucket since it was asked."""
-        return not self.shared or _changes_of(self.bucket) != self.changes
 
 
 class Holding(Generic[Job]):
@@ -226,9 +95,9 @@ class Holding(Generic[Job]):
         self._on_poke = poked
         self._unstarted = None if is_unstarted is None else Unstarted(is_unstarted)
         self._count = itertools.count()
-        self._queues: dict[Bucket, _Queue[Job]] = {}
+        self._queues: dict[Bucket, Queue[Job]] = {}
         #: Queues by the moment of their next look. An entry is void if its queue has another moment.
-        self._due: list[tuple[float, int, _Queue[Job]]] = []
+        self._due: list[tuple[float, int, Queue[Job]]] = []
         #: Buckets that have said that they were changed.
         self._poked: deque[Bucket] = deque()
         #: The thread that takes from several buckets now, and refunds those that granted in vain.
@@ -509,9 +378,9 @@ class Holding(Generic[Job]):
     def _take_all(self, demands: Sequence[Demand]) -> tuple[float, int, float]:
         if len(demands) == 1:
             bucket = demands[0].bucket
-            changes = _changes_of(bucket)
+            changes = changes_of(bucket)
             return bucket.take_or_delay(demands[0].tokens), 0, changes
-        before = [_changes_of(demand.bucket) for demand in demands]
+        before = [changes_of(demand.bucket) for demand in demands]
         self._asks_in = threading.get_ident()
         try:
             delay, refused = take_all_or_delay(demands)
@@ -554,10 +423,10 @@ class Holding(Generic[Job]):
         self._count_one(held.limit, 1)
         queue = self._queues.get(bucket)
         if queue is None:
-            queue = self._queues[bucket] = _Queue(bucket)
+            queue = self._queues[bucket] = Queue(bucket)
             if hasattr(bucket, "subscribe"):
                 bucket.subscribe(self.poke)
-                if delay != _UNTIL_A_START and _changes_of(bucket) != changes:
+                if delay != _UNTIL_A_START and changes_of(bucket) != changes:
                     # It was changed after it was asked and before it could tell.
                     self._poked.append(bucket)
         queue.insert(held)
@@ -596,18 +465,18 @@ class Holding(Generic[Job]):
             del self.held_by[limit]
         self.changed.add(limit)
 
-    def _drop_if_empty(self, queue: _Queue[Job]) -> None:
+    def _drop_if_empty(self, queue: Queue[Job]) -> None:
         if not queue.jobs and queue.claimant is None and self._queues.get(queue.bucket) is queue:
             self._drop(queue)
 
-    def _drop(self, queue: _Queue[Job]) -> None:
+    def _drop(self, queue: Queue[Job]) -> None:
         del self._queues[queue.bucket]
         if queue.tells is not None:
             queue.tells(0.0, ())
         if hasattr(queue.bucket, "unsubscribe"):
             queue.bucket.unsubscribe(self.poke)
 
-    def _wait(self, queue: _Queue[Job], now: float, delay: float) -> None:
+    def _wait(self, queue: Queue[Job], now: float, delay: float) -> None:
         """Let a queue's first job wait for so long, or until a job that was let go has started."""
         if delay == _UNTIL_A_START:
             queue.stopped = True
@@ -616,24 +485,18 @@ class Holding(Generic[Job]):
         else:
             self._schedule(queue, now, delay)
 
-    def _schedule(self, queue: _Queue[Job], now: float, delay: float) -> None:
+    def _schedule(self, queue: Queue[Job], now: float, delay: float) -> None:
         queue.stopped = False
         # later than now, also where the delay vanishes in rounding
         queue.due = max(now + delay, math.nextafter(now, math.inf)) if delay else now
         self._look(queue, queue.due if queue.sees_all else min(queue.due, now + _LOOK_AGAIN))
 
-    def _look(self, queue: _Queue[Job], moment: float) -> None:
+    def _look(self, queue: Queue[Job], moment: float) -> None:
         queue.look = moment
         heapq.heappush(self._due, (moment, next(self._count), queue))
 
 
-def _changes_of(bucket: Bucket) -> float:
-    """Return how often a bucket was changed. Not a number, and so never the same, where it does not say."""
-    changes: float = getattr(bucket, "changes", math.nan)
-    return changes
-
-
-def _worth_it(held: Held[Any], queue: _Queue[Any], delay: float) -> bool:
+def _worth_it(held: Held[Any], queue: Queue[Any], delay: float) -> bool:
     """Tell whether a bucket that waits for a job loses no more than the job takes from it."""
     takes = sum(each.tokens for each in held.demands if each.bucket is queue.bucket)
     return delay * queue.bucket.tokens_per_second <= takes * _EVEN

@@ -18,7 +18,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, Generic, TypeVar
 
-from .holding import Held, Holding
+from .held import Held
+from .holding import Holding
 from .limit import Demand, Limit
 
 __all__ = ["LONGEST_HOLD", "Leaving"]

@@ -23,7 +23,8 @@ from ..broker.origin import MARK, MOVED, can_be_sent_to, mark_messages, restore_
 from ..broker.priority import Priorities
 from ..broker.restore import Leftovers
 from ..exceptions import RateLimitExceeded
-from ..gating.engine import Engine, Host, warn_of_unused
+from ..gating.engine import Engine, warn_of_unused
+from ..gating.host import Host
 from ..gating.limit import Call, Demand, Limit, is_of_a_signal
 from ..gating.record import record_of
 from .pausing import Pausing, check_queue
@@ -89,7 +90,7 @@ class Session(Host[_Job]):
         self._gate = gate
         self._on_refused = on_refused
         self._engine: Engine[_Job] = Engine(self, gate.limits_for, max_held=gate.max_held)
-        self._engine.window = self._window_of
+        self._engine.room.window = self._window_of
         self._returning = Returning(gone=self.gone, sent=self._on_sent)
         self._pausing = Pausing()
         self._inbox: deque[_Job] = deque()
@@ -227,7 +228,7 @@ class Session(Host[_Job]):
     @property
     def held_by(self) -> Counter[Limit]:
         """How many messages are held because of each limit."""
-        return self._engine.held_by
+        return self._engine.room.held_by
 
     # -- the way of a message ---------------------------------------------------------------------
 
@@ -299,7 +300,7 @@ class Session(Host[_Job]):
                 return False
             if job.was_sent_back and self._engine.can_hold(limit, delay):
                 return False  # it comes at its turn: a few tokens are missing
-            self._engine.keep(job, limit)
+            self._engine.room.keep(job, limit)
             self._enter(job)
             longest = self._engine.longest_hold
             self._returning.add(job, record_of(limit).next_return(bucket, tokens, delay, longest))
@@ -325,7 +326,7 @@ class Session(Host[_Job]):
         """Send a held message to the end of its queue."""
         if not (job.can_return and job.window.is_amqp):
             return False
-        self._engine.keep(job)
+        self._engine.room.keep(job)
         self._returning.add(job, 0.0)
         return True
 
@@ -356,7 +357,7 @@ class Session(Host[_Job]):
 
     def _on_sent(self, job: _Job, gone: bool) -> None:
         """Let go of a message whose copy is at the end of its queue."""
-        self._engine.let_go(job)
+        self._engine.room.let_go(job)
         if not gone:
             self._leave(job)
 
@@ -389,11 +390,11 @@ class Session(Host[_Job]):
         with self._occupied():
             self._returning.send()
             self._engine.settle()
-            self._pausing.follow(self._engine.paused, self._can_cancel)
+            self._pausing.follow(self._engine.room.paused, self._can_cancel)
             self._follow()
         self._unsettled = bool(
             self.held_by
-            or self._engine.paused
+            or self._engine.room.paused
             or self._engine.next_due < math.inf
             or self._returning.next_due < math.inf
         )
@@ -425,7 +426,7 @@ class Session(Host[_Job]):
         for window in self._windows.values():
             if window.channel.connection is None:
                 continue  # it was lost, and what is held of it goes when its turn comes
-            window.follow(min(window.held, held), most, self._engine.takes_more_of)
+            window.follow(min(window.held, held), most, self._engine.room.takes_more_of)
             if window.lease_is_due:
                 window.renew([m.delivery_tag for m in self._messages() if m.channel is window.channel])
 
