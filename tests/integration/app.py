@@ -76,9 +76,14 @@ def limited(number):
 
 
 @app.task(name="busy")
-def busy(seconds):
+def busy(seconds, until=None):
+    """Run for so long, or until a file is there."""
     note("concurrency", "begin")
-    time.sleep(seconds)
+    end = time.monotonic() + seconds
+    if until is None:
+        time.sleep(seconds)
+    while time.monotonic() < end and not Path(until).exists():
+        time.sleep(0.05)
     note("concurrency", "end")
 
 

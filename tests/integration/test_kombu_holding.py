@@ -103,7 +103,7 @@ def test_window_is_restored_on_redis(redis_broker):
     """The prefetch count rises above what is held, and ends where it began."""
     queue = redis_broker.queue()
     redis_broker.send(queue, *range(60))
-    with running(Worker(redis_broker, gate_for(queue, rate=100, max_held=40), queue)) as worker:
+    with running(Worker(redis_broker, gate_for(queue, rate=20, max_held=40), queue)) as worker:
         wait_for(lambda: worker.consumers)
         qos = worker.consumers[0].channel.qos
         highest = 0
