@@ -8,6 +8,7 @@ from pathlib import Path
 
 from celery import signals
 from celery.backends.base import Backend
+from celery.worker import state
 from celery.worker.control import inspect_command
 from tests.integration.app import CONFIG, NotedBucket, app, gate, note
 from tests.integration.queue_specs import entity
@@ -37,6 +38,13 @@ def alive(_state):
 @signals.task_prerun.connect
 def note_run(task, task_id, **_):
     note("in pool", [task.name, task_id])
+
+
+@signals.task_received.connect
+def end(request, **_):
+    """End the worker cold as a job comes, if there is a file that says so."""
+    if Path(CONFIG["log"] + ".cold").exists():
+        state.should_terminate = 1
 
 
 @signals.task_failure.connect

@@ -60,6 +60,22 @@ def test_no_job_is_lost_by_a_worker_that_ends(lab, late):
         assert "held jobs back to the broker" in worker.output
 
 
+def test_what_comes_in_a_cold_shutdown_is_the_brokers(rabbitmq_lab):
+    """Celery speaks to RabbitMQ in the signal handler: a message that is read then may have another one's body."""
+    lab, cold = rabbitmq_lab, rabbitmq_lab.folder / "runs.cold"
+    with start(lab, limits=(limit(rate=1 / 3600),)) as worker:
+        lab.send("job", 0)
+        lab.wait_for_runs("job", 1)
+        cold.touch()
+        lab.send("job", 1)
+        worker.process.wait(DEADLINE)
+    assert "jobs begin to wait" not in worker.output
+    assert lab.runs("job") == [0]
+    cold.unlink()
+    with start(lab, limits=(limit(rate=100),)):
+        assert lab.wait_for_runs("job", 2) == [0, 1]
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
 def test_no_job_is_lost_with_the_connection(lab, late, request):
     """The connection breaks while jobs are held and their queue is paused: each job runs once."""

@@ -7,8 +7,10 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from kombu.asynchronous import Hub
+from kombu.transport.base import Transport
 
-from rate_limiter.celery.loop import Loop
+from rate_limiter.celery.loop import Loop, forget_lost_reads
 from rate_limiter.testing import ManualClock
 
 
@@ -158,3 +160,15 @@ def test_another_thread_wakes_an_older_kombu(clock):
     assert lab.timer.next == 0.5
     lab.loop.stop()
     assert not readers
+
+
+def test_the_next_connection_does_not_end_with_the_lost_one():
+    """What kombu's loop still wants to read from a lost connection is forgotten; all else in it is done."""
+    hub, done = Hub(), []
+    lost = SimpleNamespace(connected=False, drain_events=None)
+    hub.call_soon(Transport(None)._make_reader(lost), hub)
+    hub.call_soon(done.append, 1)
+    forget_lost_reads(hub)
+    hub.run_once()
+    assert done == [1]
+    hub.close()

@@ -122,8 +122,9 @@ class AmqpLanes:
             return {lane: limits for _, lane, limits in _notes(channel, queue)}
 
     def unused(self, queue: str, lanes: Iterable[str]) -> list[str]:
-        found = {lane: self._look_at(_sign(lane)) for lane in lanes}
-        return [lane for lane, there in found.items() if there is None or not there.consumer_count]
+        signs = {_sign(lane): lane for lane in lanes}
+        found = self._look_at_all(signs)
+        return [signs[name] for name, there in found if there is None or not there.consumer_count]
 
     def calm(self, channels: Iterable[Any]) -> None:
         """Do nothing: what arrives late goes back to its place."""
@@ -193,9 +194,12 @@ class AmqpLanes:
         try:
             connection.connect()
             yield connection
-        finally:
+        except BaseException:
             with contextlib.suppress(Exception):
                 connection.collect()  # one that is blocked would not answer
+            raise
+        with contextlib.suppress(Exception):
+            connection.release()
 
     @contextlib.contextmanager
     def _channel(self) -> Iterator[Any]:
@@ -206,13 +210,21 @@ class AmqpLanes:
 
     def _look_at(self, name: str) -> Any:
         """Return how many messages and consumers a queue has. ``None``: there is no such queue."""
+        ((_, there),) = self._look_at_all([name])
+        return there
+
+    def _look_at_all(self, names: Iterable[str]) -> list[tuple[str, Any]]:
+        """Return the same of several queues, with their names."""
+        found: list[tuple[str, Any]] = []
         with self._connection() as connection:
-            try:
-                return connection.channel().queue_declare(name, passive=True)
-            except connection.channel_errors as error:
-                if getattr(error, "reply_code", None) != _NOT_THERE:
-                    raise
-        return None
+            for name in names:
+                try:
+                    found.append((name, connection.channel().queue_declare(name, passive=True)))
+                except connection.channel_errors as error:
+                    if getattr(error, "reply_code", None) != _NOT_THERE:
+                        raise
+                    found.append((name, None))
+        return found
 
     def _all_of(self, channel: Any, lane: str) -> Iterator[Any]:
         """Yield all messages of a lane, as they were sent at first. They are pushed: to get each takes long."""

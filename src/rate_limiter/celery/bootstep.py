@@ -32,7 +32,7 @@ from .declarations import parameters_of
 from .division import Division
 from .ending import refuse_at_gate
 from .events import send_together
-from .loop import Loop
+from .loop import Loop, forget_lost_reads
 from .parkable import parked_limits, why_not
 from .parking import Parking
 from .prefork import is_spawned, share_all, share_the_rest
@@ -113,6 +113,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     def start(self, consumer: Any) -> None:
         """Begin with nothing held: the broker delivers again what an earlier connection held."""
+        forget_lost_reads(consumer.hub)
         self.leftovers.put_back(consumer.task_consumer.channel, running())
         # The first is lower for a while after a connection loss, the second on the solo pool.
         self.engine.room.window = lambda _limit: max(
@@ -221,8 +222,10 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             if self.autoscale is not None:
                 self.autoscale()
             return
-        if not self.open:
-            return  # the consumer is stopping; the broker has the job
+        if not self.open or state.should_terminate not in (None, False):
+            # The consumer is stopping, and the broker has the job. Celery's cold shutdown speaks to RabbitMQ in a
+            # signal handler, while the loop may read a message: that may come with the body of the next one.
+            return
         if not self.loop.is_own_thread:
             # Celery's timer thread brings a job whose ETA has come. On the solo pool it would run
             # here, beside the job that the consumer runs.

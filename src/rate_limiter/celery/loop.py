@@ -18,7 +18,7 @@ from weakref import WeakMethod
 from celery import bootsteps
 from celery.worker import state
 
-__all__ = ["Loop", "while_in_use"]
+__all__ = ["Loop", "forget_lost_reads", "while_in_use"]
 
 #: The least seconds that the timer is set ahead. The event loop fires a timer that is due already once
 #: more in the same turn, and reads no messages in between.
@@ -31,6 +31,9 @@ _ETA_POLL: Final = 0.1
 #: Seconds between two looks where another thread cannot interrupt the wait (no event loop) to tell that a
 #: job has started, or a bucket was refunded or configured.
 _THREAD_POLL: Final = 0.5
+
+#: The name of what kombu's event loop calls to read on (kombu/transport/base.py).
+_READ: Final = "Transport._make_reader.<locals>._read"
 
 
 class Loop:
@@ -153,6 +156,22 @@ class Loop:
                 consumer.perform_pending_operations()
 
         self._connection.drain_events = drain_events
+
+
+def forget_lost_reads(hub: Any) -> None:
+    """Let an event loop read no more from connections that are lost. To be called before it has a new one.
+
+    kombu's loop is reset as a connection is lost, and then reads once more from those that it reads from
+    (`Hub._close`). What that has asked for the next turn stays. There it raises, and Celery takes the new connection
+    for lost too: all that has come on it is redelivered, and a job that had run on it by then runs again.
+    """
+    lost = [
+        callback
+        for callback in list(getattr(hub, "_ready", ()))
+        if getattr(getattr(callback, "fun", None), "__qualname__", "") == _READ
+    ]
+    if lost:
+        hub._ready.difference_update(lost)
 
 
 def while_in_use(method: Callable[[], None]) -> Callable[[], None]:
