@@ -41,7 +41,7 @@ def note_run(task, task_id, **_):
 
 
 @signals.task_received.connect
-def end(request, **_):
+def end_cold(**_):
     """End the worker cold as a job comes, if there is a file that says so."""
     if Path(CONFIG["log"] + ".cold").exists():
         state.should_terminate = 1

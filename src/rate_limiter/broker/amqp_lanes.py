@@ -122,9 +122,13 @@ class AmqpLanes:
             return {lane: limits for _, lane, limits in _notes(channel, queue)}
 
     def unused(self, queue: str, lanes: Iterable[str]) -> list[str]:
-        signs = {_sign(lane): lane for lane in lanes}
-        found = self._look_at_all(signs)
-        return [signs[name] for name, there in found if there is None or not there.consumer_count]
+        signs = {lane: _sign(lane) for lane in lanes}
+        found = self._look_at_all(signs.values()) if signs else {}
+        return [
+            lane
+            for lane, sign in signs.items()
+            if (there := found[sign]) is None or not there.consumer_count
+        ]
 
     def calm(self, channels: Iterable[Any]) -> None:
         """Do nothing: what arrives late goes back to its place."""
@@ -210,20 +214,19 @@ class AmqpLanes:
 
     def _look_at(self, name: str) -> Any:
         """Return how many messages and consumers a queue has. ``None``: there is no such queue."""
-        ((_, there),) = self._look_at_all([name])
-        return there
+        return self._look_at_all([name])[name]
 
-    def _look_at_all(self, names: Iterable[str]) -> list[tuple[str, Any]]:
-        """Return the same of several queues, with their names."""
-        found: list[tuple[str, Any]] = []
+    def _look_at_all(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return the same of several queues, by their names."""
+        found: dict[str, Any] = {}
         with self._connection() as connection:
             for name in names:
                 try:
-                    found.append((name, connection.channel().queue_declare(name, passive=True)))
+                    found[name] = connection.channel().queue_declare(name, passive=True)
                 except connection.channel_errors as error:
                     if getattr(error, "reply_code", None) != _NOT_THERE:
                         raise
-                    found.append((name, None))
+                    found[name] = None
         return found
 
     def _all_of(self, channel: Any, lane: str) -> Iterator[Any]:

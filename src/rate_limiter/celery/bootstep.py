@@ -222,7 +222,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             if self.autoscale is not None:
                 self.autoscale()
             return
-        if not self.open or state.should_terminate not in (None, False):
+        if not self.open or state.should_terminate:
             # The consumer is stopping, and the broker has the job. Celery's cold shutdown speaks to RabbitMQ in a
             # signal handler, while the loop may read a message: that may come with the body of the next one.
             return

@@ -165,13 +165,10 @@ def forget_lost_reads(hub: Any) -> None:
     (`Hub._close`). What that has asked for the next turn stays. There it raises, and Celery takes the new connection
     for lost too: all that has come on it is redelivered, and a job that had run on it by then runs again.
     """
-    lost = [
-        callback
-        for callback in list(getattr(hub, "_ready", ()))
-        if getattr(getattr(callback, "fun", None), "__qualname__", "") == _READ
-    ]
-    if lost:
-        hub._ready.difference_update(lost)
+    ready: set[Any] = getattr(hub, "_ready", set())
+    for callback in list(ready):  # other threads add to it meanwhile
+        if getattr(getattr(callback, "fun", None), "__qualname__", "") == _READ:
+            ready.discard(callback)
 
 
 def while_in_use(method: Callable[[], None]) -> Callable[[], None]:
