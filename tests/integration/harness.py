@@ -22,6 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 #: What may take long on a loaded machine. Nothing waits for it but a test that fails.
 DEADLINE = 40.0
 
+#: Seconds to wait for a worker's answer before it is asked again.
+ANSWER = 5.0
+
 #: The workers whose output is shown if a test fails.
 workers: list["Worker"] = []
 
@@ -212,9 +215,11 @@ class Lab:
         wait_for(lambda: len(self.log(task)) >= count)
         return self.runs(task)
 
-    def inspect(self, worker: Worker) -> Any:
-        """Return ``celery inspect`` of one worker."""
-        return self.app.control.inspect([worker.node], timeout=DEADLINE)
+    def inspect(self, worker: Worker, what: str, *args: Any) -> Any:
+        """Return what a worker answers to ``celery inspect``."""
+        ask = getattr(self.app.control.inspect([worker.node], timeout=ANSWER), what)
+        # On Redis a worker listens a moment after it is ready: what is asked before is not heard.
+        return wait_for(lambda: ask(*args))[worker.node]
 
     def assert_bound(self, name: str, capacity: float, rate: float) -> None:
         """Never more than capacity + rate × t in any window, and no job runs before it is paid."""

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 import redis
-from harness import ROOT, Lab, Worker, wait_for
+from harness import ANSWER, ROOT, Lab, Worker, wait_for
 from queue_specs import QueueSpec, entity
 
 #: Held jobs that were not renewed, or those of a killed worker, come back soon.
@@ -141,8 +141,7 @@ def unacknowledged(lab: Lab) -> int:
 
 def stats(lab: Lab, worker: Worker) -> Any:
     """Return ``celery inspect stats`` of a worker."""
-    # As `control`: a worker listens a moment after it is ready, and answers late on a busy machine.
-    return wait_for(lambda: lab.inspect(worker).stats())[worker.node]
+    return lab.inspect(worker, "stats")
 
 
 def held(lab: Lab, worker: Worker, name: str | None = None) -> int:
@@ -189,7 +188,7 @@ def fail_at_start(worker: Worker) -> str:
 
 def control(lab, worker, command, **arguments):
     """Return a worker's reply to a command."""
-    options = {"destination": [worker.node], "reply": True, "timeout": 5}
+    options = {"destination": [worker.node], "reply": True, "timeout": ANSWER}
     with lab.app.connection_for_write() as options["connection"]:  # those of the pool may be broken
         # On Redis a worker listens a moment after it is ready.
         (reply,) = wait_for(lambda: lab.app.control.broadcast(command, arguments=arguments, **options))

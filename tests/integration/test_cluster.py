@@ -236,9 +236,7 @@ def test_an_outage_fails_no_job(cluster, own, pool):
 def test_a_change_reaches_held_jobs(cluster):
     """From anywhere, within a second or so: a rate, and a pause."""
     with worker(cluster, concurrency=1) as one:
-        control = cluster.inspect(one).app.control
-        node = [one.node]
-        control.broadcast("limit", arguments={"name": "shared", "rate": 0.01}, destination=node)
+        control(cluster, one, "limit", name="shared", rate=0.01)
         for number in range(30):
             cluster.send("shared", number)
         wait_for(lambda: stats(cluster, one)["rate_limiter"]["held"].get("shared", 0) > 3)

@@ -97,7 +97,7 @@ def test_celerys_rate_limit(redis_lab):
         assert "new rate" not in str(control(lab, worker, "rate_limit", task_name="job", rate_limit=0))
         reply = control(lab, worker, "rate_limit", task_name="both", rate_limit="5/s")
         assert reply["error"].startswith("both has the limits ")
-        conf = lab.inspect(worker).registered("rate_limit")[worker.node]
+        conf = lab.inspect(worker, "registered", "rate_limit")
         assert [task for task in conf if "rate_limit" in task and "cello" not in task] == [
             "doubly [rate_limit=1000/s]",
             "free [rate_limit=5/s]",

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 from harness import wait_for
-from limits import start, stats, waiting
+from limits import control, start, stats, waiting
 
 #: How many jobs. `benchmarks/gate.py tally` takes 2,000.
 JOBS = int(os.environ.get("TALLY_JOBS", "400"))
@@ -110,7 +110,7 @@ def test_a_gate_counts_what_happens(redis_lab, pool):
         redis_lab.app.control.revoke(revoked, destination=[worker.node])
         assert stats(redis_lab, worker)["rate_limiter"]["held"].keys() >= {"sized", "tiered"}
         time.sleep(max(0.0, sent_at + EXPIRES + 0.1 - time.monotonic()))
-        assert redis_lab.app.control.broadcast("open_buckets", destination=[worker.node], reply=True)
+        assert control(redis_lab, worker, "open_buckets")
         truth = jobs.truth(worker, gate=True)
         gate = stats(redis_lab, worker)["rate_limiter"]
     assert without_times(gate["limits"]) == truth

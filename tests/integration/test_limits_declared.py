@@ -4,7 +4,7 @@ import time
 
 import pytest
 from harness import Lab, wait_for
-from limits import declare, fail_at_start, limit, start
+from limits import control, declare, fail_at_start, limit, start
 
 
 def test_settings_and_annotations_are_enforced(redis_lab):
@@ -143,9 +143,7 @@ def test_a_queue_that_is_added_later_is_known(lab):
     late = f"late-{name}"
     declare(lab, (late, late, "direct", name, False))
     with start(lab, limits=(limit("queue", 1, 10, queue=late),)) as worker:
-        lab.app.control.add_consumer(
-            late, exchange=late, routing_key=name, destination=[worker.node], reply=True
-        )
+        control(lab, worker, "add_consumer", queue=late, exchange=late, routing_key=name)
         wait_for(lambda: f"Started consuming from {late}" in worker.output)
         for number in range(6):
             lab.send("job", number, exchange=late, routing_key=name)

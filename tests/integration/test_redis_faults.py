@@ -948,8 +948,8 @@ def test_a_password_in_the_environment(redis_lab, own, admin):
     with start(redis_lab, module="cluster_app", environment=variables, **settings) as one:
         redis_lab.send("free", 1)
         redis_lab.wait_for_runs("free", 1)
-        conf = redis_lab.inspect(one).conf()[one.node]
-        report = redis_lab.inspect(one).report()[one.node]["ok"]
+        conf = redis_lab.inspect(one, "conf")
+        report = redis_lab.inspect(one, "report")["ok"]
     assert admin.keys("rate_limiter:*")
     assert conf["rate_limiter_redis"] == "LIMITS_URL"
     assert "LIMITS_URL" in report

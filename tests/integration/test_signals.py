@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from celery.contrib.testing.app import setup_default_app
 from celery.contrib.testing.worker import start_worker
-from harness import app_here, wait_for
+from harness import ANSWER, app_here, wait_for
 
 from rate_limiter import RateLimitExceeded, TokenBucket
 from rate_limiter.celery import Gate, signals, throttle
@@ -47,9 +47,8 @@ def test_what_the_gate_tells(told):
     ):
         jobs = {name: [app.send_task(name) for _ in range(3)] for name in ("wait", "drop")}
         wait_for(lambda: sum(name != "task_throttled" for name, _, _ in told) >= 6)
-        reply = app.control.broadcast(
-            "limit", arguments={"name": "few", "rate": 5, "reason": "why"}, reply=True
-        )
+        change = {"name": "few", "rate": 5, "reason": "why"}
+        reply = app.control.broadcast("limit", arguments=change, reply=True, limit=1, timeout=ANSWER)
         assert "ok" in str(reply)
     app.close()
     # A job may also wait for a moment until the one before it has started: delay 0.

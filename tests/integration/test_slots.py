@@ -110,7 +110,7 @@ def test_held_jobs_do_not_make_the_pool_grow(redis_lab):
         for number in range(40):
             lab.send("job", number)
         wait_for(lambda: held(lab, worker, "job") == 39)
-        assert len(lab.inspect(worker).reserved()[worker.node]) == 39
+        assert len(lab.inspect(worker, "reserved")) == 39
         now = stats(lab, worker)["autoscaler"]
         assert (now["current"], now["qty"]) == (1, 0)
         for _ in range(8):
