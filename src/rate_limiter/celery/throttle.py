@@ -89,7 +89,8 @@ def throttle(
         bucket: The bucket to take tokens from. Or a rate: tokens per second, minute, hour or day, as in
             ``"5/s"``, ``"100/m"``, ``"2/h"``, ``"1000/d"``; it makes a `TokenBucket`, or with ``key`` a
             `BucketPerKey`. Or a callable that returns the bucket, for example that of
-            the customer's tier. It is given exactly the arguments that the producer sent, never ``self``.
+            the customer's tier. It is given exactly the arguments that the producer sent, never ``self``; and
+            the headers of the message, if it has a keyword-only parameter ``headers``.
         burst: With a rate, the capacity of the bucket, in tokens. The default is what the
             rate gives in 0.1 s, at least 1, and at least what a job costs. There is no default if the
             cost depends on the job.
