@@ -259,7 +259,11 @@ def charge_refilled(demands: Iterable[Demand]) -> None:
     difference is charged.
     """
     for demand in demands:
-        bucket, tokens = demand.bucket, demand.tokens
+        bucket: Any = demand.bucket
+        tokens = demand.tokens
+        if hasattr(bucket, "leave_room"):  # what it holds is known to its server alone
+            bucket.leave_room(tokens)
+            continue
         refilled = min(tokens, bucket.tokens + tokens - bucket.capacity)
         if refilled > 0.0:
             bucket.charge(refilled)

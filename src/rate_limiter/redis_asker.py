@@ -30,6 +30,9 @@ _LOOK: Final = 1.0
 #: Seconds after which an answer is overdue.
 _OVERDUE: Final = 0.55
 
+#: So many void entries of the heap are left in it.
+_VOID: Final = 10
+
 #: The most buckets in one call.
 _MOST: Final = 100
 
@@ -46,7 +49,9 @@ class Asker:
         self._server = server
         self._changed = threading.Condition(threading.Lock())
         self._needed: dict[GateBucket, None] = {}
+        #: When something is to be asked for a bucket. An entry is void if its bucket has another moment.
         self._later: list[tuple[float, int, GateBucket]] = []
+        self._moments: dict[GateBucket, float] = {}
         self._count = itertools.count()
         self._thread: threading.Thread | None = None
         #: Those that wait for a promised moment. What has changed on the server may be for them.
@@ -76,9 +81,16 @@ class Asker:
             self._changed.notify()
 
     def need_at(self, moment: float, bucket: "GateBucket") -> None:
-        """Have something asked for a bucket at a moment."""
+        """Have something asked for a bucket at a moment, if not before."""
         with self._changed:
-            heapq.heappush(self._later, (moment, next(self._count), bucket))
+            if self._moments.get(bucket, math.inf) <= moment:
+                return
+            self._moments[bucket] = moment
+            if len(self._later) > 2 * len(self._moments) + _VOID:
+                self._later = [(at, next(self._count), each) for each, at in self._moments.items()]
+                heapq.heapify(self._later)
+            else:
+                heapq.heappush(self._later, (moment, next(self._count), bucket))
             self._start()
             self._changed.notify()
 
@@ -107,7 +119,10 @@ class Asker:
             while True:
                 now = time.monotonic()
                 while self._later and self._later[0][0] <= now:
-                    self._needed[heapq.heappop(self._later)[2]] = None
+                    moment, _, bucket = heapq.heappop(self._later)
+                    if self._moments.get(bucket) == moment:
+                        del self._moments[bucket]
+                        self._needed[bucket] = None
                 outage = self._server.outages.left
                 if self._waiting and now >= self._look_at and not outage:
                     return []  # time for a look

@@ -12,8 +12,8 @@
 -- time for each argument.
 -- Then such a text for each bucket: the capacity, the rate and the first level that its caller has in the code;
 -- the version that the caller knows; for "take" the tokens to give back (below 0: to charge), those that the
--- caller was promised, and those that one job takes; and the place in KEYS of the hash that counts for it
--- too, or 0. The arguments of "configure" stand behind.
+-- caller was promised, those that one job takes, and those for which there is to be room; and the place in KEYS of
+-- the hash that counts for it too, or 0. The arguments of "configure" stand behind.
 --
 -- The answer is one text with spaces: what the command gives, and then for each bucket its version and its level.
 -- If the caller does not know the version of one, it is a list: that text, and for each bucket a list of what
@@ -29,7 +29,7 @@ local now = clock[1] * MICRO + clock[2]
 local command, first, second, count = string.match(ARGV[1], '^(%S+) (%S+) (%S+) (%S+)$')
 first, second = tonumber(first), tonumber(second)
 
-local FIELDS = '^(%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+)$'
+local FIELDS = '^(%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+)$'
 
 local format = string.format
 local function text(number) return number == 0 and '0' or format('%.17g', number) end
@@ -51,11 +51,11 @@ end
 
 -- The i-th bucket, as its hash and the time since then make it.
 local function open(i)
-  local capacity, rate, initial, known, back, held, unit, parent = string.match(ARGV[1 + i], FIELDS)
+  local capacity, rate, initial, known, back, held, unit, room, parent = string.match(ARGV[1 + i], FIELDS)
   local key = KEYS[i]
   local b = {
     key = key, known = known, code_capacity = tonumber(capacity), code_rate = tonumber(rate),
-    back = tonumber(back), held = tonumber(held), unit = tonumber(unit),
+    back = tonumber(back), held = tonumber(held), unit = tonumber(unit), room = tonumber(room),
     paused = 0, promised = 0, most = 0,
   }
   local h = numbers(key, 'l', 't', 'p', 'o', 'm', 'c', 'r', 'v')
@@ -128,6 +128,7 @@ local function take(buckets, want, promise)
   local given, wait, last, promised = 0, 0, 1, 0
   for i, b in ipairs(buckets) do
     b.level = math.min(b.paused > now and 0 or b.capacity, b.level + b.back)  -- a pause ends with an empty bucket
+    if b.room > 0 then b.level = math.min(b.level, math.max(0, b.capacity - b.room)) end
     b.promised = math.max(0, b.promised - b.held)
     b.slack = b.capacity * 1e-12
     if b.unit > b.capacity then wait, last, want, promise = -1, i, 0, 0 end
@@ -169,7 +170,7 @@ local function take(buckets, want, promise)
     end
   end
   for i, b in ipairs(buckets) do
-    if given > 0 or b.held > 0 or b.back ~= 0 or b.stale or (promised > 0 and i == last) then save(b) end
+    if given > 0 or b.held > 0 or b.back ~= 0 or b.room > 0 or b.stale or (promised > 0 and i == last) then save(b) end
   end
   return string.format('%d %.0f %d %.17g', given, wait, last, promised)
 end

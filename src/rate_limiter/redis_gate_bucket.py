@@ -79,6 +79,8 @@ class GateBucket:
         self._is_out = False
         self._keeps = False
         self._wants_look = False
+        #: Tokens of jobs that have paid and start only now: the server is to be told.
+        self._room = 0.0
         #: The other buckets that the call which is out takes from.
         self._with: tuple[_Beside, ...] = ()
         #: Whether a job takes more from another bucket than that can hold: then each bucket is asked alone.
@@ -164,6 +166,12 @@ class GateBucket:
     def charge(self, tokens: float) -> None:
         """Do nothing: the server knows what it has granted."""
 
+    def leave_room(self, tokens: float) -> None:
+        """Have the server hold no more than the capacity less so many tokens, which count as taken now."""
+        with self._lock:
+            self._room = max(self._room, tokens)
+        self._asker.need(self)
+
     def jobs_wait(self, tokens: float, demands: Sequence[Any] = ()) -> None:
         """Take note of the jobs that wait for this bucket.
 
@@ -189,6 +197,14 @@ class GateBucket:
         self._stashed_until = time.monotonic() + _STASHED
         self._asker.need_at(self._stashed_until, self)
 
+    def _plan_next(self, after: float) -> None:
+        """Have something asked when the promised tokens come, and when those go back that no job has taken."""
+        moment = self._stashed_until if self._stash else math.inf
+        if self._promised:
+            moment = min(moment, self._due_at)
+        if after < moment < math.inf:
+            self._asker.need_at(moment, self)
+
     # -- for the asker's thread -------------------------------------------------------------------
 
     def question(self, span: float) -> Question | None:
@@ -202,8 +218,10 @@ class GateBucket:
             asks = waits and self._unit > 0.0 and not (self._promised and now < self._due_at)
             missed = state.outages.is_down or state.has_missed
             gives_up = self._promised > 0.0 and not waits
-            if not (asks or back or missed or gives_up):
+            room, self._room = self._room, 0.0
+            if not (asks or back or missed or gives_up or room):
                 if not self._wants_look:
+                    self._plan_next(now)
                     return None
                 self._is_out, self._wants_look = True, False
                 return Question.look(state)
@@ -211,7 +229,7 @@ class GateBucket:
             jobs, promise = self._jobs(span) if asks else (0, 0)
             self._keeps = not (asks or gives_up)
             self._is_out = True
-            parts = [Part(state, unit, back=back)]
+            parts = [Part(state, unit, back=back, room=room)]
             parts += [Part(each.bucket._state, each.tokens) for each in self._with if asks]
             if self._promised and not self._keeps:
                 states = [part.state for part in parts]
@@ -269,8 +287,7 @@ class GateBucket:
                 self._due_at = sent + max(0.0, taken.wait)
                 self._asks_alone = taken.wait < 0.0 and self._promised_by is not self._state
                 self._put(taken.jobs * question.parts[0].unit)
-            if self._promised:
-                self._asker.need_at(self._due_at, self)
+            self._plan_next(-math.inf)
         self._asker.note(self, waits=self._promised > 0.0)
         if taken.jobs:
             for bucket, tokens in self._with:

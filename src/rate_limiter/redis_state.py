@@ -215,7 +215,8 @@ class State:
         """
         capacity, rate, initial = self.numbers
         version = self._version or "?"
-        return f"{capacity!r} {rate!r} {initial!r} {version} {back!r} {part.promised!r} {part.unit!r} {place}"
+        job = f"{back!r} {part.promised!r} {part.unit!r} {part.room!r}"
+        return f"{capacity!r} {rate!r} {initial!r} {version} {job} {place}"
 
     def learn(self, version: str, level: str, stored: list[Any]) -> None:
         """Take note of what the script shows of this bucket."""
@@ -327,6 +328,8 @@ class Part(NamedTuple):
     promised: float = 0.0
     #: Tokens to give back; below 0: to charge.
     back: float = 0.0
+    #: Tokens of jobs that have paid and start only now: the bucket is to hold no more than its capacity less these.
+    room: float = 0.0
 
 
 class Taken(NamedTuple):

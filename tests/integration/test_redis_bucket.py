@@ -26,7 +26,7 @@ from rate_limiter import (
     redis_bucket,
     redis_server,
 )
-from rate_limiter.all_of import take_all_or_longest_delay
+from rate_limiter.all_of import charge_refilled, take_all_or_longest_delay
 from rate_limiter.celery import throttle
 from rate_limiter.gating import host
 from rate_limiter.gating.declared import new_limit
@@ -239,6 +239,7 @@ def test_wrong_arguments(arguments, error, says):
 
 COSTS = st.lists(st.floats(0.1, 8), min_size=3, max_size=3)
 TAKE = st.tuples(st.just("take"), COSTS)
+ROOM = st.tuples(st.just("leave room"), COSTS)
 CHARGE = st.tuples(st.just("charge"), COSTS)
 REFUND = st.tuples(st.just("refund"), COSTS)
 PAUSE = st.tuples(st.just("pause"), st.floats(0, 5))
@@ -257,7 +258,7 @@ def timed(redis_url):
 @settings(deadline=None, max_examples=200)
 @given(
     st.lists(st.tuples(st.floats(1, 8), st.floats(0.1, 50), st.floats(0, 1)), min_size=1, max_size=3),
-    st.lists(st.tuples(st.integers(0, 3_000_000), TAKE | CHARGE | REFUND | PAUSE), max_size=30),
+    st.lists(st.tuples(st.integers(0, 3_000_000), TAKE | CHARGE | REFUND | ROOM | PAUSE), max_size=30),
 )
 def test_the_script_decides_as_token_buckets_do(timed, numbers, steps):
     """On one clock, with one bucket or several: the same grants and levels, delays within a microsecond."""
@@ -275,7 +276,7 @@ def test_the_script_decides_as_token_buckets_do(timed, numbers, steps):
         answer = [float(word) for word in words[:shown] if word != b"-"]
         return answer, [float(level) for level in words[shown + 1 :: 2]]
 
-    nothing = [(0, 0, 0)] * len(keys)
+    nothing = [(0, 0, 0, 0)] * len(keys)
     run("take", 0, 0, *nothing)
     for bucket, (capacity, _, initial) in zip(buckets, numbers, strict=True):
         if (missing := capacity - initial * capacity) > 0:
@@ -291,18 +292,24 @@ def test_the_script_decides_as_token_buckets_do(timed, numbers, steps):
                 abs(bucket.tokens - cost) < 1e-9 for cost, bucket in zip(costs, buckets, strict=True)
             ):
                 return  # which of the two grants it is up to rounding
-            (given, wait, _, _), levels = run("take", 1, 0, *[(0, 0, cost) for cost in costs])
+            (given, wait, _, _), levels = run("take", 1, 0, *[(0, 0, cost, 0) for cost in costs])
             demands = [Demand(bucket, cost, None) for bucket, cost in zip(buckets, costs, strict=True)]
             delay, _ = take_all_or_longest_delay(demands)
             assert bool(given) is not bool(delay)
             assert wait * 1e-6 == pytest.approx(delay, abs=2e-6)
         elif what == "pause":
-            run("pause", amount * 1e6, 0, (0, 0, 0))
+            run("pause", amount * 1e6, 0, (0, 0, 0, 0))
             buckets[0].pause(amount)
             _, levels = run("take", 0, 0, *nothing)
+        elif what == "leave room":
+            rooms = [min(each, bucket.capacity) for each, bucket in zip(amount, buckets, strict=False)]
+            _, levels = run("take", 0, 0, *[(0, 0, 0, room) for room in rooms])
+            charge_refilled(
+                Demand(bucket, room, None) for bucket, room in zip(buckets, rooms, strict=True)
+            )
         else:
             sign = 1 if what == "refund" else -1
-            _, levels = run("take", 0, 0, *[(sign * cost, 0, 0) for cost in amount[: len(keys)]])
+            _, levels = run("take", 0, 0, *[(sign * cost, 0, 0, 0) for cost in amount[: len(keys)]])
             for bucket, cost in zip(buckets, amount, strict=False):
                 getattr(bucket, what)(cost)
         for bucket, level, (_, rate, _) in zip(buckets, levels, numbers, strict=True):
@@ -520,6 +527,87 @@ def test_a_gate_that_forgets_its_jobs_asks_no_more(make, url):
         time.sleep(0.5)
         assert client.info("commandstats")["cmdstat_evalsha"]["calls"] - before <= 2
     assert bucket.tokens == 2
+
+
+class Slots(host.Host):
+    """A pool whose slots are free when a test says so."""
+
+    has_slots = True
+
+    def __init__(self, bucket):
+        limit = Limit(bucket, name="limit")
+        self.engine = Engine(self, lambda _: (limit,))
+        self.waiting = []
+
+    def unstarted(self, job):
+        """Tell whether a job waits for a slot."""
+        return any(job is each for each, _ in self.waiting)
+
+    def offer(self, *jobs):
+        """Offer jobs to the gate."""
+        plan = self.engine.plan("job")
+        for job in jobs:
+            decision, demands = self.engine.offer(job, plan)
+            if decision == "go":
+                self.waiting.append((job, demands))
+
+    def release(self):
+        """Return how many jobs wait for a slot."""
+        self.waiting += [(held.job, held.demands) for held in self.engine.release()]
+        return len(self.waiting)
+
+    def start(self):
+        """Start all of them."""
+        waiting, self.waiting = self.waiting, []
+        for job, demands in waiting:
+            self.engine.started(job, demands)
+
+
+def test_what_came_back_while_jobs_waited_for_slots_is_not_granted(make):
+    """They have paid, and start now: with what the bucket has then, they are at most its capacity."""
+    bucket = make(5, 5)
+    pool = Slots(bucket)
+    pool.offer(*range(20))
+    wait_for(lambda: pool.release() == 5)
+    time.sleep(1.2)  # the bucket is full again
+    assert bucket.tokens == 5
+    began = time.monotonic()
+    pool.start()
+    wait_for(lambda: pool.release() == 3)
+    assert time.monotonic() - began > 0.35  # the first of the three goes at once at the most
+
+
+def test_jobs_that_wait_for_slots_take_nothing_from_other_workers(make, monkeypatch):
+    """A gate whose pool is busy asks no more: it would only give the tokens back."""
+    bucket, asked = make(1, 50), []
+    run_all = bucket.server.run_all
+    monkeypatch.setattr(bucket.server, "run_all", lambda each: asked.append(each) or run_all(each))
+    pool = Slots(bucket)
+    pool.offer(*range(5))
+    wait_for(lambda: pool.release() == 1)
+    time.sleep(0.2)  # what was asked for before it stopped goes back
+    asked.clear()
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        assert pool.release() == 1
+        time.sleep(0.01)
+    assert not asked
+    assert bucket.tokens == 1
+    pool.start()
+    wait_for(lambda: pool.release() == 1)
+
+
+def test_promises_that_were_given_up_are_forgotten(make):
+    """A slow limit that refuses its jobs is promised tokens for each, which come in an hour."""
+    bucket = make(1, 1 / 3600)
+    asked = bucket.for_gate()
+    taken(asked)
+    for _ in range(30):
+        asked.jobs_wait(1)
+        wait_for(lambda: asked.take_or_delay() > 3500)
+        asked.jobs_wait(0)
+        wait_for(lambda: not asked._promised)
+    assert len(asked._asker._later) < 20
 
 
 def test_jobs_of_different_costs(make, url):

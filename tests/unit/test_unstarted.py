@@ -22,9 +22,9 @@ class Pool(Host):
 
     has_slots = True
 
-    def __init__(self, capacity=1, rate=1, costs=(1,), *, buckets=1, **options):
+    def __init__(self, capacity=1, rate=1, costs=(1,), *, buckets=1, bucket=TokenBucket, **options):
         self.clock = ManualClock()
-        self.buckets = [TokenBucket(capacity, rate, clock=self.clock) for _ in range(buckets)]
+        self.buckets = [bucket(capacity, rate, clock=self.clock) for _ in range(buckets)]
         self.limits = [
             [Limit(bucket, tokens=cost, name="limit", **options) for bucket in self.buckets]
             for cost in costs
@@ -114,6 +114,50 @@ def test_the_last_one_that_starts_late_is_not_charged():
     assert len(pool.started) == 2
     pool.advance_to(10.5)
     assert [job for job, _ in pool.first] == ["c"]
+
+
+class Told(TokenBucket):
+    """A bucket that is told of the jobs that wait for it, as one in Redis is: it fetches tokens for them."""
+
+    waiting = 0
+
+    def jobs_wait(self, tokens, demands=()):
+        self.waiting = tokens
+        assert bool(tokens) == bool(demands)
+
+
+def test_no_tokens_are_fetched_for_a_job_that_cannot_start():
+    """A job that waits for a slot takes none: they would be missing elsewhere, and go back."""
+    pool = Pool(bucket=Told)
+    (bucket,) = pool.buckets
+    assert [pool.offer(job) for job in "abc"] == ["go", "held", "held"]
+    assert bucket.waiting == 0
+    pool.free_slot()
+    assert bucket.waiting == 2
+    assert pool.offer("d") == "held"
+    assert bucket.waiting == 3
+    pool.advance_to(1)
+    assert [job for job, _ in pool.first] == ["b"]
+    assert bucket.waiting == 0
+    pool.advance_to(2)
+    pool.free_slot()
+    assert [job for job, _ in pool.first] == ["c"]
+
+
+def test_a_pool_that_cannot_tell_fails_no_job(caplog):
+    """It may raise, say if no process can be forked: that is logged, and the jobs go in their turn."""
+    pool = Pool()
+
+    def broken(_job):
+        raise BlockingIOError("no process")
+
+    pool.unstarted = broken
+    assert [pool.offer(job) for job in "ab"] == ["go", "held"]
+    pool.advance_to(3)
+    pool.free_slot()
+    pool.free_slot()
+    assert [job for _, job, _ in pool.started] == ["a", "b"]
+    assert "Could not tell whether a is still to start" in caplog.text
 
 
 def test_a_host_without_slots_is_not_asked():

@@ -101,7 +101,7 @@ class Engine(Generic[Job]):
             hold=self._on_hold,
             known=self._tell_held,
             poked=host.wake,
-            is_unstarted=host.unstarted if host.has_slots else None,
+            is_unstarted=self._is_unstarted if host.has_slots else None,
         )
         self._leaving: Leaving[Job] = Leaving(
             self._holding, self._send_back, self._on_leave, self._refuse
@@ -407,6 +407,13 @@ class Engine(Generic[Job]):
             return False
         tell("skipped", held.job, held.limit)
         return True
+
+    def _is_unstarted(self, job: Job) -> bool:
+        try:
+            return self._host.unstarted(job)
+        except Exception:
+            logger.exception("Could not tell whether %s is still to start", job)
+            return True
 
     def _send_back(self, job: Job) -> bool:
         try:

@@ -50,6 +50,7 @@ class Queue(Generic[Job]):
     """The jobs that one bucket makes wait, by arrival."""
 
     __slots__ = (
+        "asks",
         "bucket",
         "changes",
         "claimant",
@@ -79,6 +80,8 @@ class Queue(Generic[Job]):
         #: takes from all buckets.
         self.tells: Callable[[float, Sequence[Demand]], None] | None
         self.tells = getattr(bucket, "jobs_wait", None)
+        #: Whether it is told of them. Not while the first one waits for a start: tokens would be fetched in vain.
+        self.asks = True
         #: Whether its first job waits for the start of one that was let go. Then ``due`` is when to ask
         #: whether that has ended; minus infinity: it has started.
         self.stopped = False
@@ -106,9 +109,16 @@ class Queue(Generic[Job]):
         held.left = True
         self._tell()
 
+    def ask(self, asks: bool) -> None:
+        """Have the bucket fetch tokens for the jobs, or none."""
+        if asks is not self.asks:
+            self.asks = asks
+            self._tell()
+
     def _tell(self) -> None:
         if self.tells is not None:
-            self.tells(self.tokens, self.jobs[0].demands if self.jobs else ())
+            waiting = self.jobs if self.asks else ()
+            self.tells(self.tokens if waiting else 0.0, waiting[0].demands if waiting else ())
 
     def takes(self, held: Held[Job]) -> float:
         """Return the tokens that a job takes from the bucket."""

@@ -182,7 +182,7 @@ class Holding(Generic[Job]):
                     if wait > demand.limit.patience and self._refuse(job, demand, wait):
                         return False
                 if queue.stopped:
-                    delay = _UNTIL_A_START if queue.tells is None else math.nan
+                    delay = math.nan if queue.asks else _UNTIL_A_START
                 self._hold(arrival, job, demands, demand, now, delay)
                 return False
         if self._unstarted is not None:
@@ -220,7 +220,7 @@ class Holding(Generic[Job]):
             queue = heapq.heappop(self._due)[2]
             queue.look = math.nan  # no moment is set
             if queue.stopped:
-                if queue.due > -math.inf and self._unstarted is not None:
+                if queue.due > -math.inf and self._unstarted is not None and not queue.asks:
                     self._unstarted.forget_ended(queue.bucket)
                 queue.stopped = False
             elif now < queue.due and queue.claimant is None and not queue.has_changed():
@@ -355,14 +355,19 @@ class Holding(Generic[Job]):
                 if queue.stopped:
                     return _UNTIL_A_START, demand, math.nan
                 return max(math.ulp(now), queue.forecast() - now), demand, math.nan
-        if self._unstarted is not None:
-            for demand in held.demands:
-                if self._unstarted.stops(demand):
-                    return _UNTIL_A_START, demand, math.nan
+        if (stopping := self._stopping(held)) is not None:
+            return _UNTIL_A_START, stopping, math.nan
+        held.queue.ask(True)
         delay, refused, changes = self._take_all(held.demands)
         if math.isnan(delay):
             return _UNTIL_A_START, held.demands[refused], changes
         return delay or None, held.demands[refused], changes
+
+    def _stopping(self, held: Held[Job]) -> Demand | None:
+        """Return the demand because of which a job waits until one that was let go has started."""
+        if self._unstarted is None:
+            return None
+        return next(filter(self._unstarted.stops, held.demands), None)
 
     def _refused(self, held: Held[Job], demand: Demand, delay: float, now: float) -> bool:
         """Refuse a job whose turn has come, if its limit does not let it wait any longer.
@@ -480,13 +485,15 @@ class Holding(Generic[Job]):
         """Let a queue's first job wait for so long, or until a job that was let go has started."""
         if delay == _UNTIL_A_START:
             queue.stopped = True
-            queue.due = now + (_LOOK_AGAIN if queue.tells is None else _ANSWER)
+            queue.ask(self._stopping(queue.jobs[0]) is None)  # then it waits for an answer
+            queue.due = now + (_ANSWER if queue.asks else _LOOK_AGAIN)
             self._look(queue, queue.due)
         else:
             self._schedule(queue, now, delay)
 
     def _schedule(self, queue: Queue[Job], now: float, delay: float) -> None:
         queue.stopped = False
+        queue.ask(True)
         # later than now, also where the delay vanishes in rounding
         queue.due = max(now + delay, math.nextafter(now, math.inf)) if delay else now
         self._look(queue, queue.due if queue.sees_all else min(queue.due, now + _LOOK_AGAIN))
