@@ -209,5 +209,7 @@ def test_check(redis_lab):
     assert "no gate, so nothing obeys rate_limiter_limits: add Gate(app)" in printed
     status, printed = celery(lab, "check", rate_limiter_longest_hold=-5, **ok)
     assert (status, "rate_limiter_longest_hold must be" in printed) == (1, True)
+    status, printed = celery(lab, "check", rate_limiter_control="false", **ok)
+    assert (status, "rate_limiter_control must be True or False" in printed) == (1, True)
     status, printed = celery(lab, "check", rate_limiter_limits={"job": "5/x"})
     assert (status, "rate must be a number above 0" in printed) == (1, True)

@@ -89,6 +89,14 @@ def test_a_wrong_longest_hold_ends_the_worker_at_its_start(redis_lab, value):
     assert repr(value) in output
 
 
+@pytest.mark.parametrize("setting", ["rate_limiter_enabled", "rate_limiter_control"])
+@pytest.mark.parametrize("value", ["false", 0, None])
+def test_a_switch_that_is_neither_on_nor_off_ends_the_worker_at_its_start(redis_lab, setting, value):
+    """The text "false", from an environment variable say, would count as on."""
+    output = fail_at_start(start(redis_lab, **{setting: value}))
+    assert f"{setting} must be True or False, not {value!r}" in output
+
+
 @pytest.mark.parametrize("value", [0, -1, "soon", float("nan"), None])
 def test_a_wrong_longest_hold_of_a_gate_is_refused(value):
     """kombu: at the line where it is written."""

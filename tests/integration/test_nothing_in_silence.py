@@ -2,7 +2,11 @@
 
 import celery
 import pytest
-from harness import Worker, wait_for
+from celery.contrib.testing.app import setup_default_app
+from celery.contrib.testing.worker import start_worker
+from harness import DEADLINE, Worker, app_here, wait_for
+
+from rate_limiter.celery import Gate
 
 APP = """
 from celery import Celery, signals
@@ -209,3 +213,27 @@ def job(): ...
         worker = start(APART, "-P", "prefork", "-c", "1", jobs=JOBS)
         (line,) = wait_for(lambda: lines(worker, "is not known in this pool process"))
         assert "ERROR" in line
+
+
+def nothing():
+    """Do nothing."""
+
+
+@pytest.mark.parametrize(
+    "options", [{"rate_limiter_limt": "5/s"}, {"rate_limiter_limit": "5/y"}], ids=["unknown", "wrong"]
+)
+def test_a_task_that_is_known_later_is_checked_as_the_others_are(options):
+    """As a connection begins anew, say: its job fails with the error, and the worker goes on."""
+    app = app_here()
+    Gate(app)
+    app.task(name="good", shared=False)(nothing)
+    with (
+        setup_default_app(app, use_trap=False),
+        start_worker(app, pool="threads", perform_ping_check=False) as worker,
+    ):
+        app.task(name="late", shared=False, **options)(nothing)
+        worker.consumer.update_strategies()
+        with pytest.raises(ValueError, match=next(iter(options))):
+            app.send_task("late").get(timeout=DEADLINE)
+        assert app.send_task("good").get(timeout=DEADLINE) is None
+    app.close()

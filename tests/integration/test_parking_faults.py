@@ -48,9 +48,10 @@ def test_parked_jobs_run_after_a_crash(place):
     assert sum(repeated(lab.runs("job")).values()) <= 4  # what the kills cut off
 
 
+@pytest.mark.parametrize("lifted", [False, True], ids=["renamed", "lifted"])
 @pytest.mark.parametrize("place", ["redis", "quorum"], indirect=True)
-def test_lanes_of_limits_that_are_gone_are_adopted(place):
-    """A limit has another name, or none parks any more: a worker that starts puts its jobs back."""
+def test_lanes_of_limits_that_are_gone_are_adopted(place, lifted):
+    """A limit has another name, none parks any more, or all are lifted: a worker that starts puts its jobs back."""
     lab, queue = place
     options = {"broker_transport_options": SHORT_LEASE} if is_redis(lab) else {}
     send(place, "job", *range(40))
@@ -58,6 +59,7 @@ def test_lanes_of_limits_that_are_gone_are_adopted(place):
         wait_for(lambda: lanes(place).get(f"{queue[0]}.parked.old", 0) > 20)
         time.sleep(0.5)  # kombu loses a message of Redis that a killed worker has just taken
         worker.kill()
+    options["rate_limiter_enabled"] = not lifted
     with run(place, limits=(limit(rate=50),), **options) as worker:
         wait_for(lambda: set(lab.runs("job")) == set(range(40)))
         assert re.search(r"Put \d+ jobs back into queue .*: no limit parks in", worker.output)

@@ -132,6 +132,17 @@ def test_a_worker_that_holds_no_more_than_others_keeps_it():
     assert fleet.shares == []
 
 
+def test_workers_that_are_gone_are_forgotten():
+    """What a worker has told counts for two seconds: it is not kept for each name that there ever was."""
+    fleet = Fleet()
+    first = fleet.start(mail=0)
+    for pod in range(50):
+        event = {"type": "worker-held", "hostname": f"pod{pod}", "limits": {"mail": 1}, "asks": True}
+        first.sharing._on_event(event)
+        fleet.run(fleet.now + 10)
+    assert len(first.sharing._others) <= 1
+
+
 def test_events_that_make_no_sense():
     """Of another version, or of anybody who can write to the broker: they are passed over."""
     fleet = Fleet()

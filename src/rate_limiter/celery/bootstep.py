@@ -28,7 +28,7 @@ from ..gating.record import record_of
 from ..gating.tally import tally_of
 from . import receipt
 from .announcements import Announcements
-from .declarations import parameters_of
+from .declarations import check_task, parameters_of
 from .division import Division
 from .ending import refuse_at_gate
 from .events import send_together
@@ -40,9 +40,9 @@ from .returning import Returning
 from .settings import enabled, longest_hold, parks_all
 from .sharing import SHARE_SECONDS, Sharing
 from .slots import Slots, scale_without
-from .throttle import watch, watch_all
+from .throttle import watch_all, watch_late
 from .unended import Unended
-from .window import Window, running
+from .window import Window, refuse_prefetch_without_bound, running
 
 if TYPE_CHECKING:
     from .gate import Gate
@@ -88,7 +88,7 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
         limits = list(tasks_of)
         self.declared = {declared.limit: declared for declared in gate.declared}
         self.leftovers = Leftovers()
-        _refuse_prefetch_without_bound(consumer, limits)
+        refuse_prefetch_without_bound(consumer, limits)
         self.division = Division(consumer, **kwargs)
         self.division.add(limits)
         broker = consumer.conninfo.transport.driver_type
@@ -216,7 +216,13 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
             self.window.restore_with(request)
         receipt.strip(request.request_dict)
         queue = self.queues.of(request) if self.by_queue else None
-        plan = self.engine.plan(request.task, queue)
+        try:
+            plan = self.engine.plan(request.task, queue)
+        except ImproperlyConfigured as error:  # of a task that was not known as the worker started
+            watch_late(request.task, (), self.consumer.hostname)
+            self.fail(request, error)
+            self._forward_refused()
+            return
         if not plan.limits:
             self.forward(request)
             if self.autoscale is not None:
@@ -287,10 +293,11 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 
     def _limits_for(self, task: Any, queue: str | None) -> tuple[Limit, ...]:
         """Return the limits of a task's jobs. Asked at its first job: a task may be imported late."""
+        check_task(task)
         limits = self.gate.limits_for(task, queue)
         self.division.add(limits)
         if limits:
-            watch(task, self.gate.limits_for(task))
+            watch_late(task, self.gate.limits_for(task), self.consumer.hostname)
         self.announcements.found(task.name, limits)
         return limits
 
@@ -425,19 +432,3 @@ class GateStep(bootsteps.StartStopStep, Host[Any]):
 def _ends_warm(consumer: Any) -> bool:
     """Tell whether the worker ends, not only its connection, and has the time to do it in order."""
     return consumer.blueprint.state != bootsteps.RUN and not state.should_terminate
-
-
-def _refuse_prefetch_without_bound(consumer: Any, limits: list[Limit]) -> None:
-    if not any(limit.patience and not limit.shadow for limit in limits):
-        return
-    if not consumer.initial_prefetch_count:
-        raise ImproperlyConfigured(
-            "worker_prefetch_multiplier is 0: the broker would send the worker everything at once, and "
-            "no max_held could bound what the gate holds; set it to 1 or more"
-        )
-    redis = consumer.conninfo.transport.driver_type == "redis"
-    if consumer.app.conf.get("worker_disable_prefetch") and redis:
-        raise ImproperlyConfigured(
-            "worker_disable_prefetch is set: a worker with as many jobs in hand as it has slots then "
-            "stops consuming, and the jobs that the gate holds count; unset it, or remove the gate"
-        )

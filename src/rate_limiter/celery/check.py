@@ -8,7 +8,7 @@ from .declarations import gates, limits_of, name_limits, own_tasks
 from .division import DividedBucket, why_no_share
 from .parkable import parked_limits
 from .prefork import why_not_shared
-from .settings import longest_hold, parks_all
+from .settings import check_switches, longest_hold, parks_all
 from .startup import without_gate
 
 __all__ = ["count", "problems"]
@@ -23,10 +23,11 @@ def problems(app: Celery) -> list[str]:
     app.finalize()
     gate = gates.get(app)
     found: list[str] = []
-    try:
-        longest_hold(app)
-    except ImproperlyConfigured as error:
-        found.append(str(error))
+    for check in (check_switches, longest_hold):
+        try:
+            check(app)
+        except ImproperlyConfigured as error:
+            found.append(str(error))
     if gate is None:
         for task in app.tasks.values():
             try:

@@ -28,8 +28,9 @@ from .declarations import (
     parameters_of,
     refuse_async,
 )
-from .settings import declare_settings, limit_from
+from .settings import declare_settings, enabled, limit_from
 from .startup import has_started
+from .unparking import UnparkStep
 
 __all__ = ["Gate"]
 
@@ -91,7 +92,11 @@ class Gate:
             def __init__(self, consumer: Any, **kwargs: Any) -> None:
                 super().__init__(consumer, gate, **kwargs)
 
-        app.steps["consumer"].add(RateLimiter)
+        class Unpark(UnparkStep):
+            def include_if(self, parent: Any) -> bool:
+                return not enabled(app)
+
+        app.steps["consumer"].update((RateLimiter, Unpark))
 
     def limit(
         self,

@@ -47,6 +47,7 @@ from ..gating.limit import Limit
 from .division import DividedBucket
 
 __all__ = [
+    "check_switches",
     "controlled",
     "declare_settings",
     "enabled",
@@ -93,6 +94,19 @@ def enabled(app: Celery) -> bool:
 def controlled(app: Celery) -> bool:
     """Whether remote control may show and change limits: ``app.conf.rate_limiter_control``."""
     return bool(app.conf.get(_CONTROL, True))
+
+
+def check_switches(app: Celery) -> None:
+    """Refuse a switch that is neither on nor off: the text "false", say, would count as on.
+
+    Raises:
+        ImproperlyConfigured: ``rate_limiter_enabled`` or ``rate_limiter_control`` is no ``bool``.
+
+    """
+    for setting in (_ENABLED, _CONTROL):
+        value = app.conf.get(setting, True)
+        if not isinstance(value, bool):
+            raise ImproperlyConfigured(f"{setting} must be True or False, not {value!r}")
 
 
 def longest_hold(app: Celery) -> float:

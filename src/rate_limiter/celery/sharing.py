@@ -105,7 +105,8 @@ class Sharing:
         if now < self._given_until:
             self._plan(self._given_until - now, self._ask)
             return
-        others = [told for at, told in self._others.values() if at >= now - _FRESH]
+        self._others = {name: each for name, each in self._others.items() if each[0] >= now - _FRESH}
+        others = [told for _, told in self._others.values()]
         shares = {}
         for name, held in self._held().items():
             theirs = [told[name] for told in others if name in told]

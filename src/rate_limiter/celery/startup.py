@@ -24,7 +24,7 @@ from .declarations import (
     own_tasks,
 )
 from .prefork import share_before_fork
-from .settings import enabled, settings_of
+from .settings import check_switches, enabled, settings_of
 from .throttle import watch, watch_all
 
 __all__ = ["connect", "has_started", "without_gate"]
@@ -67,11 +67,13 @@ class _Startup(bootsteps.Step):
         """Name, check, share and announce the limits.
 
         Raises:
-            ImproperlyConfigured: Two limits have one name, or one would run at a multiple of its rate.
+            ImproperlyConfigured: Two limits have one name, one would run at a multiple of its rate, or a switch is
+                neither on nor off.
 
         """
         _workers.add(worker)
         app = worker.app
+        check_switches(app)
         if not enabled(app):
             return
         tasks_of: dict[Limit, list[str]] = {}

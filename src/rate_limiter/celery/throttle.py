@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 from celery import Task
 from celery._state import get_current_task
+from celery.app.trace import build_tracer
 from celery.local import Proxy
 
 from ..all_of import charge_refilled, give_back, take_all_or_longest_delay, wait_for_all
@@ -43,7 +44,7 @@ from .receipt import consume
 from .returning import has_queue
 from .settings import enabled
 
-__all__ = ["throttle", "watch", "watch_all"]
+__all__ = ["throttle", "watch", "watch_all", "watch_late"]
 
 logger = logging.getLogger("rate_limiter")
 
@@ -204,6 +205,21 @@ def watch(task: Task, limits: Iterable[Limit] = ()) -> None:
 
     setattr(watched, _WATCHED, True)
     setattr(task, body, watched)
+
+
+def watch_late(task: Task, limits: Iterable[Limit], hostname: str) -> None:
+    """`watch` a task that may not have been known as its worker started. Celery has made its tracer by now.
+
+    Args:
+        task: The task.
+        limits: As in `watch`.
+        hostname: The name of the worker.
+
+    """
+    before = task.run
+    watch(task, limits)
+    if task.run is not before:
+        task.__trace__ = build_tracer(task.name, task, task.app.loader, hostname, app=task.app)
 
 
 def watch_all(gate: Any, tasks_of: Mapping[Limit, Iterable[str]]) -> list[Task]:

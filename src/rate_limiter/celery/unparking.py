@@ -5,9 +5,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from ..broker.lanes import Lanes
+from celery import bootsteps
 
-__all__ = ["adopt", "put_back"]
+from ..broker.lanes import Lanes, lanes_on
+from .loop import while_in_use
+
+__all__ = ["UnparkStep", "adopt", "put_back"]
 
 logger = logging.getLogger("rate_limiter")
 
@@ -72,3 +75,41 @@ def put_back(
         broker.remove(queue, lanes)
     if count:
         logger.info("Put %d parked jobs back into queue %s: no other worker is there", count, queue)
+
+
+class UnparkStep(bootsteps.StartStopStep):
+    """Puts parked jobs back in a worker whose limits are lifted: it has no gate that would take them back."""
+
+    label = "Unpark"
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def start(self, consumer: Any) -> None:
+        """Look for lanes, as soon as the worker consumes."""
+        self._consumer = consumer
+        self._timer: Any = None
+        consumer.call_soon(self._look)
+
+    def stop(self, consumer: Any) -> None:
+        """Look no more."""
+        self._consumer = None
+        if self._timer is not None:
+            consumer.timer.cancel(self._timer)
+
+    terminate = stop
+
+    def _look(self) -> None:
+        consumer = self._consumer
+        if consumer is None or not consumer.connection:
+            return
+        again = _LEFT
+        try:
+            lanes = lanes_on(consumer.connection, consumer.hostname)
+            queues = [entity.name for entity in consumer.task_consumer.queues]
+            again = math.inf if lanes is None else adopt(lanes, queues, {})
+        except consumer.connection_errors:
+            raise
+        except Exception:  # no right to, say
+            logger.debug("Could not look for parked jobs", exc_info=True)
+        if again < math.inf:
+            look = while_in_use(self._look)
+            self._timer = consumer.timer.call_after(again, consumer.call_soon, (look,))

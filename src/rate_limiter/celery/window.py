@@ -14,11 +14,12 @@ reads from the same socket. So the gate does it instead.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from celery.concurrency.prefork import TaskPool
+from celery.exceptions import ImproperlyConfigured
 from celery.worker import state
 from celery.worker.consumer.tasks import Tasks
 from celery.worker.request import Request
@@ -28,10 +29,11 @@ from ..broker.prefetch import Prefetch
 from ..broker.redis_channel import read_what_comes
 from ..broker.restore import give_back, give_back_at_once, requeue, restore_in_order
 from ..broker.static import StaticCounts
+from ..gating.limit import Limit
 from .loop import while_in_use
 from .pausing import Queues
 
-__all__ = ["Window", "running"]
+__all__ = ["Window", "refuse_prefetch_without_bound", "running"]
 
 logger = logging.getLogger("rate_limiter")
 
@@ -255,3 +257,29 @@ def _scheduled(timer: Any) -> Iterator[Any]:
 
 def _nothing(*_: Any) -> None:
     """Stand in for the consumer's own way to restore the prefetch count."""
+
+
+def refuse_prefetch_without_bound(consumer: Any, limits: Iterable[Limit]) -> None:
+    """Refuse a prefetch count that does not bound what a gate holds.
+
+    Args:
+        consumer: Celery's consumer.
+        limits: All limits. Without one that makes jobs wait, nothing is held.
+
+    Raises:
+        ImproperlyConfigured: It is unlimited, or held jobs would count as running ones.
+
+    """
+    if not any(limit.patience and not limit.shadow for limit in limits):
+        return
+    if not consumer.initial_prefetch_count:
+        raise ImproperlyConfigured(
+            "worker_prefetch_multiplier is 0: the broker would send the worker everything at once, and "
+            "no max_held could bound what the gate holds; set it to 1 or more"
+        )
+    redis = consumer.conninfo.transport.driver_type == "redis"
+    if consumer.app.conf.get("worker_disable_prefetch") and redis:
+        raise ImproperlyConfigured(
+            "worker_disable_prefetch is set: a worker with as many jobs in hand as it has slots then "
+            "stops consuming, and the jobs that the gate holds count; unset it, or remove the gate"
+        )
