@@ -38,6 +38,7 @@ from gate_lab import (
     SOON,
     WARM_UP,
     LabError,
+    Redis,
     Run,
     Server,
     cost,
@@ -168,9 +169,11 @@ def rates(bench: Bench) -> None:
 BUSY: Final = [(pool, slots) for pool in ("prefork", "threads") for slots in (2, 8)]
 
 
-def after_a_stall(server: Server, pool: str, slots: int) -> list[float]:
+def after_a_stall(
+    server: Server, pool: str, slots: int, capacity: float = 1, cluster: str | None = None
+) -> list[float]:
     """Return when jobs of 2/s started that came while all slots were busy for 12 s."""
-    with Run(server, rate=2, capacity=1, pool=pool, slots=slots) as run:
+    with Run(server, rate=2, capacity=capacity, cluster=cluster, pool=pool, slots=slots) as run:
         run.send_each("busy", [12_000] * slots)
         run.send("limited", 24)
         run.start()
@@ -234,6 +237,17 @@ def starts(bench: Bench) -> None:
                 f"{worst:.2f} jobs beyond 2/s * t, {rate_of(future.result()):.3f}/s",
                 f"capacity 1 + 1 + {2 * LATE:g}",
                 worst <= 2 + 2 * LATE,
+                jobs=worst,
+            )
+        with Redis(bench.directory) as limits, ThreadPoolExecutor() as threads:
+            stalls = [threads.submit(after_a_stall, server, *setup, 4, limits.url) for setup in BUSY]
+        for (pool, slots), future in zip(BUSY, stalls, strict=True):
+            worst = excess(future.result(), 2)
+            bench.must(
+                f"starts {server.name} {pool} -c {slots}: the same, capacity 4, in Redis",
+                f"{worst:.2f} jobs beyond 2/s * t, {rate_of(future.result()):.3f}/s",
+                f"capacity 4 + 1 + {2 * LATE:g}",
+                worst <= 5 + 2 * LATE,
                 jobs=worst,
             )
         with ThreadPoolExecutor() as threads:
