@@ -128,8 +128,9 @@ local function take(buckets, want, promise)
   local given, wait, last, promised = 0, 0, 1, 0
   for i, b in ipairs(buckets) do
     b.level = math.min(b.paused > now and 0 or b.capacity, b.level + b.back)  -- a pause ends with an empty bucket
-    if b.room > 0 then b.level = math.min(b.level, math.max(0, b.capacity - b.room)) end
     b.promised = math.max(0, b.promised - b.held)
+    -- What others were promised stays theirs.
+    if b.room > 0 then b.level = math.min(b.level, math.max(b.promised, b.capacity - b.room)) end
     b.slack = b.capacity * 1e-12
     if b.unit > b.capacity then wait, last, want, promise = -1, i, 0, 0 end
   end

@@ -181,7 +181,7 @@ class GateBucket:
                 limit says, so buckets of limits that do not agree in that are not asked together.
 
         """
-        self._waiting = tokens
+        waited, self._waiting = self._waiting, tokens
         self._beside = ()
         if len(demands) > 1:
             policy = next(_policy_of(each) for each in demands if each.bucket is self)
@@ -190,7 +190,7 @@ class GateBucket:
                 for each in demands
                 if each.bucket is not self and _policy_of(each) == policy
             )
-        if not tokens and (self._stash or self._promised):
+        if waited and not tokens and (self._stash or self._promised):
             self._expire()
 
     def _expire(self) -> None:
@@ -200,8 +200,8 @@ class GateBucket:
     def _plan_next(self, after: float) -> None:
         """Have something asked when the promised tokens come, and when those go back that no job has taken."""
         moment = self._stashed_until if self._stash else math.inf
-        if self._promised:
-            moment = min(moment, self._due_at)
+        if self._promised:  # one that nobody waits for goes back now
+            moment = min(moment, self._due_at if self._waiting else time.monotonic())
         if after < moment < math.inf:
             self._asker.need_at(moment, self)
 
@@ -218,10 +218,10 @@ class GateBucket:
             asks = waits and self._unit > 0.0 and not (self._promised and now < self._due_at)
             missed = state.outages.is_down or state.has_missed
             gives_up = self._promised > 0.0 and not waits
-            room, self._room = self._room, 0.0
+            room = self._take_room()
             if not (asks or back or missed or gives_up or room):
+                self._plan_next(now)
                 if not self._wants_look:
-                    self._plan_next(now)
                     return None
                 self._is_out, self._wants_look = True, False
                 return Question.look(state)
@@ -230,7 +230,10 @@ class GateBucket:
             self._keeps = not (asks or gives_up)
             self._is_out = True
             parts = [Part(state, unit, back=back, room=room)]
-            parts += [Part(each.bucket._state, each.tokens) for each in self._with if asks]
+            parts += [
+                Part(bucket._state, tokens, room=bucket._take_room())
+                for bucket, tokens in (self._with if asks else ())
+            ]
             if self._promised and not self._keeps:
                 states = [part.state for part in parts]
                 if self._promised_by not in states:
@@ -239,6 +242,10 @@ class GateBucket:
                 place = states.index(self._promised_by)
                 parts[place] = parts[place]._replace(promised=self._promised)
         return Question.take(parts, jobs, promise)
+
+    def _take_room(self) -> float:
+        room, self._room = self._room, 0.0
+        return room
 
     def _jobs(self, span: float) -> tuple[int, int]:
         """Return for how many jobs tokens are asked, and for how many of them they are promised."""

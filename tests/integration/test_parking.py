@@ -234,7 +234,7 @@ def test_parked_jobs_are_shown(place):
     lane = f"{queue[0]}.parked.job"
     for number in range(30):
         last = lab.send("job", number, exchange=queue[1], routing_key=queue[3])
-    with run(place, limits=(limit(rate=1, overflow="park"),)) as worker:
+    with run(place, limits=(limit(rate=0.05, overflow="park"),)) as worker:
         wait_for(lambda: parked(place) > 10)
         time.sleep(0.3)
         seen = control(lab, worker, "limits")["job"]

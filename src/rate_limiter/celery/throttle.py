@@ -218,7 +218,7 @@ def watch_late(task: Task, limits: Iterable[Limit], hostname: str) -> None:
     """
     before = task.run
     watch(task, limits)
-    if task.run is not before:
+    if task.run != before:
         task.__trace__ = build_tracer(task.name, task, task.app.loader, hostname, app=task.app)
 
 

@@ -83,10 +83,12 @@ class UnparkStep(bootsteps.StartStopStep):
     label = "Unpark"
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
+    _consumer: Any = None
+    _timer: Any = None
+
     def start(self, consumer: Any) -> None:
         """Look for lanes, as soon as the worker consumes."""
         self._consumer = consumer
-        self._timer: Any = None
         consumer.call_soon(self._look)
 
     def stop(self, consumer: Any) -> None:
@@ -106,9 +108,7 @@ class UnparkStep(bootsteps.StartStopStep):
             lanes = lanes_on(consumer.connection, consumer.hostname)
             queues = [entity.name for entity in consumer.task_consumer.queues]
             again = math.inf if lanes is None else adopt(lanes, queues, {})
-        except consumer.connection_errors:
-            raise
-        except Exception:  # no right to, say
+        except Exception:  # no right to, or no further connection, say: the worker goes on
             logger.debug("Could not look for parked jobs", exc_info=True)
         if again < math.inf:
             look = while_in_use(self._look)
