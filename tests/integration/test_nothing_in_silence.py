@@ -222,8 +222,8 @@ def nothing():
 @pytest.mark.parametrize(
     "options", [{"rate_limiter_limt": "5/s"}, {"rate_limiter_limit": "5/y"}], ids=["unknown", "wrong"]
 )
-def test_a_task_that_is_known_later_is_checked_as_the_others_are(options):
-    """As a connection begins anew, say: its job fails with the error, and the worker goes on."""
+def test_a_wrong_declaration_of_a_task_that_is_known_later_fails_its_jobs(options):
+    """Known as a connection begins anew, say: the job's result is the error, and the worker goes on."""
     app = app_here()
     Gate(app)
     app.task(name="good", shared=False)(nothing)

@@ -534,8 +534,8 @@ class Slots(host.Host):
 
     has_slots = True
 
-    def __init__(self, bucket):
-        limit = Limit(bucket, name="limit")
+    def __init__(self, bucket, tokens=1):
+        limit = Limit(bucket, tokens=tokens, name="limit")
         self.engine = Engine(self, lambda _: (limit,))
         self.waiting = []
 
@@ -556,10 +556,11 @@ class Slots(host.Host):
         self.waiting += [(held.job, held.demands) for held in self.engine.release()]
         return len(self.waiting)
 
-    def start(self):
-        """Start all of them."""
-        waiting, self.waiting = self.waiting, []
-        for job, demands in waiting:
+    def start(self, count=None):
+        """Start them: so many, or all."""
+        starting = self.waiting[:count]
+        del self.waiting[:count]
+        for job, demands in starting:
             self.engine.started(job, demands)
 
 
@@ -595,6 +596,100 @@ def test_jobs_that_wait_for_slots_take_nothing_from_other_workers(make, monkeypa
     assert bucket.tokens == 1
     pool.start()
     wait_for(lambda: pool.release() == 1)
+
+
+def test_room_is_left_beside_what_others_were_promised(timed):
+    """A worker whose slots become free now and then keeps no heavy job of another one from its tokens."""
+    key = uuid4().hex
+
+    def run(jobs, promise, seconds, held=0, unit=0, room=0):
+        arguments = [f"take {jobs} {promise} 1", f"10 10 0 0 0 {held} {unit} {room} 0"]
+        given, wait, _, promised, _, level = timed(
+            [key], arguments, (100 + seconds) * 1_000_000
+        ).split()
+        return int(given), float(wait) / 1e6, float(promised), float(level)
+
+    assert run(1, 1, 0, unit=5) == (0, 0.5, 5, 0)
+    assert run(0, 0, 0.4, room=10)[3] == pytest.approx(4)
+    assert run(0, 0, 0.8, room=10)[3] == pytest.approx(5)
+    assert run(1, 1, 0.8, held=5, unit=5)[0] == 1
+    assert run(0, 0, 1.8, room=7)[3] == pytest.approx(3)
+
+
+def test_tokens_that_no_job_takes_go_back(make):
+    """Also if the gate looks just before at what somebody has changed."""
+    bucket = make(5, 100)
+    asked = bucket.for_gate()
+    asked.jobs_wait(5)
+    wait_for(lambda: asked.take_or_delay() == 0.0 and asked.tokens)
+    asked._asker.need_at(time.monotonic() + 0.02, asked)
+    asked._wants_look = True
+    asked.jobs_wait(0)
+    wait_for(lambda: not asked.tokens)
+    assert bucket.tokens == 5
+
+
+def test_tokens_go_back_while_jobs_go_on_to_come(make):
+    """Jobs that come and cannot start do not keep them here."""
+    asked = make(5, 100).for_gate()
+    asked.jobs_wait(5)
+    wait_for(lambda: asked.take_or_delay() == 0.0 and asked.tokens)
+    asked.jobs_wait(0)
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        asked.jobs_wait(0)
+        time.sleep(0.01)
+    assert not asked.tokens
+
+
+@pytest.fixture
+def held_up(monkeypatch):
+    """Return what holds up the calls to a bucket's server, until its `set` is called."""
+
+    def hold_up(bucket):
+        run_all, goes = bucket.server.run_all, threading.Event()
+        monkeypatch.setattr(
+            bucket.server, "run_all", lambda each: goes.wait(DEADLINE) and run_all(each)
+        )
+        return goes
+
+    return hold_up
+
+
+def test_a_promise_that_comes_too_late_goes_back(make, held_up):
+    """The job that waited for it is gone meanwhile."""
+    bucket = make(1, 0.01)
+    asked = bucket.for_gate()
+    taken(asked)
+    time.sleep(0.2)  # nothing is planned any more
+    goes = held_up(bucket)
+    asked.jobs_wait(1)
+    asked.take_or_delay()
+    wait_for(lambda: asked._is_out)
+    asked.jobs_wait(0)
+    goes.set()
+    wait_for(lambda: not asked._is_out)
+    wait_for(lambda: not asked._promised)
+    assert asked._state.level < 0.1
+
+
+def test_jobs_of_two_buckets_leave_room_in_both(make, held_up):
+    """Before any is granted: one call asks for both, whichever bucket is named first."""
+    one, two = make(20, 0.01), make(10, 0.01)
+    first, second = one.for_gate(), two.for_gate()
+    limits = [Limit(one, name="one"), Limit(two, name="two")]
+    demands = [Demand(first, 1, limits[0]), Demand(second, 1, limits[1])]
+    goes = held_up(one)
+    other = make(1, 1).for_gate()
+    other.look()
+    wait_for(lambda: other._is_out)
+    first.jobs_wait(5, demands)
+    first.take_or_delay()
+    second.leave_room(10)
+    goes.set()
+    wait_for(lambda: first._promised)
+    assert (first.tokens, second.tokens) == (0, 0)
+    assert two.tokens < 1
 
 
 def test_promises_that_were_given_up_are_forgotten(make):

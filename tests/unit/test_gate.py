@@ -1,6 +1,7 @@
 """Declaring limits at the gate: by name, pattern and queue, in settings, and as a task attribute."""
 
 from operator import itemgetter
+from types import SimpleNamespace
 
 import pytest
 from celery import Celery, current_app
@@ -9,6 +10,7 @@ from celery.exceptions import ImproperlyConfigured
 from rate_limiter import AllOf, TokenBucket
 from rate_limiter.celery import Gate, throttle
 from rate_limiter.celery.declarations import parameters_of
+from rate_limiter.celery.unparking import UnparkStep
 from rate_limiter.gating.limit import Call
 from rate_limiter.gating.record import record_of
 
@@ -452,3 +454,9 @@ def test_a_limit_of_a_queue_fits_the_tasks_that_come_from_it(app):
     gate.limit("jobs.s*", queue="bulk", bucket="1/s", key="size")
     with pytest.raises(ImproperlyConfigured, match="the parameters of `jobs.send_email` are to$"):
         gate.tasks_of()
+
+
+def test_the_step_that_unparks_ends_before_it_has_started():
+    """Celery stops all steps if the connection is lost while it starts them."""
+    consumer = SimpleNamespace()
+    UnparkStep(consumer).stop(consumer)
