@@ -75,7 +75,7 @@ def test_a_bucket_in_a_pool_process(redis_lab):
 def test_a_pause_and_its_end(redis_lab):
     """A paused limit lets nothing go, and its jobs do when it is resumed."""
     lab = redis_lab
-    with start(lab, limits=(limit(rate=50),)) as worker:
+    with start(lab, limits=(limit(rate=10),)) as worker:
         assert control(lab, worker, "limit", name="job", pause="10m") == {"ok": "paused for 600 s"}
         for number in range(5):
             lab.send("job", number)

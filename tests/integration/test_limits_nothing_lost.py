@@ -72,7 +72,7 @@ def test_what_comes_in_a_cold_shutdown_is_the_brokers(rabbitmq_lab):
     assert "jobs begin to wait" not in worker.output
     assert lab.runs("job") == [0]
     cold.unlink()
-    with start(lab, limits=(limit(rate=100),)):
+    with start(lab, limits=(limit(rate=5),)):
         assert lab.wait_for_runs("job", 2) == [0, 1]
 
 

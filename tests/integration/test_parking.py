@@ -206,7 +206,7 @@ def test_a_lane_is_consumed_while_its_tokens_come_soon(place):
         assert parked(place) in in_lane
         if not is_redis(lab):
             assert consumers(place) == 0
-        assert "ok" in control(lab, worker, "limit", name="job", rate="50/s")
+        assert "ok" in control(lab, worker, "limit", name="job", rate="20/s")
         assert lab.wait_for_runs("job", 40) == list(range(40))
 
 
