@@ -126,6 +126,7 @@ def test_jobs_of_cancelled_consumers_come_back_with_the_connection(rabbitmq_lab,
         lab, queues=(quorum,), limits=(limit(rate=0.01, max_held=60),), pool="prefork"
     ) as worker:
         wait_for(lambda: len(lab.log("job")) + held(lab, worker) >= 60)
+        assert held(lab, worker) > 2 * WINDOW
         break_connections(lab, request)
         wait_for(lambda: "held jobs back to the broker" in worker.output)
         control(lab, worker, "limit", name="job", rate="20/s")

@@ -9,7 +9,6 @@ from typing import Any, Final
 from weakref import WeakSet
 
 from celery import Celery, bootsteps, current_app, signals
-from celery.app.trace import build_tracer
 
 from ..gating.limit import Limit
 from ..gating.record import listed, record_of
@@ -25,7 +24,7 @@ from .declarations import (
 )
 from .prefork import share_before_fork
 from .settings import check_switches, enabled, settings_of
-from .throttle import watch, watch_all
+from .throttle import renew_tracer, watch, watch_all
 
 __all__ = ["connect", "has_started", "without_gate"]
 
@@ -138,4 +137,4 @@ def _on_pool_process(sender: Any, **_: Any) -> None:
         tasks = watch_all(gate, gate.tasks_of())
     # Celery has already made the tracers, from the tasks without the wrapper (process_initializer).
     for task in tasks:
-        task.__trace__ = build_tracer(task.name, task, app.loader, sender, app=app)
+        renew_tracer(task, sender)

@@ -44,7 +44,7 @@ from .receipt import consume
 from .returning import has_queue
 from .settings import enabled
 
-__all__ = ["throttle", "watch", "watch_all", "watch_late"]
+__all__ = ["renew_tracer", "throttle", "watch", "watch_all", "watch_late"]
 
 logger = logging.getLogger("rate_limiter")
 
@@ -219,7 +219,12 @@ def watch_late(task: Task, limits: Iterable[Limit], hostname: str) -> None:
     before = task.run
     watch(task, limits)
     if task.run != before:
-        task.__trace__ = build_tracer(task.name, task, task.app.loader, hostname, app=task.app)
+        renew_tracer(task, hostname)
+
+
+def renew_tracer(task: Task, hostname: str) -> None:
+    """Make Celery's tracer of a task again: it calls the body that the task had when it was made."""
+    task.__trace__ = build_tracer(task.name, task, task.app.loader, hostname, app=task.app)
 
 
 def watch_all(gate: Any, tasks_of: Mapping[Limit, Iterable[str]]) -> list[Task]:
